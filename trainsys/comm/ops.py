@@ -1,0 +1,71 @@
+"""Collectives on plain tensors. Each takes an :class:`AxisGroup`, counts itself, and is a no-op on a group of one."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainsys.comm.group import AxisGroup
+
+REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+# torch 2.13 renamed these two; 2.11 has only the older names.
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def all_reduce_(x: Tensor, g: AxisGroup, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
+    """Reduce ``x`` over the group, in place; returns ``x``."""
+    if g.group is None:
+        return x
+    assert x.is_contiguous(), "all_reduce_ works in place: the tensor must be contiguous"
+    t0 = time.perf_counter()
+    dist.all_reduce(x, REDUCE_OPS[op], group=g.group)
+    g.ledger.add(g.axis, "all_reduce", 2 * nbytes(x) * (g.size - 1) // g.size, time.perf_counter() - t0)
+    return x
+
+
+def all_gather(x: Tensor, g: AxisGroup, dim: int) -> Tensor:
+    """Concatenate every rank's ``x`` along ``dim``, in group order. All shapes must be equal."""
+    if g.group is None:
+        return x
+    x = x.contiguous()
+    out = x.new_empty((g.size, *x.shape))
+    t0 = time.perf_counter()
+    all_gather_flat(out.view(-1), x.view(-1), group=g.group)
+    g.ledger.add(g.axis, "all_gather", nbytes(x) * (g.size - 1), time.perf_counter() - t0)
+    if dim == 0:
+        return out.flatten(0, 1)
+    return out.movedim(0, dim).reshape(*x.shape[:dim], g.size * x.shape[dim], *x.shape[dim + 1 :])
+
+
+def reduce_scatter(x: Tensor, g: AxisGroup, dim: int) -> Tensor:
+    """Sum ``x`` over the group and keep this rank's chunk along ``dim``; its size must divide evenly."""
+    if g.group is None:
+        return x
+    assert x.shape[dim] % g.size == 0, f"dim {dim} of {tuple(x.shape)} over {g.size} ranks"
+    chunk = x.shape[dim] // g.size
+    stacked = x.unflatten(dim, (g.size, chunk)).movedim(dim, 0).contiguous()
+    out = torch.empty_like(stacked[0])
+    t0 = time.perf_counter()
+    reduce_scatter_flat(out.view(-1), stacked.view(-1), group=g.group)
+    g.ledger.add(g.axis, "reduce_scatter", nbytes(out) * (g.size - 1), time.perf_counter() - t0)
+    return out
+
+
+def broadcast_(x: Tensor, g: AxisGroup, source_index: int = 0) -> Tensor:
+    """Copy ``x`` of the rank at ``source_index`` of the group to all, in place."""
+    if g.group is None:
+        return x
+    t0 = time.perf_counter()
+    dist.broadcast(x, g.ranks[source_index], group=g.group)
+    g.ledger.add(g.axis, "broadcast", nbytes(x) if g.index == source_index else 0, time.perf_counter() - t0)
+    return x

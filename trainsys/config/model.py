@@ -1,0 +1,91 @@
+"""The shape of a model: what FLOPs, memory, layouts and the model builder all read. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from trainsys.config.base import Strict
+
+
+class RopeConfig(Strict):
+    """Rotary position embedding (Su et al. 2021) and its stretching to longer sequences."""
+
+    theta: PositiveFloat = 10_000.0
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: PositiveFloat = 1.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_seq_len: PositiveInt = 8192
+
+
+class MoEConfig(Strict):
+    """Token-choice mixture of experts in place of the dense feed-forward."""
+
+    n_experts: PositiveInt
+    top_k: PositiveInt
+    d_ff: PositiveInt = Field(description="hidden size of one routed expert")
+    n_shared_experts: int = Field(0, ge=0)
+    shared_d_ff: int = Field(0, ge=0, description="hidden size of all shared experts together; 0: n_shared * d_ff")
+    n_dense_layers: int = Field(0, ge=0, description="leading layers that keep the dense feed-forward")
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk: bool = True
+    route_scale: PositiveFloat = 1.0
+    balance: Literal["aux_loss", "bias", "none"] = "aux_loss"
+    aux_loss_coef: float = Field(1e-2, ge=0)
+    bias_update_rate: float = Field(1e-3, ge=0)
+    capacity_factor: PositiveFloat | None = Field(None, description="None: dropless")
+
+    @model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k={self.top_k} is more than n_experts={self.n_experts}")
+        return self
+
+    @property
+    def shared_hidden(self) -> int:
+        return self.shared_d_ff or self.n_shared_experts * self.d_ff
+
+
+class ModelConfig(Strict):
+    """A decoder-only transformer. Defaults are Llama's choices."""
+
+    name: str = "custom"
+    n_layers: PositiveInt
+    d_model: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt | None = Field(None, description="None: as many as n_heads (no grouping)")
+    head_dim: PositiveInt | None = Field(None, description="None: d_model / n_heads")
+    d_ff: PositiveInt
+    ffn_kind: Literal["swiglu", "gelu"] = "swiglu"
+    vocab: PositiveInt
+    max_seq_len: PositiveInt = 8192
+    tied_embeddings: bool = False
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: PositiveFloat = 1e-5
+    qk_norm: bool = Field(False, description="RMSNorm over head_dim of queries and keys, as in Qwen3")
+    qkv_bias: bool = False
+    parallel_block: bool = Field(False, description="attention and FFN read the same normed input (GPT-J, PaLM)")
+    sliding_window: PositiveInt | None = Field(None, description="keys a query sees, itself included")
+    rope: RopeConfig = RopeConfig()
+    init_std: PositiveFloat = 0.02
+    moe: MoEConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; set head_dim")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.kv_heads}")
+        if self.dim_per_head % 2:
+            raise ValueError(f"head_dim={self.dim_per_head} is odd: rotary embedding needs pairs")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def dim_per_head(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
