@@ -1,0 +1,81 @@
+"""What telemetry costs a step: microseconds in the recorder, with the phases and collectives of a real step.
+
+python profiling/bench_recorder.py [--steps 2000] [--micro-batches 4] [--layers 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from trainsys.telemetry.events import Flops
+from trainsys.telemetry.recorder import Recorder, here
+from trainsys.telemetry.timer import HostTimer
+
+
+def one_step(rec: Recorder, step: int, micro_batches: int, layers: int) -> None:
+    """The recorder calls of one step: fsdp and tp collectives in each layer, forward and backward."""
+    with rec.phase("data"):
+        pass
+    for _ in range(micro_batches):
+        for phase in ("forward", "backward"):
+            with rec.phase(phase):
+                for _ in range(layers):
+                    rec.collective("fsdp", "all_gather", 1 << 20, 1e-7)
+                    rec.collective("tp", "reduce_scatter", 1 << 20, 1e-7)
+    with rec.phase("optimizer"):
+        pass
+    rec.end_step(
+        step,
+        tokens=8192,
+        attn_pairs=1 << 25,
+        loss=2.5,
+        grad_norm=1.0,
+        lr=3e-4,
+        flops=Flops(1e12, 1.1e12, 1.3e12),
+    )
+
+
+def measure(rec: Recorder, steps: int, micro_batches: int, layers: int) -> list[float]:
+    times = []
+    rec.begin()
+    for step in range(steps):
+        t0 = time.perf_counter_ns()
+        one_step(rec, step, micro_batches, layers)
+        times.append((time.perf_counter_ns() - t0) / 1e3)
+    rec.finish("done")
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=12)
+    args = parser.parse_args()
+    calls = args.micro_batches * args.layers * 4
+    print(
+        f"{args.steps} steps, {args.micro_batches} micro-batches, {calls} collectives; microseconds a step:"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, timer, micro, layers in (
+            ("one micro-batch, no collectives", None, 1, 0),
+            ("all collectives counted", None, args.micro_batches, args.layers),
+            ("the same with device marks", HostTimer(), args.micro_batches, args.layers),
+        ):
+            info = here(run_id="bench", rank=0, world=4, peak_flops=1e11)
+            rec = Recorder(Path(folder, name.replace(" ", "_")), info, timer=timer)
+            times = sorted(measure(rec, args.steps, micro, layers))
+            print(
+                f"  {name:34} median {statistics.median(times):7.1f}"
+                f"   p99 {times[int(0.99 * len(times))]:7.1f}   max {times[-1]:8.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
