@@ -1,0 +1,89 @@
+"""Self-attention of one layer: projections, rotary embedding, and a core that can be replaced from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from trainsys.config.model import ModelConfig
+from trainsys.models.layers import Linear, RMSNorm
+from trainsys.models.rope import apply_rope
+from trainsys.ops.attention import attention, attention_mask
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all layers of one forward share, made once by the decoder.
+
+    Deliberately no pytree: FSDP2's mixed precision casts every floating tensor it finds in a module's
+    arguments, and cos and sin in bf16 would make the answer depend on the layout.
+    """
+
+    cos: Tensor
+    """``[B, S, 1, Dh]``, as ``rope_tables`` makes it"""
+    sin: Tensor
+    prepared: Any
+    """what the attention core's ``prepare`` returned"""
+
+
+class CoreAttention(nn.Module):
+    """Causal attention on whole rows. A replacement has the same two methods."""
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+
+    def prepare(self, positions: Tensor, doc_ids: Tensor | None) -> Tensor | None:
+        """Anything the core wants computed once per forward instead of once per layer: here the mask.
+
+        Place in the row decides what is causal, not ``positions [B, S]``, which may restart at a document.
+        """
+        seq_len = positions.shape[1]
+        return attention_mask(
+            seq_len, seq_len, window=self.window, q_docs=doc_ids, k_docs=doc_ids, device=positions.device
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        positions: Tensor,
+        doc_ids: Tensor | None,
+        prepared: Tensor | None = None,
+    ) -> Tensor:
+        """``q [B, S, H, Dh]``, ``k, v [B, S, K, Dh]`` -> ``[B, S, H, Dh]``; H and K are this rank's heads."""
+        return attention(q, k, v, mask=prepared, window=self.window, q_docs=doc_ids, k_docs=doc_ids)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional bias and norm of queries and keys."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = cfg.dim_per_head
+        n_q, n_kv = cfg.n_heads * self.head_dim, cfg.kv_heads * self.head_dim
+        self.wq = Linear(cfg.d_model, n_q, bias=cfg.qkv_bias)
+        self.wk = Linear(cfg.d_model, n_kv, bias=cfg.qkv_bias)
+        self.wv = Linear(cfg.d_model, n_kv, bias=cfg.qkv_bias)
+        self.wo = Linear(n_q, cfg.d_model)
+        self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.core = CoreAttention(cfg.sliding_window)
+
+    def forward(self, x: Tensor, positions: Tensor, doc_ids: Tensor | None, shared: Shared) -> Tensor:
+        """``x [B, S, D]`` -> ``[B, S, D]``.
+
+        A hook may gather ``x`` along S before and scatter the output after; positions, documents and
+        ``shared`` are always of the whole row.
+        """
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.wq(x).view(heads), self.wk(x).view(heads), self.wv(x).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, shared.cos, shared.sin), apply_rope(k, shared.cos, shared.sin)
+        out = self.core(q, k, v, positions=positions, doc_ids=doc_ids, prepared=shared.prepared)
+        return self.wo(out.flatten(2))

@@ -1,0 +1,86 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer) and its stretching to longer sequences.
+
+Pairs are (i, i + Dh/2), the layout of the Hugging Face checkpoints of Llama and Qwen; Meta's own files pair
+neighbours and are permuted on import.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from trainsys.config.model import RopeConfig
+
+# Rotations over the original context beyond which YaRN leaves a frequency alone, and below which it
+# interpolates fully: the paper's alpha and beta for Llama (Peng et al. 2023, section 3.2).
+_YARN_FAST_ROTATIONS = 32.0
+_YARN_SLOW_ROTATIONS = 1.0
+
+
+@lru_cache
+def inverse_frequencies(rope: RopeConfig, dim: int) -> tuple[float, ...]:
+    """The Dh/2 angular frequencies, radians a position, highest first.
+
+    - none: theta^(-2i/Dh) (Su et al. 2021, section 3.2.2);
+    - linear: all divided by ``factor`` (Chen et al. 2023, position interpolation, eq. 4);
+    - llama3: wavelengths beyond original/low_freq_factor divided by ``factor``, those below
+      original/high_freq_factor kept, linear in between (Llama 3.1's reference code, ``apply_scaling``);
+    - yarn: "NTK by parts" (Peng et al. 2023, YaRN, section 3.2) with a ramp that is linear in i, between the
+      frequencies that rotate 32 times and once over the original context.
+    """
+    plain = [rope.theta ** (-2 * i / dim) for i in range(dim // 2)]
+    if rope.scaling == "none":
+        return tuple(plain)
+    if rope.scaling == "linear":
+        return tuple(f / rope.factor for f in plain)
+    if rope.scaling == "llama3":
+        return tuple(_mix(f, rope.factor, _llama3_keep(f, rope)) for f in plain)
+    assert rope.scaling == "yarn"
+    fast = max(math.floor(_index_of_rotations(_YARN_FAST_ROTATIONS, rope, dim)), 0)
+    slow = min(math.ceil(_index_of_rotations(_YARN_SLOW_ROTATIONS, rope, dim)), dim - 1)
+    ramp = max(slow - fast, 1e-3)
+    return tuple(_mix(f, rope.factor, 1 - _clamp((i - fast) / ramp)) for i, f in enumerate(plain))
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What cos and sin are multiplied by: YaRN's temperature 0.1 ln(factor) + 1 (eq. 22), else 1."""
+    return 0.1 * math.log(rope.factor) + 1 if rope.scaling == "yarn" and rope.factor > 1 else 1.0
+
+
+def _llama3_keep(freq: float, rope: RopeConfig) -> float:
+    rotations = rope.original_seq_len * freq / (2 * math.pi)
+    return _clamp((rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor))
+
+
+def _index_of_rotations(rotations: float, rope: RopeConfig, dim: int) -> float:
+    """The (real) index i at which theta^(-2i/Dh) turns ``rotations`` times over the original context."""
+    return dim * math.log(rope.original_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+
+def _mix(freq: float, factor: float, keep: float) -> float:
+    return freq * keep + freq / factor * (1 - keep)
+
+
+def _clamp(x: float) -> float:
+    return min(max(x, 0.0), 1.0)
+
+
+def rope_tables(rope: RopeConfig, dim: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for ``positions [B, S]``, each ``[B, S, 1, Dh]`` in ``dtype`` (fp32 or more).
+
+    The first half of sin is negated, so that ``apply_rope`` is one roll and one fused multiply-add.
+    """
+    freqs = torch.tensor(inverse_frequencies(rope, dim), dtype=dtype, device=positions.device)
+    angles = positions.to(dtype).unsqueeze(-1) * freqs
+    scale = attention_factor(rope)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1).unsqueeze(-2), torch.cat((-sin, sin), dim=-1).unsqueeze(-2)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x [B, S, H, Dh]`` by ``rope_tables``; computed in their dtype, returned in its own."""
+    wide = x.to(cos.dtype)
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
