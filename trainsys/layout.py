@@ -60,7 +60,8 @@ class Layout:
         if plane % self.ep:
             raise UserError(
                 f"parallel.ep={self.ep} does not divide the ranks it shares, "
-                f"dp_shard × cp = {self.dp_shard} × {self.cp} = {plane}; ep can be {_listed(_divisors(plane))}"
+                f"dp_shard × cp = {self.dp_shard} × {self.cp} = {plane}; "
+                f"ep can be {_listed(_divisors(plane))}"
             )
 
     # ---- from a config ---------------------------------------------------------------------------
@@ -273,9 +274,10 @@ def _batch_problems(layout: Layout, train: TrainConfig, parallel: ParallelConfig
         yield f"train.seq_len={seq} does not divide by {' and '.join(why)}; seq_len can be {works}"
     rows = layout.data_world * train.micro_batch
     if train.global_batch % rows:
+        factors = f"{layout.dp_replicate} × {layout.dp_shard} × {train.micro_batch} = {rows}"
         yield (
             f"train.global_batch={train.global_batch} does not divide by "
-            f"dp_replicate × dp_shard × micro_batch = {layout.dp_replicate} × {layout.dp_shard} × {train.micro_batch} = {rows}; "
+            f"dp_replicate × dp_shard × micro_batch = {factors}; "
             f"global_batch can be {_around(train.global_batch, rows)}"
         )
 

@@ -26,16 +26,20 @@ class MoEConfig(Strict):
     n_experts: PositiveInt
     top_k: PositiveInt
     d_ff: PositiveInt = Field(description="hidden size of one routed expert")
-    n_shared_experts: int = Field(0, ge=0)
-    shared_d_ff: int = Field(0, ge=0, description="hidden size of all shared experts together; 0: n_shared * d_ff")
-    n_dense_layers: int = Field(0, ge=0, description="leading layers that keep the dense feed-forward")
+    n_shared_experts: int = Field(default=0, ge=0)
+    shared_d_ff: int = Field(
+        default=0, ge=0, description="hidden size of all shared experts together; 0: n_shared * d_ff"
+    )
+    n_dense_layers: int = Field(
+        default=0, ge=0, description="leading layers that keep the dense feed-forward"
+    )
     score: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk: bool = True
     route_scale: PositiveFloat = 1.0
     balance: Literal["aux_loss", "bias", "none"] = "aux_loss"
-    aux_loss_coef: float = Field(1e-2, ge=0)
-    bias_update_rate: float = Field(1e-3, ge=0)
-    capacity_factor: PositiveFloat | None = Field(None, description="None: dropless")
+    aux_loss_coef: float = Field(default=1e-2, ge=0)
+    bias_update_rate: float = Field(default=1e-3, ge=0)
+    capacity_factor: PositiveFloat | None = Field(default=None, description="None: dropless")
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:
@@ -55,8 +59,8 @@ class ModelConfig(Strict):
     n_layers: PositiveInt
     d_model: PositiveInt
     n_heads: PositiveInt
-    n_kv_heads: PositiveInt | None = Field(None, description="None: as many as n_heads (no grouping)")
-    head_dim: PositiveInt | None = Field(None, description="None: d_model / n_heads")
+    n_kv_heads: PositiveInt | None = Field(default=None, description="None: as many as n_heads (no grouping)")
+    head_dim: PositiveInt | None = Field(default=None, description="None: d_model / n_heads")
     d_ff: PositiveInt
     ffn_kind: Literal["swiglu", "gelu"] = "swiglu"
     vocab: PositiveInt
@@ -64,10 +68,12 @@ class ModelConfig(Strict):
     tied_embeddings: bool = False
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: PositiveFloat = 1e-5
-    qk_norm: bool = Field(False, description="RMSNorm over head_dim of queries and keys, as in Qwen3")
+    qk_norm: bool = Field(default=False, description="RMSNorm over head_dim of queries and keys, as in Qwen3")
     qkv_bias: bool = False
-    parallel_block: bool = Field(False, description="attention and FFN read the same normed input (GPT-J, PaLM)")
-    sliding_window: PositiveInt | None = Field(None, description="keys a query sees, itself included")
+    parallel_block: bool = Field(
+        default=False, description="attention and FFN read the same normed input (GPT-J, PaLM)"
+    )
+    sliding_window: PositiveInt | None = Field(default=None, description="keys a query sees, itself included")
     rope: RopeConfig = RopeConfig()
     init_std: PositiveFloat = 0.02
     moe: MoEConfig | None = None
@@ -75,11 +81,15 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; set head_dim")
+            raise ValueError(
+                f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; set head_dim"
+            )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.kv_heads}")
         if self.dim_per_head % 2:
             raise ValueError(f"head_dim={self.dim_per_head} is odd: rotary embedding needs pairs")
+        if self.moe is not None and self.moe.n_dense_layers > self.n_layers:
+            raise ValueError(f"moe.n_dense_layers={self.moe.n_dense_layers} of n_layers={self.n_layers}")
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -11,8 +11,10 @@ from trainsys.config.model import ModelConfig
 
 
 class FsdpConfig(Strict):
-    reshard_after_forward: bool = Field(True, description="free gathered parameters after forward (ZeRO-3); false is ZeRO-2")
-    prefetch: NonNegativeInt = Field(1, description="how many units are gathered ahead of use")
+    reshard_after_forward: bool = Field(
+        default=True, description="free gathered parameters after forward (ZeRO-3); false is ZeRO-2"
+    )
+    prefetch: NonNegativeInt = Field(default=1, description="how many units are gathered ahead of use")
 
 
 class ParallelConfig(Strict):
@@ -24,25 +26,50 @@ class ParallelConfig(Strict):
     cp: int = 1
     tp: int = 1
     ep: int = 1
-    sequence_parallel: bool = Field(True, description="with tp > 1: norms and residual sharded along the sequence")
-    loss_parallel: bool = Field(True, description="with tp > 1: logits stay sharded over the vocabulary")
+    sequence_parallel: bool = Field(
+        default=True, description="with tp > 1: norms and residual sharded along the sequence"
+    )
+    loss_parallel: bool = Field(
+        default=True, description="with tp > 1: logits stay sharded over the vocabulary"
+    )
     fsdp: FsdpConfig = FsdpConfig()
-    bucket_mb: PositiveFloat = Field(25.0, description="MB of gradients in one all-reduce of replicated data parallelism")
+    bucket_mb: PositiveFloat = Field(
+        default=25.0, description="MB of gradients in one all-reduce of replicated data parallelism"
+    )
 
 
 class DataConfig(Strict):
     """Where text comes from. Every source gives the same batch for the same (seed, step)."""
 
     source: Literal["stdlib", "text", "jsonl", "parquet", "shards", "megatron", "hf", "synthetic"] = "stdlib"
-    path: str | None = Field(None, description="file, folder, glob or prefix; for hf the dataset's name")
+    path: str | None = Field(
+        default=None, description="file, folder, glob or prefix; for hf the dataset's name"
+    )
     split: str = "train"
-    text_key: str = Field("text", description="field of a jsonl record or parquet/hf column")
-    tokenizer: str = Field("bytes", description="'bytes', or a tokenizer.json path or name (hf extra)")
-    packing: Literal["concat", "pad"] = Field("concat", description="concat: documents end to end, cut at seq_len; pad: one document a row")
-    document_mask: bool = Field(False, description="tokens attend only within their own document")
+    text_key: str = Field(default="text", description="field of a jsonl record or parquet/hf column")
+    tokenizer: str = Field(
+        default="bytes", description="'bytes', or a tokenizer.json path or name (hf extra)"
+    )
+    packing: Literal["concat", "pad"] = Field(
+        default="concat", description="concat: documents end to end, cut at seq_len; pad: one document a row"
+    )
+    document_mask: bool = Field(default=False, description="tokens attend only within their own document")
     shuffle: bool = True
     cache_dir: str | None = None
-    prefetch: NonNegativeInt = Field(2, description="steps prepared ahead by a background thread; 0: none")
+    prefetch: NonNegativeInt = Field(
+        default=2, description="steps prepared ahead by a background thread; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.source in ("stdlib", "synthetic") and self.path is not None:
+            raise ValueError(f"source={self.source} reads no path, but path={self.path!r} is given; drop one")
+        if self.source not in ("stdlib", "synthetic") and self.path is None:
+            raise ValueError(f"source={self.source} needs data.path: a file, folder, glob, prefix or name")
+        return self
+
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Strict):
@@ -50,34 +77,40 @@ class OptimConfig(Strict):
 
     name: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 3e-4
-    min_lr_ratio: NonNegativeFloat = Field(0.1, description="final lr as a share of lr")
-    betas: tuple[float, float] = (0.9, 0.95)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="final lr as a share of lr")
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = Field(0.1, description="on matrices only: norms, biases have none")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.1, description="on matrices only: norms, biases have none"
+    )
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
-    decay_steps: NonNegativeInt | None = Field(None, description="wsd: length of the final decay; None: a tenth of the run")
-    clip_norm: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
-    z_loss: NonNegativeFloat = Field(0.0, description="coefficient of log(Z)^2 (PaLM, section 5)")
+    decay_steps: NonNegativeInt | None = Field(
+        default=None, description="wsd: length of the final decay; None: a tenth of the run"
+    )
+    clip_norm: NonNegativeFloat = Field(default=1.0, description="global gradient norm; 0: no clipping")
+    z_loss: NonNegativeFloat = Field(default=0.0, description="coefficient of log(Z)^2 (PaLM, section 5)")
 
 
 class RecomputeConfig(Strict):
     """Activation recomputation in backward."""
 
     policy: Literal["none", "selective", "full", "every_n"] = "none"
-    every_n: PositiveInt = Field(2, description="policy every_n: recompute each n-th layer")
+    every_n: PositiveInt = Field(default=2, description="policy every_n: recompute each n-th layer")
 
 
 class TrainConfig(Strict):
     steps: PositiveInt = 100
     seq_len: PositiveInt = 2048
-    global_batch: PositiveInt = Field(8, description="sequences per optimizer step over all ranks")
-    micro_batch: PositiveInt = Field(1, description="sequences per forward on one data rank")
+    global_batch: PositiveInt = Field(default=8, description="sequences per optimizer step over all ranks")
+    micro_batch: PositiveInt = Field(default=1, description="sequences per forward on one data rank")
     seed: NonNegativeInt = 0
-    dtype: Literal["fp32", "bf16"] = Field("bf16", description="compute dtype; master weights and reductions are fp32")
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="compute dtype; master weights and reductions are fp32"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: bool = Field(False, description="torch.compile, one block at a time")
-    threads: NonNegativeInt = Field(0, description="CPU threads a process; 0: cores / local ranks")
+    compile: bool = Field(default=False, description="torch.compile, one block at a time")
+    threads: NonNegativeInt = Field(default=0, description="CPU threads a process; 0: cores / local ranks")
 
 
 class WandbConfig(Strict):
@@ -85,24 +118,26 @@ class WandbConfig(Strict):
     project: str = "trainsys"
     entity: str | None = None
     group: str | None = None
-    timeout_s: PositiveFloat = Field(10.0, description="longest wait for the server at init and at finish")
+    timeout_s: PositiveFloat = Field(
+        default=10.0, description="longest wait for the server at init and at finish"
+    )
 
 
 class TelemetryConfig(Strict):
-    out: str = Field("runs", description="folder that holds one folder a run")
+    out: str = Field(default="runs", description="folder that holds one folder a run")
     log_every: PositiveInt = 1
     console: Literal["auto", "live", "plain", "off"] = "auto"
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
-    prometheus_port: NonNegativeInt = Field(0, description="0: no endpoint")
+    prometheus_port: NonNegativeInt = Field(default=0, description="0: no endpoint")
 
 
 class RunConfig(Strict):
     """One training run, whole."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     engine: Literal["native"] = "native"
-    hardware: str | None = Field(None, description="catalogue name; None: detected")
+    hardware: str | None = Field(default=None, description="catalogue name; None: detected")
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
@@ -115,6 +150,7 @@ class RunConfig(Strict):
     def _check(self) -> RunConfig:
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(
-                f"train.seq_len={self.train.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}"
+                f"train.seq_len={self.train.seq_len} is longer than "
+                f"model.max_seq_len={self.model.max_seq_len}"
             )
         return self
