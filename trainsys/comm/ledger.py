@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(slots=True)
@@ -21,26 +24,28 @@ class Traffic:
     blocked_s: float = 0.0
 
 
-# Called after every collective as (axis, operation, sent_bytes, blocked_s).
-Listener = Callable[[str, str, int, float], None]
+class SpanRecorder(Protocol):
+    def collective_span(self, axis: str, op: str, nbytes: int) -> AbstractContextManager[None]: ...
 
 
 class Ledger:
-    """Counts every collective of this rank; tells one listener (the recorder) about each."""
+    """Counts every collective of this rank, and tells the recorder of the step, if there is one, about each."""
 
     def __init__(self) -> None:
         self.traffic: dict[tuple[str, str], Traffic] = {}
-        self.listener: Listener | None = None
+        self.recorder: SpanRecorder | None = None
 
-    def add(self, axis: str, op: str, sent_bytes: int, blocked_s: float) -> None:
-        entry = self.traffic.get((axis, op))
-        if entry is None:
-            entry = self.traffic[axis, op] = Traffic()
+    @contextmanager
+    def span(self, axis: str, op: str, sent_bytes: int) -> Iterator[None]:
+        """Around a blocking collective, or around the wait for one that was started earlier: one call."""
+        recorder = self.recorder
+        t0 = time.perf_counter()
+        with nullcontext() if recorder is None else recorder.collective_span(axis, op, sent_bytes):
+            yield
+        entry = self.traffic.setdefault((axis, op), Traffic())
         entry.calls += 1
         entry.sent_bytes += sent_bytes
-        entry.blocked_s += blocked_s
-        if self.listener is not None:
-            self.listener(axis, op, sent_bytes, blocked_s)
+        entry.blocked_s += time.perf_counter() - t0
 
     def calls(self, axis: str) -> int:
         return sum(t.calls for (a, _), t in self.traffic.items() if a == axis)

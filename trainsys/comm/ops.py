@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Literal
 
 import torch
@@ -27,9 +26,8 @@ def all_reduce_(x: Tensor, g: AxisGroup, op: Literal["sum", "max", "min"] = "sum
     if g.group is None:
         return x
     assert x.is_contiguous(), "all_reduce_ works in place: the tensor must be contiguous"
-    t0 = time.perf_counter()
-    dist.all_reduce(x, REDUCE_OPS[op], group=g.group)
-    g.ledger.add(g.axis, "all_reduce", 2 * nbytes(x) * (g.size - 1) // g.size, time.perf_counter() - t0)
+    with g.ledger.span(g.axis, "all_reduce", 2 * nbytes(x) * (g.size - 1) // g.size):
+        dist.all_reduce(x, REDUCE_OPS[op], group=g.group)
     return x
 
 
@@ -39,9 +37,8 @@ def all_gather(x: Tensor, g: AxisGroup, dim: int) -> Tensor:
         return x
     x = x.contiguous()
     out = x.new_empty((g.size, *x.shape))
-    t0 = time.perf_counter()
-    all_gather_flat(out.view(-1), x.view(-1), group=g.group)
-    g.ledger.add(g.axis, "all_gather", nbytes(x) * (g.size - 1), time.perf_counter() - t0)
+    with g.ledger.span(g.axis, "all_gather", nbytes(x) * (g.size - 1)):
+        all_gather_flat(out.view(-1), x.view(-1), group=g.group)
     if dim == 0:
         return out.flatten(0, 1)
     return out.movedim(0, dim).reshape(*x.shape[:dim], g.size * x.shape[dim], *x.shape[dim + 1 :])
@@ -55,9 +52,8 @@ def reduce_scatter(x: Tensor, g: AxisGroup, dim: int) -> Tensor:
     chunk = x.shape[dim] // g.size
     stacked = x.unflatten(dim, (g.size, chunk)).movedim(dim, 0).contiguous()
     out = torch.empty_like(stacked[0])
-    t0 = time.perf_counter()
-    reduce_scatter_flat(out.view(-1), stacked.view(-1), group=g.group)
-    g.ledger.add(g.axis, "reduce_scatter", nbytes(out) * (g.size - 1), time.perf_counter() - t0)
+    with g.ledger.span(g.axis, "reduce_scatter", nbytes(out) * (g.size - 1)):
+        reduce_scatter_flat(out.view(-1), stacked.view(-1), group=g.group)
     return out
 
 
@@ -65,7 +61,6 @@ def broadcast_(x: Tensor, g: AxisGroup, source_index: int = 0) -> Tensor:
     """Copy ``x`` of the rank at ``source_index`` of the group to all, in place."""
     if g.group is None:
         return x
-    t0 = time.perf_counter()
-    dist.broadcast(x, g.ranks[source_index], group=g.group)
-    g.ledger.add(g.axis, "broadcast", nbytes(x) if g.index == source_index else 0, time.perf_counter() - t0)
+    with g.ledger.span(g.axis, "broadcast", nbytes(x) if g.index == source_index else 0):
+        dist.broadcast(x, g.ranks[source_index], group=g.group)
     return x

@@ -1,0 +1,92 @@
+"""Every data-, tensor- and sequence-parallel layout trains as one process does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from support.parity import check
+from trainsys.config.model import ModelConfig
+from trainsys.config.run import (
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+# Small, but with every trait that sharding could get wrong: grouped heads, qk-norm, odd vocabulary per rank.
+MODEL: dict[str, Any] = {
+    "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "vocab": 72, "max_seq_len": 64,
+    "qk_norm": True, "init_std": 0.1,
+}  # fmt: skip
+
+
+def config(
+    parallel: dict[str, Any], *, model: dict[str, Any] | None = None, recompute: str = "none", **train: Any
+) -> RunConfig:
+    defaults = {"seq_len": 16, "global_batch": 8, "micro_batch": 1, "dtype": "fp32", "device": "cpu", "steps": 10}
+    return RunConfig(
+        model=ModelConfig(**{**MODEL, **(model or {})}),
+        parallel=ParallelConfig(**{"dp_shard": 1, **parallel}),
+        data=DataConfig(source="synthetic", prefetch=0),
+        optim=OptimConfig(lr=2e-3, warmup_steps=2, z_loss=1e-3),
+        recompute=RecomputeConfig(policy=recompute),  # type: ignore[arg-type]  # a test's string
+        train=TrainConfig(**{**defaults, **train}),
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    world: int
+    parallel: dict[str, Any]
+    axes: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+NO_SP = {"sequence_parallel": False}
+LAYOUTS = [
+    Case("single", 1, {}, ()),
+    Case("ddp2", 2, {"dp_replicate": 2}, ("dp_replicate",)),
+    Case("fsdp2", 2, {"dp_shard": 2}, ("fsdp",)),
+    Case("tp2", 2, {"tp": 2, **NO_SP}, ("tp",)),
+    Case("tp2_sp", 2, {"tp": 2}, ("tp",)),
+    Case("ddp4", 4, {"dp_replicate": 4}, ("dp_replicate",)),
+    Case("fsdp4", 4, {"dp_shard": 4}, ("fsdp",)),
+    Case("hsdp2x2", 4, {"dp_replicate": 2, "dp_shard": 2}, ("dp_replicate", "fsdp")),
+    Case("ddp2_tp2", 4, {"dp_replicate": 2, "tp": 2, **NO_SP}, ("dp_replicate", "tp")),
+    Case("ddp2_tp2_sp", 4, {"dp_replicate": 2, "tp": 2}, ("dp_replicate", "tp")),
+    Case("fsdp2_tp2", 4, {"dp_shard": 2, "tp": 2, **NO_SP}, ("fsdp", "tp")),
+    Case("fsdp2_tp2_sp", 4, {"dp_shard": 2, "tp": 2}, ("fsdp", "tp")),
+    Case("hsdp2x2_tp2_sp", 8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, ("dp_replicate", "fsdp", "tp")),
+    Case("hsdp2x2_tp2", 8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2, **NO_SP}, ("dp_replicate", "fsdp", "tp")),
+]
+BASE = {c.name: c for c in LAYOUTS}
+VARIANTS = [
+    Case(f"{name}-{label}", BASE[name].world, {**BASE[name].parallel, **parallel}, BASE[name].axes, options)
+    for label, parallel, options, names in (
+        ("micro4", {}, {"micro_batch": 4, "global_batch": 8}, ("single", "fsdp2_tp2_sp")),
+        ("accumulate1", {}, {"micro_batch": 2, "global_batch": 8}, ("ddp4", "fsdp4")),
+        ("zero2", {"fsdp": {"reshard_after_forward": False}}, {}, ("fsdp2", "hsdp2x2")),
+        ("gathered_logits", {"loss_parallel": False}, {}, ("tp2", "tp2_sp")),
+        ("small_buckets", {"bucket_mb": 0.01}, {}, ("ddp2",)),
+        ("tied", {}, {"model": {"tied_embeddings": True}}, ("tp2_sp", "fsdp2", "hsdp2x2_tp2_sp")),
+        ("parallel_block", {}, {"model": {"parallel_block": True}}, ("tp2_sp", "fsdp2_tp2_sp")),
+        ("bias_gelu_layernorm", {}, {"model": {"qkv_bias": True, "ffn_kind": "gelu", "norm": "layernorm"}},
+         ("tp2_sp", "fsdp2_tp2")),
+        ("odd_width", {}, {"model": {"d_model": 36, "head_dim": 10, "n_heads": 6, "d_ff": 60}}, ("fsdp4",)),
+        ("window", {}, {"model": {"sliding_window": 5}}, ("fsdp2_tp2_sp",)),
+        *((policy, {}, {"recompute": policy}, ("single", "ddp2", "fsdp2", "tp2_sp", "fsdp2_tp2_sp", "hsdp2x2"))
+          for policy in ("selective", "full", "every_n")),
+    )
+    for name in names
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*LAYOUTS, *VARIANTS], ids=lambda c: c.name)
+def test_same_answer_as_one_process(case: Case) -> None:
+    check(config(case.parallel, **case.options), case.world, axes=case.axes)

@@ -1,0 +1,157 @@
+"""Does a layout give the answer that one process gives? One helper for every parallel layout.
+
+``check(cfg, world, ...)`` trains a few steps on ``world`` ranks and on one, from the same seed and so the same
+weights and batches, and compares loss, every gradient and the updated weights. It also asserts what equality
+alone cannot: the gradient is not zero, the loss moves, copies of a shard agree, every element of every
+parameter is held by somebody, and the axes under test communicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from support.ranks import run_ranks
+from trainsys.config.run import RunConfig
+from trainsys.data import Loader, build_source
+from trainsys.engines.native import NativeEngine
+from trainsys.layout import Layout
+from trainsys.parallel.mesh import Mesh
+from trainsys.telemetry.recorder import Recorder, here
+
+Pieces = list[tuple[str, tuple[int, ...], tuple[tuple[int, int], ...], np.ndarray]]
+
+
+@dataclass
+class Trace:
+    """What one rank saw over a few steps."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[Pieces] = field(default_factory=list)
+    parameters: Pieces = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The same, put together from all ranks."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, np.ndarray]]
+    parameters: dict[str, np.ndarray]
+    ranks: list[Trace]
+
+
+def train_on_this_rank(cfg: RunConfig, steps: int) -> Trace:
+    """Runs on each rank (and, for the reference, in the test's own process)."""
+    torch.manual_seed(1234 + (dist.get_rank() if dist.is_initialized() else 0))  # must not matter
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    layout = Layout.resolve(cfg.parallel, world)
+    mesh = Mesh(layout, torch.device("cpu"))
+    engine = NativeEngine(cfg, mesh, Recorder(None, here(run_id="parity", rank=rank, world=world), watch_gc=False))
+    trace = Trace()
+    with Loader(build_source(cfg), layout, rank, cfg.train.micro_batch) as loader:
+        for step in range(steps):
+            result = engine.train_step(step, next(loader))
+            loss, norm = result.scalars.tolist()
+            trace.losses.append(loss)
+            trace.norms.append(norm)
+            trace.gradients.append(_pieces(engine.gradients()))
+    trace.parameters = _pieces(engine.parameters())
+    for (axis, _), traffic in mesh.ledger.traffic.items():
+        trace.calls[axis] = trace.calls.get(axis, 0) + traffic.calls
+        trace.sent_bytes[axis] = trace.sent_bytes.get(axis, 0) + traffic.sent_bytes
+    return trace
+
+
+def _pieces(tensors: Iterable[Any]) -> Pieces:
+    return [(t.name, t.place.full_shape, t.place.bounds, t.data.float().numpy().copy()) for t in tensors]
+
+
+def assemble(by_rank: list[Pieces]) -> dict[str, np.ndarray]:
+    """Full tensors from every rank's pieces; copies must agree to the bit, and nothing may be missing."""
+    full: dict[str, np.ndarray] = {}
+    for pieces in by_rank:
+        for name, shape, bounds, data in pieces:
+            whole = full.setdefault(name, np.full(shape, np.nan, np.float32))
+            box = tuple(slice(a, b) for a, b in bounds)
+            held = whole[box]
+            assert held.shape == data.shape, f"{name}: piece {data.shape} at {bounds} of {shape}"
+            known = ~np.isnan(held)
+            assert np.array_equal(held[known], data[known]), f"{name}: copies of {bounds} differ between ranks"
+            whole[box] = data
+    for name, whole in full.items():
+        assert not np.isnan(whole).any(), f"{name}: some elements are nobody's, or not a number"
+    return full
+
+
+def whole(traces: list[Trace]) -> Whole:
+    first = traces[0]
+    for rank, trace in enumerate(traces):
+        assert trace.losses == first.losses, f"rank {rank} reports another loss than rank 0"
+        assert trace.norms == first.norms, f"rank {rank} reports another gradient norm than rank 0"
+    steps = range(len(first.losses))
+    gradients = [assemble([t.gradients[s] for t in traces]) for s in steps]
+    return Whole(first.losses, first.norms, gradients, assemble([t.parameters for t in traces]), traces)
+
+
+@lru_cache(maxsize=16)
+def _reference(cfg_json: str, steps: int) -> Whole:
+    return whole([train_on_this_rank(RunConfig.model_validate_json(cfg_json), steps)])
+
+
+def reference(cfg: RunConfig, steps: int) -> Whole:
+    """One process, whole micro-batches of the same global batch, nothing recomputed: the plainest run there is."""
+    plain = cfg.model_copy(
+        update={
+            "parallel": type(cfg.parallel)(dp_shard=1),
+            "recompute": type(cfg.recompute)(),
+            "train": cfg.train.model_copy(update={"micro_batch": cfg.train.global_batch, "compile": False}),
+        }
+    )
+    return _reference(plain.model_dump_json(), steps)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| / |b| in the 2-norm; 0 where both are zero."""
+    scale = float(np.linalg.norm(b.astype(np.float64)))
+    gap = float(np.linalg.norm(a.astype(np.float64) - b.astype(np.float64)))
+    return gap / scale if scale else (0.0 if gap == 0.0 else float("inf"))
+
+
+def check(
+    cfg: RunConfig, world: int, *, axes: Iterable[str] = (), steps: int = 5, tolerance: float = 1e-5
+) -> Whole:
+    """Train under ``cfg.parallel`` on ``world`` ranks and compare with one process; returns the parallel run.
+
+    ``axes``: those that must have communicated.
+    """
+    want = reference(cfg, steps)
+    got = whole(run_ranks(world, train_on_this_rank, cfg, steps) if world > 1 else [train_on_this_rank(cfg, steps)])
+    assert abs(want.losses[0] - want.losses[-1]) > 1e-3, "the loss does not move: this compares dead models"
+    for step in range(steps):
+        assert abs(got.losses[step] / want.losses[step] - 1) < tolerance, (
+            f"step {step}: loss {got.losses[step]:.7f}, one process {want.losses[step]:.7f}"
+        )
+        assert abs(got.norms[step] / want.norms[step] - 1) < 10 * tolerance, f"step {step}: gradient norm"
+        assert got.gradients[step].keys() == want.gradients[step].keys()
+        for name, gradient in want.gradients[step].items():
+            assert np.any(gradient), f"step {step}: the gradient of {name} is zero"
+            gap = distance(got.gradients[step][name], gradient)
+            assert gap < tolerance, f"step {step}: gradient of {name} is off by {gap:.1e}"
+    for name, weight in want.parameters.items():
+        gap = distance(got.parameters[name], weight)
+        assert gap < tolerance, f"{name} after {steps} steps is off by {gap:.1e}"
+    for rank, trace in enumerate(got.ranks):
+        for axis in axes:
+            assert trace.sent_bytes.get(axis, 0) > 0, f"rank {rank} sent nothing on {axis}"
+    return got

@@ -1,0 +1,82 @@
+"""The native engine: plain torch.distributed, composed by ``parallelize``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trainsys.comm import ops
+from trainsys.config.run import RunConfig
+from trainsys.data.loader import StepData
+from trainsys.engines.base import LocalTensor, StepResult
+from trainsys.ops.loss import cross_entropy_sum
+from trainsys.optim.adamw import LocalAdamW
+from trainsys.optim.local import local, local_grad
+from trainsys.optim.norm import clip_, square_sum
+from trainsys.optim.schedule import learning_rate
+from trainsys.parallel.mesh import Mesh
+from trainsys.parallel.parallelize import parallelize
+from trainsys.telemetry.recorder import Recorder
+
+
+class NativeEngine:
+    """Trains ``cfg.model`` under the layout of ``mesh``; see :class:`trainsys.engines.base.Engine`."""
+
+    def __init__(self, cfg: RunConfig, mesh: Mesh, recorder: Recorder) -> None:
+        self.cfg, self.mesh, self.recorder = cfg, mesh, recorder
+        self.device = mesh.device
+        self.model = parallelize(cfg, mesh)
+        self.optimizer = LocalAdamW(self.model.named_parameters(), cfg.optim)
+        # Over which ranks the vocabulary of the logits is split.
+        self._vocab = mesh["tp"] if cfg.parallel.loss_parallel and mesh["tp"].size > 1 else None
+
+    def train_step(self, step: int, data: StepData) -> StepResult:
+        phase = self.recorder.phase
+        self.model.zero_gradients()
+        nll_sum = torch.zeros((), device=self.device)
+        for i, batch in enumerate(data.micro_batches):
+            self.model.set_sync(last=i == len(data.micro_batches) - 1)
+            with phase("data"):
+                tokens, labels, positions, doc_ids = (
+                    None if a is None else torch.from_numpy(a).to(self.device, non_blocking=True)
+                    for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
+                )
+            with phase("forward"):
+                logits = self.model.module(tokens, positions, doc_ids)
+                loss, nll = cross_entropy_sum(logits, labels, z_loss=self.cfg.optim.z_loss, group=self._vocab)
+                nll_sum += nll
+                # Divided by the tokens of the whole global batch, so that sums over ranks and
+                # micro-batches are the gradient of the global mean whatever the layout.
+                loss = loss / data.valid_tokens_global
+                del logits
+            with phase("backward"):
+                loss.backward()
+        with phase("backward"):
+            self.model.finish_gradients()
+        with phase("optimizer"):
+            lr = learning_rate(self.cfg.optim, step, self.cfg.train.steps)
+            scalars = self._clip(nll_sum / data.valid_tokens_global)
+            self.optimizer.step(lr)
+        return StepResult(scalars, lr)
+
+    def _clip(self, nll: Tensor) -> Tensor:
+        """Clip by the global norm; returns [loss, norm] summed over all ranks in one all-reduce."""
+        named = [(n, g) for n, p in self.model.named_parameters() if (g := local_grad(p)) is not None]
+        squares = square_sum(((g, self.model.copies[n]) for n, g in named), self.device)
+        # Every rank of a tp group has the same loss.
+        totals = ops.all_reduce_(torch.stack([nll / self.mesh.layout.tp, squares]), self.mesh["world"])
+        totals[1].sqrt_()
+        if self.cfg.optim.clip_norm:
+            clip_([g for _, g in named], totals[1], self.cfg.optim.clip_norm)
+        return totals
+
+    def parameters(self) -> Iterator[LocalTensor]:
+        for name, p in self.model.named_parameters():
+            yield LocalTensor(name, local(p), self.model.shards[name])
+
+    def gradients(self) -> Iterator[LocalTensor]:
+        for name, p in self.model.named_parameters():
+            grad = local_grad(p)
+            yield LocalTensor(name, torch.zeros_like(local(p)) if grad is None else grad, self.model.shards[name])

@@ -1,0 +1,1 @@
+"""Optimizer on local shards, learning-rate schedule, and the global gradient norm."""

@@ -1,0 +1,106 @@
+"""Fully sharded data parallelism (ZeRO-3 or ZeRO-2) with torch's FSDP2, over dp_shard × cp.
+
+Gradients are summed, never averaged: the loss is already divided by the tokens of the whole global batch.
+With dp_replicate > 1 (HSDP) a hook sums each reduced shard over the replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from trainsys.comm import ops
+from trainsys.comm.group import AxisGroup
+from trainsys.config.run import FsdpConfig
+from trainsys.models.decoder import Decoder
+from trainsys.parallel.mesh import Mesh
+
+
+class _CountedWork(dist.Work):
+    """A pending collective, counted when it is waited for."""
+
+    def __init__(self, work: dist.Work, span: AbstractContextManager[None]) -> None:
+        super().__init__()
+        self._work, self._span = work, span
+
+    def wait(self, *args: Any) -> bool:
+        with self._span:
+            return self._work.wait(*args)
+
+
+class _Counted:
+    """FSDP2's communication seam: torch's collectives, counted in the ledger."""
+
+    def __init__(self, group: AxisGroup) -> None:
+        self.group = group
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def _run(self, op: str, shard: Tensor, start: Callable[[], dist.Work | None], async_op: bool) -> Any:
+        span = self.group.ledger.span(self.group.axis, op, ops.nbytes(shard) * (self.group.size - 1))
+        if async_op:
+            work = start()
+            assert work is not None
+            return _CountedWork(work, span)
+        with span:
+            return start()
+
+
+class _CountedAllGather(_Counted):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        start = partial(ops.all_gather_flat, output_tensor, input_tensor, group=group, async_op=async_op)
+        return self._run("all_gather", input_tensor, start, async_op)
+
+
+class _CountedReduceScatter(_Counted):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> Any:
+        start = partial(ops.reduce_scatter_flat, output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return self._run("reduce_scatter", output_tensor, start, async_op)
+
+
+def apply_fsdp(model: Decoder, mesh: Mesh, cfg: FsdpConfig, compute_dtype: torch.dtype) -> list[FSDPModule]:
+    """Shard every block, and embedding, final norm and head together, over the ``fsdp`` axis.
+
+    Parameters and reductions are fp32, gathered copies are of ``compute_dtype``. Returns the units in the
+    order of forward; the root comes first and its parameters stay gathered from forward to backward.
+    """
+    options: dict[str, Any] = {
+        "mesh": mesh.device_mesh("fsdp"),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        ),
+    }
+    blocks = [
+        fully_shard(block, reshard_after_forward=cfg.reshard_after_forward, **options)
+        for block in model.layers.values()
+    ]
+    root = fully_shard(model, **options)
+    for unit in (root, *blocks):
+        _count_and_sum(unit, mesh)
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + cfg.prefetch])
+        block.set_modules_to_backward_prefetch(blocks[max(0, i - cfg.prefetch) : i][::-1])
+    return [root, *blocks]
+
+
+def _count_and_sum(unit: FSDPModule, mesh: Mesh) -> None:
+    group, replicas = mesh["fsdp"], mesh["dp_replicate"]
+    unit.set_custom_all_gather(_CountedAllGather(group))
+    unit.set_custom_reduce_scatter(_CountedReduceScatter(group))
+    unit.set_gradient_divide_factor(1.0)
+    # gloo has no PREMUL_SUM; a plain sum is what is wanted anyway.
+    unit.set_force_sum_reduction_for_comms(True)
+    if replicas.size > 1:
+        unit.set_all_reduce_hook(lambda shard: ops.all_reduce_(shard, replicas))

@@ -1,0 +1,109 @@
+"""Everything that turns a plain meta-device model into this rank's part of a parallel one, in order.
+
+1. tensor and sequence parallelism   slices parameters, so it comes before anything wraps them
+2. recomputation                     inside FSDP's hooks, so that a recomputed block is gathered once
+3. torch.compile, one block at a time
+4. FSDP over dp_shard × cp           shards what is left of each parameter
+5. materialise and initialise        each rank fills only what it holds
+6. replicated data parallelism       buckets need the real gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from trainsys.comm import ops
+from trainsys.config.run import RunConfig
+from trainsys.memory.recompute import apply_recompute
+from trainsys.models.decoder import Decoder
+from trainsys.models.init import _local_part as local_part
+from trainsys.models.init import init_weights
+from trainsys.models.shards import ShardSpec
+from trainsys.optim.local import local_grad
+from trainsys.parallel.fsdp import apply_fsdp
+from trainsys.parallel.mesh import Mesh
+from trainsys.parallel.replicate import GradientBuckets
+from trainsys.parallel.tensor import apply_tensor_parallel, needs_tp_reduction
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class ParallelModel:
+    """A rank's part of the model, and how its gradients become those of the whole."""
+
+    module: Decoder
+    mesh: Mesh
+    shards: dict[str, ShardSpec]
+    copies: dict[str, int]
+    """How many ranks of the world hold the same shard of a parameter."""
+    units: list[FSDPModule]
+    buckets: GradientBuckets | None
+    tp_partial: list[nn.Parameter]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
+
+    def set_sync(self, last: bool) -> None:
+        """Reduce gradients over data ranks in the next backward only if it is the step's last."""
+        if self.units:
+            self.units[0].set_requires_gradient_sync(last)
+            self.units[0].set_is_last_backward(last)
+        if self.buckets is not None:
+            self.buckets.sync = last
+
+    def finish_gradients(self) -> None:
+        """After the last backward: wait for reductions, and sum what tp ranks computed in parts."""
+        if self.buckets is not None:
+            self.buckets.wait()
+        grads = [g for p in self.tp_partial if (g := local_grad(p)) is not None and g.numel()]
+        if grads:
+            flat = ops.all_reduce_(torch.cat([g.reshape(-1) for g in grads]), self.mesh["tp"])
+            parts = flat.split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+
+    def zero_gradients(self) -> None:
+        if self.buckets is not None:
+            self.buckets.zero()
+        else:
+            for p in self.module.parameters():
+                p.grad = None
+
+
+def parallelize(cfg: RunConfig, mesh: Mesh) -> ParallelModel:
+    """Build ``cfg.model`` as this rank's part under ``mesh``, initialised from ``cfg.train.seed``."""
+    layout, parallel = mesh.layout, cfg.parallel
+    dtype = DTYPES[cfg.train.dtype]
+    with torch.device("meta"):
+        model = Decoder(cfg.model, compute_dtype=dtype)
+    sequence_parallel = parallel.sequence_parallel and layout.tp > 1
+    shards = apply_tensor_parallel(
+        model, mesh["tp"], sequence_parallel=sequence_parallel, loss_parallel=parallel.loss_parallel
+    )
+    apply_recompute(model, cfg.recompute)
+    if cfg.train.compile:
+        for block in model.layers.values():
+            block.compile()
+    units = apply_fsdp(model, mesh, parallel.fsdp, dtype) if mesh["fsdp"].size > 1 else []
+    model.to_empty(device=mesh.device)
+    # Ranks that differ only on these axes hold the same shard: replicas, and tp unless it splits the parameter.
+    copies = {
+        name: layout.dp_replicate * (layout.tp if spec.local_shape == spec.full_shape else 1)
+        for name, spec in shards.items()
+    }
+    init_weights(model, cfg.model, cfg.train.seed, shards)
+    shards = {name: local_part(p, shards[name])[1] for name, p in model.named_parameters()}
+    buckets = None
+    if not units and mesh["dp_replicate"].size > 1:
+        buckets = GradientBuckets(model.parameters(), mesh["dp_replicate"], parallel.bucket_mb)
+    tp_partial = [
+        p
+        for name, p in model.named_parameters()
+        if layout.tp > 1 and needs_tp_reduction(name, sequence_parallel)
+    ]
+    return ParallelModel(model, mesh, shards, copies, units, buckets, tp_partial)
