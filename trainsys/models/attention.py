@@ -1,4 +1,4 @@
-"""Self-attention of one layer: projections, rotary embedding, and a core that can be replaced from outside."""
+"""Self-attention of one layer: projections, rotary embedding, and a core that others may replace."""
 
 from __future__ import annotations
 

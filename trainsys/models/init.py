@@ -1,9 +1,9 @@
 """Initial weights as a pure function of (seed, parameter name, place in the full parameter).
 
 A full parameter is cut into tiles of 256 x 256 over its last two dims, and each tile has its own generator
-(Philox, Salmon et al. 2011), keyed by a hash of the seed, the name and the tile's place. A rank makes the tiles
-that its shard touches and no others, so every layout starts from the same numbers and no rank ever holds a full
-parameter it does not own. The numbers come from the CPU whatever the model's device.
+(Philox, Salmon et al. 2011), keyed by a hash of the seed, the name and the tile's place. A rank makes the
+tiles that its shard touches and no others, so every layout starts from the same numbers and no rank ever
+holds more of a parameter than it owns. The numbers come from the CPU whatever the model's device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def init_weights(
     with torch.no_grad():
         for wrapped_name, param in model.named_parameters():
             name = canonical_name(wrapped_name)
-            local, spec = _local_part(param, shards.get(name) or ShardSpec.whole(param.shape))
+            local, spec = local_part(param, shards.get(name) or ShardSpec.whole(param.shape))
             assert tuple(local.shape) == spec.local_shape, f"{name}: {tuple(local.shape)} is not {spec}"
             constant, std = _distribution(name, cfg)
             if std:
@@ -77,9 +77,10 @@ def _distribution(name: str, cfg: ModelConfig) -> tuple[float, float]:
     return 0.0, cfg.init_std
 
 
-def _local_part(param: Tensor, spec: ShardSpec) -> tuple[Tensor, ShardSpec]:
-    """The plain tensor this rank holds of ``param``, and where in the full parameter it lies.
+def local_part(param: Tensor, spec: ShardSpec) -> tuple[Tensor, ShardSpec]:
+    """The plain tensor this rank holds of ``param``, and its place in the full parameter.
 
+    ``spec``: the place of ``param`` as the module declares it, before FSDP2 cut it further.
     FSDP2 cuts as ``torch.chunk`` does: ceil(n / ranks) each, the last ones fewer or none.
     """
     if not isinstance(param, DTensor):
@@ -95,11 +96,15 @@ def _local_part(param: Tensor, spec: ShardSpec) -> tuple[Tensor, ShardSpec]:
     return param.to_local(), spec
 
 
+# The name by which trainsys.parallel imports it until it takes the public one.
+_local_part = local_part
+
+
 def _fill_normal(local: Tensor, spec: ShardSpec, seed: int, name: str, std: float) -> None:
     if local.numel() == 0:
         return
     direct = local.device.type == "cpu" and local.dtype == torch.float32
-    staging = local if direct else torch.empty(local.shape, dtype=torch.float32)
+    staging = local.detach() if direct else torch.empty(local.shape, dtype=torch.float32)
     target = staging.numpy()
     edges = [1] * (len(spec.full_shape) - 2) + [_TILE] * min(len(spec.full_shape), 2)
     tiles = [
@@ -118,13 +123,13 @@ def _fill_normal(local: Tensor, spec: ShardSpec, seed: int, name: str, std: floa
             into.append(slice(first - start, last - start))
         target[tuple(into)] = values[tuple(source)]
 
-    every = list(product(*tiles))
-    if len(every) < 8:
-        for tile in every:
+    threads = torch.get_num_threads()
+    if threads == 1 or local.numel() <= _TILE**2:
+        for tile in product(*tiles):
             fill(tile)
     else:  # numpy releases the interpreter lock while it draws
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(fill, every))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, product(*tiles)))
     if not direct:
         local.copy_(staging)
 
