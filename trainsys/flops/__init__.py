@@ -14,15 +14,16 @@ from trainsys.flops.counts import (
 )
 from trainsys.flops.gemms import Gemm, causal_pairs, full_pairs, head_gemm, layer_gemms, packed_pairs
 from trainsys.flops.params import ParamCounts, layer_params, param_counts
-from trainsys.flops.utilization import StepWork, Utilization, utilization
+from trainsys.flops.step import CONVENTIONS, StepFlops, StepWork, mfu, step_flops
 
 __all__ = [
+    "CONVENTIONS",
     "Convention",
     "Gemm",
     "ModelFlops",
     "ParamCounts",
+    "StepFlops",
     "StepWork",
-    "Utilization",
     "batch_flops",
     "causal_pairs",
     "full_pairs",
@@ -30,9 +31,10 @@ __all__ = [
     "layer_gemms",
     "layer_is_recomputed",
     "layer_params",
+    "mfu",
     "packed_pairs",
     "param_counts",
+    "step_flops",
     "token_flops",
     "train_flops_per_token",
-    "utilization",
 ]

@@ -36,11 +36,6 @@ class ParamCounts:
         return ParamCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
-def _norm(model: ModelConfig) -> int:
-    # LayerNorm has a weight and a bias (Ba et al. 2016), RMSNorm a weight (Zhang & Sennrich 2019).
-    return model.d_model * (2 if model.norm == "layernorm" else 1)
-
-
 def layer_params(model: ModelConfig, layer: int = -1) -> ParamCounts:
     """Parameters of one layer, its norms included; ``layer`` as in a list, -1 the last."""
     layer = range(model.n_layers)[layer]
@@ -50,8 +45,8 @@ def layer_params(model: ModelConfig, layer: int = -1) -> ParamCounts:
         by_component[g.component] = by_component.get(g.component, 0) + g.params
         inactive += (g.groups - g.rows_per_token) * g.n * g.k
     bias = (model.n_heads + 2 * model.kv_heads) * model.dim_per_head if model.qkv_bias else 0
-    # A parallel block feeds attention and FFN from one norm.
-    norms = _norm(model) * (1 if model.parallel_block else 2)
+    # Every norm has a scale and no bias. A parallel block feeds attention and FFN from one norm.
+    norms = model.d_model * (1 if model.parallel_block else 2)
     return ParamCounts(
         attention=by_component["qkv"] + by_component["attn_out"] + bias,
         ffn=by_component.get("ffn", 0),
@@ -67,7 +62,7 @@ def param_counts(model: ModelConfig) -> ParamCounts:
     """Parameters of the whole model."""
     counts = ParamCounts(
         embedding=model.vocab * model.d_model,
-        norms=_norm(model),
+        norms=model.d_model,
         head=0 if model.tied_embeddings else head_gemm(model).params,
     )
     for layer in range(model.n_layers):
