@@ -1,0 +1,276 @@
+"""Events into columns, chunk by chunk: a dictionary lookup on the category, then list comprehensions."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Raw, Struct
+from msgspec import field as key
+
+from trainsys.profiler.trace import columns as col
+from trainsys.profiler.trace.decode import AnyEvent, EventDecoder, to_ns
+from trainsys.profiler.trace.intervals import EMPTY, Ints, Spans, merge, union
+from trainsys.profiler.trace.opflops import COUNTED
+
+_MERGE_EVERY = 64
+DEVICE, RUNTIME, OPERATOR, NOTE, PYTHON = range(5)
+
+# Categories by their lower-cased name: Kineto since 2022, Kineto 2021 (``Kernel``, ``Operator``), ROCm, XPU.
+KINDS = {
+    "kernel": DEVICE, "gpu_memcpy": DEVICE, "gpu_memset": DEVICE, "memcpy": DEVICE, "memset": DEVICE,
+    "runtime": RUNTIME, "cuda_runtime": RUNTIME, "cuda_driver": RUNTIME, "hip_runtime": RUNTIME,
+    "driver": RUNTIME, "xpu_runtime": RUNTIME, "privateuse1_runtime": RUNTIME, "privateuse1_driver": RUNTIME,
+    "operator": OPERATOR, "cpu_op": OPERATOR, "user_annotation": NOTE, "python_function": PYTHON,
+}  # fmt: skip
+for _name in ("kernel", "memcpy", "memset", "runtime", "operator"):
+    KINDS[_name.capitalize()] = KINDS[_name]
+
+_NOTE_PREFIXES = ("ProfilerStep", "enumerate(DataLoader)", "nccl:", "gloo:", "mpi:", "ucc:", "c10d::", "Optimizer.")
+_RECOMPUTE = ("recompute_fn", "CheckpointFunctionBackward", "checkpoint.py")
+
+
+class Args(Struct, gc=False):
+    """The arguments read of device, runtime and operator events, under every spelling seen."""
+
+    correlation: int = -1
+    external: int = key(name="External id", default=-1)
+    external_old: int = key(name="external id", default=-1)
+    stream: int = -1
+    device: int = -1
+    bytes: int = -1
+    graph: int = key(name="graph node id", default=0)
+    dims: Raw = key(name="Input Dims", default=Raw())
+    types: Raw = key(name="Input type", default=Raw())
+    op: str | None = key(name="Collective name", default=None)
+    in_elements: int = key(name="In msg nelems", default=-1)
+    out_elements: int = key(name="Out msg nelems", default=-1)
+    group_size: int = key(name="Group size", default=-1)
+    dtype: str = ""
+    group: str | None = key(name="Process Group Name", default=None)
+    group_desc: str | None = key(name="Process Group Description", default=None)
+    ranks: str | None = key(name="Process Group Ranks", default=None)
+    sequence: int = key(name="Seq", default=-1)
+
+
+_ARGS = msgspec.json.Decoder(list[Args])
+_ARGS_LAX = msgspec.json.Decoder(Args, strict=False)
+_NO_ARGS = Args()
+
+
+class Collector:
+    """Takes chunks of events in, gives one ``RankTrace`` out."""
+
+    def __init__(self, path: Path, decoder: EventDecoder) -> None:
+        self.path, self.decoder, self.said = path, decoder, decoder.said
+        self.trace = col.RankTrace(path, -1, 0, said=decoder.said)
+        self._names: dict[str, int] = {}
+        self._threads: dict[tuple[int | str, int | str], int] = {}
+        self._meta: dict[tuple[object, ...], int] = {}
+        self._parts: dict[str, list[list[Ints]]] = {"device": [], "runtime": [], "notes": [], "ops": []}
+        self._busy: list[Spans] = []
+        self._low, self._high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+        self._per_unit = 0
+        self._skipped: Counter[str] = Counter()
+
+    def add(self, events: list[AnyEvent]) -> bool:
+        """Keep what matters of a chunk. False where its times need decoding as decimals first."""
+        buckets: list[list[AnyEvent]] = [[], [], [], [], []]
+        kinds = KINDS
+        for event in events:
+            kind = kinds.get(event.cat)
+            if kind is not None:
+                buckets[kind].append(event)
+        timed: list[tuple[list[AnyEvent], Ints, Ints]] = []
+        for bucket in buckets:
+            times = self._times(bucket)
+            if times is None:
+                return False
+            timed.append(times)
+        self._device(*timed[DEVICE])
+        self._runtime(*timed[RUNTIME])
+        self._operators(*timed[OPERATOR])
+        self._notes(*timed[NOTE])
+        self._python(*timed[PYTHON])
+        return True
+
+    def _times(self, bucket: list[AnyEvent]) -> tuple[list[AnyEvent], Ints, Ints] | None:
+        """(events, starts, ends) of those with a duration; None if doubles are not exact enough."""
+        none = np.zeros(0, np.int64)
+        if not bucket:
+            return bucket, none, none
+        durations = [e.dur for e in bucket]
+        if min(durations) < 0:
+            whole = len(bucket)
+            bucket = [e for e in bucket if e.dur >= 0 and e.ts >= 0]
+            if whole - len(bucket):
+                self.said["dropped: event without a duration or start"] += whole - len(bucket)
+            if not bucket:
+                return bucket, none, none
+            durations = [e.dur for e in bucket]
+        stamps = [e.ts for e in bucket]
+        if not self._per_unit:
+            # Microseconds since 1970 reach 1e17 in the year 5138: what is above that is nanoseconds.
+            self._per_unit = 1 if max(stamps) > 1e17 else 1000
+            if self._per_unit == 1:
+                self.said["assumed: timestamps above 1e17 are nanoseconds"] += 1
+        start = to_ns(stamps, self._per_unit)  # type: ignore[arg-type]
+        length = to_ns(durations, self._per_unit)  # type: ignore[arg-type]
+        if start is None or length is None:
+            return None
+        end = start + length
+        self._low, self._high = min(self._low, int(start.min())), max(self._high, int(end.max()))
+        return bucket, start, end
+
+    def _name_ids(self, bucket: list[AnyEvent]) -> Ints:
+        table = self._names
+        return np.array([table.setdefault(e.name, len(table)) for e in bucket], np.int64)
+
+    def _thread_ids(self, bucket: list[AnyEvent]) -> Ints:
+        table = self._threads
+        return np.array([table.setdefault((e.pid, e.tid), len(table)) for e in bucket], np.int64)
+
+    def _args(self, bucket: list[AnyEvent]) -> list[Args]:
+        try:
+            return _ARGS.decode(b"[" + b",".join([e.args or b"{}" for e in bucket]) + b"]")  # type: ignore[no-any-return]
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return [self._args_lax(e.args) for e in bucket]
+
+    def _args_lax(self, raw: Raw) -> Args:
+        try:
+            return _ARGS_LAX.decode(raw or b"{}")
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            self.said["dropped: arguments of an event, of the wrong type"] += 1
+            return _NO_ARGS
+
+    def _device(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
+        if not bucket:
+            return
+        args = self._args(bucket)
+        kinds = {"kernel": col.KERNEL, "Kernel": col.KERNEL, "gpu_memset": col.MEMSET, "memset": col.MEMSET,
+                 "Memset": col.MEMSET}  # fmt: skip
+        device = [a.device if a.device >= 0 else _number(e.pid) for a, e in zip(args, bucket, strict=True)]
+        stream = [a.stream if a.stream >= 0 else _number(e.tid) for a, e in zip(args, bucket, strict=True)]
+        columns = [
+            [kinds.get(e.cat, col.MEMCPY) for e in bucket], device, stream,
+            [a.correlation for a in args],
+            [a.external if a.external >= 0 else a.external_old for a in args],
+            [a.bytes for a in args], [a.graph for a in args], [self._comm_meta(a) for a in args],
+        ]  # fmt: skip
+        self._parts["device"].append(
+            [start, end, self._name_ids(bucket), *(np.array(c, np.int64) for c in columns)]
+        )
+
+    def _comm_meta(self, a: Args) -> int:
+        if a.op is None and a.group is None and a.group_size < 0:
+            return -1
+        fields = (a.op, a.group, a.group_desc, a.ranks, a.group_size, a.in_elements, a.out_elements, a.dtype,
+                  a.sequence)  # fmt: skip
+        index = self._meta.get(fields)
+        if index is None:
+            index = self._meta[fields] = len(self.trace.comm_meta)
+            self.trace.comm_meta.append(
+                col.CommMeta(a.op or "", a.group or "", a.group_desc or "", _ranks(a.ranks), *fields[4:])  # type: ignore[arg-type]
+            )
+        return index
+
+    def _runtime(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
+        if bucket:
+            correlation = np.array([a.correlation for a in self._args(bucket)], np.int64)
+            self._keep("runtime", bucket, start, end, correlation)
+
+    def _keep(self, part: str, bucket: list[AnyEvent], start: Ints, end: Ints, extra: Ints | None = None) -> None:
+        if extra is None:
+            extra = np.full(len(bucket), -1, np.int64)
+        self._parts[part].append([start, end, self._name_ids(bucket), self._thread_ids(bucket), extra])
+
+    def _operators(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
+        if not bucket:
+            return
+        self._busy.append(union(start, end))
+        if len(self._busy) == _MERGE_EVERY:
+            self._busy = [merge(*self._busy)]
+        names = [e.name for e in bucket]
+        counted = [i for i, name in enumerate(names) if name in COUNTED]
+        if counted:
+            self._counted([bucket[i] for i in counted], start[counted], end[counted])
+        noted = [i for i, name in enumerate(names) if name.startswith(_NOTE_PREFIXES) or name in _RECOMPUTE]
+        if noted:
+            self._keep("notes", [bucket[i] for i in noted], start[noted], end[noted])
+
+    def _counted(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
+        shapes = []
+        for event, a in zip(bucket, self._args(bucket), strict=True):
+            shapes.append(len(self.trace.op_shapes))
+            self.trace.op_shapes.append(col.Op(event.name, *_shapes(a)))
+        self._keep("ops", bucket, start, end, np.array(shapes, np.int64))
+
+    def _notes(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
+        if bucket:
+            args = self._args(bucket)
+            indices = [self._comm_meta(a) for a in args]
+            for i, (event, a) in enumerate(zip(bucket, args, strict=True)):
+                if indices[i] < 0 and a.dims and ":" in event.name[:5]:
+                    indices[i] = self._meta_from_shape(a)
+            self._keep("notes", bucket, start, end, np.array(indices, np.int64))
+
+    def _meta_from_shape(self, a: Args) -> int:
+        """A host collective gives only its tensors: enough for the size of the message."""
+        dims, dtype = _shapes(a)
+        if not dims:
+            return -1
+        elements = sum(int(np.prod(d)) for d in dims)
+        return self._comm_meta(Args(op="", group="", in_elements=elements, dtype=dtype))
+
+    def _python(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
+        kept = [i for i, e in enumerate(bucket) if "checkpoint" in e.name and "recompute_fn" in e.name]
+        if kept:
+            self._keep("notes", [bucket[i] for i in kept], start[kept], end[kept])
+
+    def finish(self) -> col.RankTrace:
+        """The columns, in order of start; host spans merged."""
+        trace = self.trace
+        trace.names = list(self._names)
+        for part, kind, width in (("device", col.Activities, 11), ("runtime", col.Calls, 5),
+                                  ("notes", col.Calls, 5), ("ops", col.Calls, 5)):  # fmt: skip
+            chunks = self._parts.pop(part)
+            if chunks:
+                merged = [np.concatenate([c[i] for c in chunks]) for i in range(width)]
+                order = np.argsort(merged[0], kind="stable")
+                setattr(trace, part, kind(*(m[order] for m in merged)))
+        trace.host_busy = merge(*self._busy) if self._busy else EMPTY
+        if self._high >= self._low:
+            trace.span = (int(self._low), int(self._high))
+        return trace
+
+
+def _number(text: int | str) -> int:
+    """``7`` of ``7`` or of ``"stream 7"``; -1 without a number."""
+    if isinstance(text, int):
+        return text
+    last = text.rsplit(" ", 1)[-1]
+    return int(last) if last.isdigit() else -1
+
+
+def _ranks(text: str | None) -> tuple[int, ...]:
+    """The list a trace writes as text; long ones are elided by NCCL's logger (``[0, 1, ..., 7]``) and unusable."""
+    if not text or "..." in text:
+        return ()
+    try:
+        return tuple(int(r) for r in ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return ()
+
+
+def _shapes(a: Args) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """(dimensions of each input, first floating type named)."""
+    try:
+        raw = msgspec.json.decode(a.dims or b"[]")
+        dims = tuple(tuple(int(x) for x in d) if all(isinstance(x, int) for x in d) else () for d in raw)
+        types = [t for t in msgspec.json.decode(a.types or b"[]") if isinstance(t, str)]
+    except (msgspec.DecodeError, TypeError, ValueError):
+        return (), ""
+    return dims, next((t for t in types if t not in ("", "Scalar", "ScalarList", "GenericList")), "")

@@ -1,0 +1,182 @@
+"""JSON text of events to typed events: fast when it is right, repaired when it is not, counted either way.
+
+The fast path is one msgspec decode of a whole chunk. It is also the check that the chunk was cut at an
+event's end: a cut inside a string or a nested value cannot decode. What fails is taken apart with a
+string-aware scanner and mended event by event; what cannot be mended is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from decimal import Decimal
+
+import msgspec
+from msgspec import Raw, Struct
+
+from trainsys.profiler.trace.intervals import Ints
+
+
+class Event(Struct, gc=False):
+    """The fields of a Chrome trace event that are read. ``ts`` and ``dur`` in the file's unit."""
+
+    cat: str = ""
+    name: str = ""
+    pid: int | str = -1
+    tid: int | str = -1
+    ts: int | float = -1
+    dur: int | float = -1
+    args: Raw = Raw()
+
+
+class ExactEvent(Struct, gc=False):
+    """As ``Event``, where a double would lose nanoseconds: decimals as written."""
+
+    cat: str = ""
+    name: str = ""
+    pid: int | str = -1
+    tid: int | str = -1
+    ts: Decimal = Decimal(-1)
+    dur: Decimal = Decimal(-1)
+    args: Raw = Raw()
+
+
+AnyEvent = Event | ExactEvent
+
+_FAST = msgspec.json.Decoder(list[Event])
+_EXACT = msgspec.json.Decoder(list[ExactEvent])
+_LAX = msgspec.json.Decoder(Event, strict=False)
+_LAX_EXACT = msgspec.json.Decoder(ExactEvent, strict=False)
+
+# What PyTorch, Kineto and post-processing scripts were seen to get wrong, cheapest first.
+_REPAIRS: tuple[tuple[str, re.Pattern[bytes], bytes], ...] = (
+    ("missing value", re.compile(rb'("\s*:\s*)(?=[,}\]])'), rb"\1null"),
+    ("NaN or Infinity", re.compile(rb'(?<=[:\[,\s])[-+]?(?:nan|inf(?:inity)?)\b(?=\s*[,}\]])', re.I), b"null"),
+    ("trailing comma", re.compile(rb",(\s*[}\]])"), rb"\1"),
+    ("missing comma", re.compile(rb"\}(\s*)\{"), rb"},\1{"),
+    ("bad escape", re.compile(rb'(?<!\\)((?:\\\\)*)\\(?![\\"/bfnrtu])'), rb"\1\\\\"),
+    ("control character in a string", re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]"), b" "),
+)
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.S)
+_RESYNC = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|name|cat|pid|tid|ts)"\s*:)')
+
+
+def mend(text: bytes, said: Counter[str]) -> bytes:
+    """Repair known damage; ``said`` counts each repair by what it was."""
+    for what, pattern, by in _REPAIRS:
+        text, n = pattern.subn(by, text)
+        if n:
+            said[f"repaired: {what}"] += n
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        said["repaired: invalid UTF-8"] += 1
+        text = text.decode("utf-8", "replace").encode()
+    return text
+
+
+class EventDecoder:
+    """Decodes chunks of comma-separated events; ``said`` tells what was mended or dropped."""
+
+    def __init__(self) -> None:
+        self.said: Counter[str] = Counter()
+        self.exact = False
+        """Set once a double cannot hold the file's timestamps to the nanosecond."""
+        self._mend_first = False
+
+    def try_fast(self, chunk: bytes) -> list[AnyEvent] | None:
+        """The chunk's events; None if it is not whole events or not as typed."""
+        if self._mend_first:
+            return None
+        try:
+            return (_EXACT if self.exact else _FAST).decode(b"[" + chunk + b"]")  # type: ignore[no-any-return]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+
+    def slow(self, spans: list[bytes]) -> list[AnyEvent]:
+        """Events from objects already separated by the scanner, mending and dropping one by one."""
+        decoder = _EXACT if self.exact else _FAST
+        said: Counter[str] = Counter()
+        try:
+            mended = mend(b",".join(spans), said)
+            events = decoder.decode(b"[" + mended + b"]")
+            self.said.update(said)
+            # Damage comes in every chunk of such a file: skip the attempt that is bound to fail.
+            self._mend_first = True
+            return events  # type: ignore[return-value]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass
+        lax = _LAX_EXACT if self.exact else _LAX
+        out: list[AnyEvent] = []
+        for span in spans:
+            said = Counter()
+            try:
+                out.append(lax.decode(span))
+                continue
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                pass
+            try:
+                out.append(lax.decode(mend(span, said)))
+                self.said.update(said)
+            except msgspec.ValidationError:
+                self.said["dropped: event with a field of the wrong type"] += 1
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                self.said["dropped: event that is not JSON"] += 1
+        return out
+
+
+def separate(text: bytes) -> tuple[list[bytes], int, int | None]:
+    """Split text that begins at an array element into whole ``{...}`` objects.
+
+    Returns (objects, end of the last one, offset of the ``]`` that ends the array or None if not there).
+    """
+    out: list[bytes] = []
+    depth, begin, end = 0, 0, 0
+    for token in _TOKEN.finditer(text):
+        c = text[token.start()]
+        if c == 0x7B or c == 0x5B:
+            if depth == 0:
+                begin = token.start()
+            depth += 1
+        elif c == 0x7D or c == 0x5D:
+            depth -= 1
+            if depth == 0:
+                end = token.end()
+                out.append(text[begin:end])
+            elif depth < 0:
+                return out, end, token.start()
+    return out, end, None
+
+
+def resync(text: bytes) -> int | None:
+    """Where the next event seems to begin after damage that hides the structure; None if nowhere."""
+    found = _RESYNC.search(text)
+    return found.end() if found else None
+
+
+_EXACT_US = 1 << 43
+
+
+def to_ns(values: list[int | float] | list[Decimal], per_unit: int) -> Ints | None:
+    """Times as written to int64 ns, exactly; None where a double has already lost nanoseconds.
+
+    ``per_unit`` 1000 (the format's microseconds) or 1. Below 2^43 us a double is within 0.49 ns of what
+    was written, so the nearest integer is right if whole and fraction are scaled apart; multiplying the
+    double itself is not.
+    """
+    import numpy as np
+
+    if values and isinstance(values[0], Decimal):
+        return np.array([int((v * per_unit).to_integral_value()) for v in values], np.int64)
+    raw = np.array(values)
+    if raw.dtype.kind == "i":
+        return np.asarray(raw * per_unit, np.int64)
+    if raw.dtype.kind != "f":
+        return np.array([int(v) * per_unit for v in values], np.int64)
+    whole = np.floor(raw)
+    part = raw - whole
+    if per_unit == 1:
+        return whole.astype(np.int64)
+    if bool((np.abs(raw) >= _EXACT_US).any()) and (bool((part > 0).any()) or bool((raw > 2**53).any())):
+        return None
+    return np.asarray(whole.astype(np.int64) * per_unit + np.rint(part * per_unit).astype(np.int64), np.int64)

@@ -1,0 +1,71 @@
+"""Why the device was idle: for each gap, what the host was doing about the activity that ended it.
+
+- ``data``: the host was waiting for the data loader;
+- ``sync``: the host had drained the device (a synchronise, a blocking copy) and was starting over;
+- ``host``: the host simply had not launched the next activity yet;
+- ``launch``: launched, the queue empty, not yet running: launch latency;
+- ``queued``: launched before the gap began: another stream, an event or the device's own gap between kernels;
+- ``unlinked``: the trace does not say who launched it.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from trainsys.profiler.trace import intervals as iv
+from trainsys.profiler.trace.columns import RankTrace
+from trainsys.profiler.trace.intervals import Ints, Spans
+from trainsys.profiler.trace.link import Launches
+
+CAUSES = ("host", "data", "sync", "launch", "queued", "unlinked")
+SYNC = re.compile(r"(?:Device|Stream|Event)Synchronize|^(?:cuda|hip)Memcpy(?:WithStream)?$|^(?:cuda|hip)(?:Malloc|Free)$")
+_DATA = re.compile(r"DataLoader|\bdata(?:_|\.)?(?:wait|load|loading|stall)|next_batch|fetch_batch", re.I)
+_SETTLE_NS = 5_000
+
+
+class IdleFinder:
+    """Holds what is common to all the gaps of a trace."""
+
+    def __init__(self, trace: RankTrace, launches: Launches) -> None:
+        self.trace, self.launches = trace, launches
+        self.starts = trace.device.start
+        runtime, notes = trace.runtime, trace.notes
+        flags = np.array([SYNC.search(n) is not None for n in trace.names], bool)
+        data = np.array([_DATA.search(n) is not None for n in trace.names], bool)
+        synced = np.flatnonzero(flags[runtime.name]) if len(runtime) else np.zeros(0, np.int64)
+        self.sync_ends = np.sort(runtime.end[synced])
+        loading = np.flatnonzero(data[notes.name]) if len(notes) else np.zeros(0, np.int64)
+        self.data = iv.union(notes.start[loading], notes.end[loading])
+
+    def causes(self, gaps: Spans) -> dict[str, int]:
+        """Nanoseconds of the gaps by cause; sums to their length. Causes that did not occur are left out."""
+        begin, end = gaps
+        if not begin.size:
+            return {}
+        after = np.minimum(np.searchsorted(self.starts, end), self.starts.size - 1)
+        launch = self.launches.start[after]
+        linked = launch >= 0
+        # The host's share of a gap ends when it launches the activity that ends the gap.
+        handover = np.clip(launch, begin, end)
+        waiting = np.where(linked, handover - begin, 0)
+        data = np.where(linked, iv.covered(self.data, begin, np.maximum(handover, begin)), 0)
+        synced = self._drained(begin, handover)
+        early = linked & (launch <= begin)
+        rest = waiting - data
+        out = {
+            "data": int(data.sum()),
+            "sync": int(rest[synced].sum()),
+            "host": int(rest[~synced].sum()),
+            "launch": int((end - handover)[linked & ~early].sum()),
+            "queued": int((end - begin)[early].sum()),
+            "unlinked": int((end - begin)[~linked].sum()),
+        }
+        return {cause: ns for cause, ns in out.items() if ns}
+
+    def _drained(self, begin: Ints, handover: Ints) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Whether a synchronising call returned between the gap's begin and the launch that ends it."""
+        i = np.searchsorted(self.sync_ends, begin - _SETTLE_NS)
+        j = np.searchsorted(self.sync_ends, handover, "right")
+        return np.asarray(j > i)
