@@ -239,10 +239,12 @@ def _model_problems(layout: Layout, model: ModelConfig) -> Iterator[str]:
         split_by_tp["model.moe.d_ff"] = moe.d_ff
         if moe.shared_hidden:
             split_by_tp["model.moe.shared_d_ff"] = moe.shared_hidden
-    works = _listed(_divisors(math.gcd(*split_by_tp.values())))
-    for name, size in split_by_tp.items():
-        if size % layout.tp:
-            yield f"{name}={size} does not divide by parallel.tp={layout.tp}; with this model tp is {works}"
+    uneven = [f"{name}={size}" for name, size in split_by_tp.items() if size % layout.tp]
+    if uneven:
+        works = _listed(_divisors(math.gcd(*split_by_tp.values())))
+        yield (
+            f"parallel.tp={layout.tp} does not divide {', '.join(uneven)}; with this model tp can be {works}"
+        )
     if layout.pp > model.n_layers:
         yield (
             f"parallel.pp={layout.pp} is more stages than model.n_layers={model.n_layers} layers; "

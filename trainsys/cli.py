@@ -1,0 +1,218 @@
+"""The command line: parses arguments and calls one function a command, imported only then.
+
+To add a command, write a function that takes the parsed arguments, import what it calls inside it, and
+put `command` on it. A name of two words, like ``config show``, makes a group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from trainsys import __version__
+from trainsys.errors import EXIT_USER_ERROR, UserError
+
+Run = Callable[[argparse.Namespace], "int | None"]
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+_COMMANDS: dict[str, tuple[Run, str, tuple[Argument, ...]]] = {}
+
+
+def arg(*names: str, **options: Any) -> Argument:
+    """One argument, as `argparse.ArgumentParser.add_argument` takes it."""
+    return names, options
+
+
+def command(name: str, summary: str, *arguments: Argument) -> Callable[[Run], Run]:
+    """Register the decorated function as the command ``name``."""
+
+    def register(run: Run) -> Run:
+        _COMMANDS[name] = (run, summary, arguments)
+        return run
+
+    return register
+
+
+RUN = arg("run", metavar="RUN.yaml", help="a config file, or the name of one that comes with trainsys")
+OVERRIDES = arg(
+    "overrides", metavar="section.key=value", nargs="*", help="laid over the file, e.g. parallel.tp=2"
+)
+
+
+@command(
+    "launch",
+    "start a run: all of its processes",
+    RUN,
+    OVERRIDES,
+    arg("--on", choices=["local"], required=True, help="where: local is this machine, by torchrun"),
+    arg("--nproc", type=int, metavar="N", help="processes, where the layout leaves it open"),
+    arg("--dry-run", action="store_true", help="print the command and start nothing"),
+)
+def _launch(args: argparse.Namespace) -> int:
+    from trainsys.launch.local import launch
+
+    return launch(args.run, args.overrides, args.nproc, args.dry_run)
+
+
+@command("train", "what every process of a run executes, under torchrun or alone", RUN, OVERRIDES)
+def _train(args: argparse.Namespace) -> int | None:
+    from trainsys.launch.failure import guard
+
+    with guard():
+        from trainsys.train.main import train
+
+        return train(args.run, args.overrides)
+
+
+@command("explain", "report on a run from its files", arg("run_dir", metavar="RUN_DIR"))
+def _explain(args: argparse.Namespace) -> None:
+    from trainsys.telemetry.report import print_report
+
+    print_report(args.run_dir)
+
+
+@command(
+    "bench matmul",
+    "measure the matmul ceiling of this machine",
+    arg("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"]),
+    arg("--processes", type=int, default=1, metavar="N", help="how many multiply at the same time"),
+    arg("--seconds", type=float, default=2.0, metavar="S", help="how long each size is measured"),
+    arg("--json", action="store_true", help="print the result as JSON"),
+)
+def _bench_matmul(args: argparse.Namespace) -> int | None:
+    from trainsys.bench.matmul import run_cli
+
+    return run_cli(args.dtype, args.processes, args.seconds, args.json)
+
+
+@command("config show", "print everything a run resolves to", RUN, OVERRIDES)
+def _config_show(args: argparse.Namespace) -> None:
+    from trainsys.config.loader import load_run, resolved_yaml
+
+    print(resolved_yaml(load_run(args.run, args.overrides)), end="")
+
+
+@command("config schema", "print the JSON schema of run configs, for editors")
+def _config_schema(args: argparse.Namespace) -> None:
+    import json
+
+    from trainsys.config.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@command(
+    "data prepare",
+    "tokenize text into shards that are read in place",
+    arg("output", metavar="OUT_DIR", help="new folder for the shards"),
+    arg("--input", metavar="PATH", help="file, folder or glob; with --source hf the name of a dataset"),
+    arg(
+        "--source",
+        choices=["stdlib", "text", "jsonl", "parquet", "hf"],
+        help="what the input is; told from its suffix where this is left out",
+    ),
+    arg("--tokenizer", default="bytes", help="'bytes', or a tokenizer.json path or name (hf extra)"),
+    arg("--text-key", default="text", metavar="KEY", help="field of a record that holds the text"),
+    arg("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens in one shard"),
+)
+def _data_prepare(args: argparse.Namespace) -> None:
+    from trainsys.data.prepare import prepare
+
+    prepare(
+        args.input,
+        args.output,
+        tokenizer=args.tokenizer,
+        text_key=args.text_key,
+        shard_tokens=args.shard_tokens,
+        source=args.source,
+    )
+
+
+@command("data verify", "read shards whole and check them", arg("path", help="shard folder, file or glob"))
+def _data_verify(args: argparse.Namespace) -> None:
+    from trainsys.data.prepare import verify
+
+    print(verify(args.path))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes on the command line become UserError, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        from trainsys.launch.failure import user_error_lines
+
+        sys.stderr.write(user_error_lines(error))
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) went away: nothing is wrong, and nobody is left to be told.
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"trainsys {__version__}")
+        return 0
+    name, rest = _find(argv)
+    if name is None:
+        return 0
+    run, summary, arguments = _COMMANDS[name]
+    parser = _Parser(prog=f"trainsys {name}", description=summary, allow_abbrev=False)
+    for names, options in arguments:
+        parser.add_argument(*names, **options)
+    return run(parser.parse_intermixed_args(rest)) or 0
+
+
+def _find(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The command that ``argv`` names and what follows; None where a group's help was printed."""
+    first = argv[0]
+    if first in _COMMANDS:
+        return first, argv[1:]
+    members = [name for name in _COMMANDS if name.startswith(f"{first} ")]
+    if members:
+        if len(argv) > 1 and argv[1] in ("-h", "--help"):
+            print(_overview(members))
+            return None, []
+        if len(argv) > 1 and f"{first} {argv[1]}" in _COMMANDS:
+            return f"{first} {argv[1]}", argv[2:]
+        known = [name.split()[1] for name in members]
+        if len(argv) == 1:
+            raise UserError(f"trainsys {first}: say what: {' or '.join(known)}")
+        raise UserError(_unknown(f"{first} ", argv[1], known))
+    raise UserError(_unknown("", first, sorted({name.split()[0] for name in _COMMANDS})))
+
+
+def _unknown(group: str, word: str, known: list[str]) -> str:
+    close = get_close_matches(word, known, n=1)
+    hint = f"did you mean trainsys {group}{close[0]}?" if close else f"there are {', '.join(known)}"
+    return f"unknown command {group}{word}; {hint}"
+
+
+def _overview(names: Sequence[str] | None = None) -> str:
+    shown = list(names or _COMMANDS)
+    width = max(map(len, shown))
+    return "\n".join(
+        [
+            "usage: trainsys COMMAND …          trainsys COMMAND --help for its arguments",
+            "",
+            *(f"  {name:<{width}}  {_COMMANDS[name][1]}" for name in shown),
+            "",
+            f"  {'--version':<{width}}  print the version",
+        ]
+    )

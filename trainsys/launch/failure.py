@@ -1,0 +1,152 @@
+"""When a rank fails: its error printed once, every other rank quiet, and the exit code kept.
+
+torchrun ends the other ranks when one exits, but each of them may first print a traceback of its own
+about the connection it lost, and torchrun turns every exit code into 1. So the ranks agree through a
+file: the first to fail creates it, prints, and leaves its exit code there for the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from trainsys.errors import EXIT_USER_ERROR, UserError
+
+FAILURE_FILE = "TRAINSYS_FAILURE_FILE"
+"""Environment variable: the file by which the ranks of a run agree on who failed first."""
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+# A rank whose peer died sees it before the launcher does. It waits this long for the peer's own report.
+_PEER_REPORT_S = 5.0
+_LOST_PEER = re.compile(
+    r"connection (closed|reset|refused|was likely closed)|broken pipe|socket|timed? ?out|remote process", re.I
+)
+_DISTRIBUTED_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What the first failing rank left behind."""
+
+    rank: int
+    code: int
+    message: str
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Around all the work of a rank, and outside of any clean-up that talks to other ranks.
+
+    A UserError ends the process with exit code 2 and one line, any other exception with 1 and one
+    block that names the rank; of all ranks only the first to fail prints. With more than one rank
+    the process leaves at once, without the clean-up at exit that could wait for dead peers.
+    Process groups must not be destroyed between the error and this guard: peers would then fail first.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _leave(EXIT_INTERRUPTED)
+    except Exception as error:
+        _leave(_report(error))
+
+
+def user_error_lines(error: UserError) -> str:
+    """The mistakes in ``error``, each as one line for the terminal."""
+    return "".join(f"trainsys: error: {line}\n" for line in str(error).splitlines() or [""])
+
+
+def read_failure(path: Path) -> Failure | None:
+    """What the ranks of a run left in its failure file; None if nothing readable."""
+    try:
+        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _report(error: Exception) -> int:
+    """Print ``error`` if this rank is the first to fail; the exit code."""
+    rank, world = _identity()
+    code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+    agreed = _agreed_file()
+    if agreed is not None:
+        if _is_lost_peer(error):
+            _wait_for(agreed, _PEER_REPORT_S)
+        if not _claim(agreed, Failure(rank, code, f"{type(error).__name__}: {error}")):
+            return code
+    if isinstance(error, UserError):
+        # Without a file to agree by, every rank that reads the same config fails alike: rank 0 speaks.
+        text = user_error_lines(error) if agreed is not None or rank == 0 else ""
+    else:
+        whose = f"trainsys: rank {rank} of {world} failed\n" if world > 1 else ""
+        own_frame = error.__traceback__
+        shown = own_frame.tb_next if own_frame else None
+        text = whose + "".join(traceback.format_exception(type(error), error, shown))
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    return code
+
+
+def _claim(path: Path, failure: Failure) -> bool:
+    """Create the failure file, whole, unless it is there already; whether this call created it."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(asdict(failure), file)
+    except OSError:
+        return True  # No shared place to agree by (a full disk): better printed twice than never.
+    try:
+        os.link(file.name, path)
+    except OSError:
+        return not path.exists()
+    finally:
+        os.unlink(file.name)
+    return True
+
+
+def _agreed_file() -> Path | None:
+    """The file the launcher named, or one in the folder that torchrun makes for each attempt."""
+    if named := os.environ.get(FAILURE_FILE):
+        return Path(named)
+    if per_rank := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        return Path(per_rank).parents[1] / "trainsys_failure.json"
+    return None
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether ``error`` looks like the consequence of another rank's end rather than a cause."""
+    if _identity()[1] == 1:
+        return False
+    if type(error).__name__ in _DISTRIBUTED_ERRORS or isinstance(error, ConnectionError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+
+
+def _wait_for(path: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _identity() -> tuple[int, int]:
+    """(rank, world) as torchrun gives them to a process; (0, 1) outside of it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _leave(code: int) -> NoReturn:
+    if _identity()[1] == 1:
+        raise SystemExit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

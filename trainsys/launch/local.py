@@ -1,0 +1,118 @@
+"""`trainsys launch --on local`: the ranks of a run as processes of this machine, by torchrun.
+
+The config and the layout are checked here, before any process starts: most mistakes cost a fraction of
+a second and never reach a rank. One rank replaces this process; more are started by torchrun's own
+agent, which runs inside this process so that signals, the terminal and exit codes need no relay.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import runpy
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainsys.config.loader import load_run
+from trainsys.config.run import RunConfig
+from trainsys.errors import UserError
+from trainsys.launch.failure import EXIT_FAILED, FAILURE_FILE, read_failure
+from trainsys.launch.machine import cuda_devices, usable_cores
+from trainsys.layout import PLACED, Layout
+
+_TORCHRUN = "torch.distributed.run"
+
+
+def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, dry_run: bool = False) -> int:
+    """Start the run on this machine and wait for it; the exit code of its first failing rank, or 0.
+
+    Raises UserError where the config, the layout or this machine does not fit.
+    """
+    config = load_run(path, overrides)
+    world = _world(config, nproc)
+    Layout.resolve(config.parallel, world).validate(config.model, config.train, config.parallel)
+    train = ["-m", "trainsys", "train", path, *overrides]
+    torchrun = ["--standalone", "--nproc-per-node", str(world), *train]
+    command = [sys.executable, *(train if world == 1 else ["-m", _TORCHRUN, *torchrun])]
+    threads = str(config.train.threads or max(1, usable_cores() // world))
+    if config.train.threads == 0:
+        threads = os.environ.get("OMP_NUM_THREADS", threads)
+    if dry_run:
+        print(f"OMP_NUM_THREADS={threads} {shlex.join(command)}")
+        return 0
+    os.environ["OMP_NUM_THREADS"] = threads
+    if world == 1:
+        sys.stdout.flush()
+        os.execv(command[0], command)
+    return run_agent(torchrun)
+
+
+def _world(config: RunConfig, nproc: int | None) -> int:
+    """How many ranks: what the layout fixes, else what was asked for, else what the machine has."""
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc {nproc}: at least one process is needed")
+    required = Layout.required_world(config.parallel)
+    on_cuda = config.train.device != "cpu"
+    devices = cuda_devices() if on_cuda else 0
+    if config.train.device == "cuda" and devices == 0:
+        raise UserError("train.device=cuda, but this machine shows no CUDA device; set train.device=cpu")
+    if required is not None and nproc is not None and required != nproc:
+        raise UserError(
+            f"--nproc {nproc}, but the layout is fixed at {required} ranks; drop --nproc or set "
+            "parallel.dp_shard=-1"
+        )
+    world = required or nproc
+    if world is None:
+        # Fill the machine with whole multiples of the axes that have a size.
+        fixed = math.prod(max(1, getattr(config.parallel, axis)) for axis in PLACED)
+        world = max(fixed, (devices or usable_cores()) // fixed * fixed)
+    if config.train.device == "cuda" and world > devices:
+        raise UserError(
+            f"{world} ranks with train.device=cuda, but this machine shows {devices} CUDA devices; "
+            f"use at most {devices} ranks or set train.device=cpu"
+        )
+    return world
+
+
+def run_agent(arguments: list[str]) -> int:
+    """Run torchrun's agent with ``arguments``; the exit code that the run deserves."""
+    # The agent logs each end of a rank and raises with a summary. The ranks have said what there is to
+    # say (see `failure`), so only what the agent alone knows is printed, in one line.
+    logging.disable(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="trainsys-") as folder:
+        report = Path(folder) / "failure.json"
+        os.environ[FAILURE_FILE] = str(report)
+        sys.argv = [_TORCHRUN, *arguments]
+        try:
+            runpy.run_module(_TORCHRUN, run_name="__main__", alter_sys=True)
+        except Exception as error:
+            failure = read_failure(report)
+            if failure is not None:
+                return failure.code
+            return _explain(error)
+    return 0
+
+
+def _explain(error: Any) -> int:
+    """Say in one line how the agent ended when no rank said why; the exit code."""
+    if (caught := getattr(error, "sigval", None)) is not None:
+        return 128 + int(caught)
+    if not hasattr(error, "get_first_failure"):
+        print(f"trainsys: error: torchrun could not run the ranks: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    # A rank that ends by a signal takes others with it; those that the agent itself ended carry SIGTERM.
+    failures = sorted(error.failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[0]))
+    rank, first = failures[0]
+    if first.exitcode < 0:
+        name = signal.Signals(-first.exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        print(f"trainsys: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+        return 128 - int(first.exitcode)
+    print(f"trainsys: error: rank {rank} ended with exit code {first.exitcode}", file=sys.stderr)
+    return int(first.exitcode)
