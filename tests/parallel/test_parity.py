@@ -28,7 +28,14 @@ MODEL: dict[str, Any] = {
 def config(
     parallel: dict[str, Any], *, model: dict[str, Any] | None = None, recompute: str = "none", **train: Any
 ) -> RunConfig:
-    defaults = {"seq_len": 16, "global_batch": 8, "micro_batch": 1, "dtype": "fp32", "device": "cpu", "steps": 10}
+    defaults = {
+        "seq_len": 16,
+        "global_batch": 8,
+        "micro_batch": 1,
+        "dtype": "fp32",
+        "device": "cpu",
+        "steps": 10,
+    }
     return RunConfig(
         model=ModelConfig(**{**MODEL, **(model or {})}),
         parallel=ParallelConfig(**{"dp_shard": 1, **parallel}),
@@ -63,7 +70,9 @@ LAYOUTS = [
     Case("fsdp2_tp2", 4, {"dp_shard": 2, "tp": 2, **NO_SP}, ("fsdp", "tp")),
     Case("fsdp2_tp2_sp", 4, {"dp_shard": 2, "tp": 2}, ("fsdp", "tp")),
     Case("hsdp2x2_tp2_sp", 8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, ("dp_replicate", "fsdp", "tp")),
-    Case("hsdp2x2_tp2", 8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2, **NO_SP}, ("dp_replicate", "fsdp", "tp")),
+    Case(
+        "hsdp2x2_tp2", 8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2, **NO_SP}, ("dp_replicate", "fsdp", "tp")
+    ),
 ]
 BASE = {c.name: c for c in LAYOUTS}
 VARIANTS = [

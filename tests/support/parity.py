@@ -57,7 +57,9 @@ def train_on_this_rank(cfg: RunConfig, steps: int) -> Trace:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     layout = Layout.resolve(cfg.parallel, world)
     mesh = Mesh(layout, torch.device("cpu"))
-    engine = NativeEngine(cfg, mesh, Recorder(None, here(run_id="parity", rank=rank, world=world), watch_gc=False))
+    engine = NativeEngine(
+        cfg, mesh, Recorder(None, here(run_id="parity", rank=rank, world=world), watch_gc=False)
+    )
     trace = Trace()
     with Loader(build_source(cfg), layout, rank, cfg.train.micro_batch) as loader:
         for step in range(steps):
@@ -87,7 +89,9 @@ def assemble(by_rank: list[Pieces]) -> dict[str, np.ndarray]:
             held = whole[box]
             assert held.shape == data.shape, f"{name}: piece {data.shape} at {bounds} of {shape}"
             known = ~np.isnan(held)
-            assert np.array_equal(held[known], data[known]), f"{name}: copies of {bounds} differ between ranks"
+            assert np.array_equal(held[known], data[known]), (
+                f"{name}: copies of {bounds} differ between ranks"
+            )
             whole[box] = data
     for name, whole in full.items():
         assert not np.isnan(whole).any(), f"{name}: some elements are nobody's, or not a number"
@@ -136,7 +140,9 @@ def check(
     ``axes``: those that must have communicated.
     """
     want = reference(cfg, steps)
-    got = whole(run_ranks(world, train_on_this_rank, cfg, steps) if world > 1 else [train_on_this_rank(cfg, steps)])
+    got = whole(
+        run_ranks(world, train_on_this_rank, cfg, steps) if world > 1 else [train_on_this_rank(cfg, steps)]
+    )
     assert abs(want.losses[0] - want.losses[-1]) > 1e-3, "the loss does not move: this compares dead models"
     for step in range(steps):
         assert abs(got.losses[step] / want.losses[step] - 1) < tolerance, (

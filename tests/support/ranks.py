@@ -41,7 +41,9 @@ class RankFailed(AssertionError):
     """A rank raised; the message is its traceback."""
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Any]:
+def run_ranks(
+    world: int, fn: Callable[..., Any], *args: Any, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> list[Any]:
     """Call module-level ``fn(*args)`` on each of ``world`` ranks; returns the results by rank.
 
     The default process group is up (gloo). Raises RankFailed with the first failing rank's traceback, or
@@ -111,7 +113,9 @@ def _work(rank: int, world: int, folder: str, pipe: Connection) -> None:
         for other in (p for p in _pools.values()):
             for connection in other._pipes:
                 connection.close()
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
+        )
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(os.path.join(folder, "store"), world),

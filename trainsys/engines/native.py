@@ -79,4 +79,6 @@ class NativeEngine:
     def gradients(self) -> Iterator[LocalTensor]:
         for name, p in self.model.named_parameters():
             grad = local_grad(p)
-            yield LocalTensor(name, torch.zeros_like(local(p)) if grad is None else grad, self.model.shards[name])
+            yield LocalTensor(
+                name, torch.zeros_like(local(p)) if grad is None else grad, self.model.shards[name]
+            )

@@ -55,7 +55,9 @@ class _Counted:
 
 
 class _CountedAllGather(_Counted):
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Any:
         start = partial(ops.all_gather_flat, output_tensor, input_tensor, group=group, async_op=async_op)
         return self._run("all_gather", input_tensor, start, async_op)
 
@@ -64,7 +66,9 @@ class _CountedReduceScatter(_Counted):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Any:
-        start = partial(ops.reduce_scatter_flat, output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        start = partial(
+            ops.reduce_scatter_flat, output_tensor, input_tensor, op=op, group=group, async_op=async_op
+        )
         return self._run("reduce_scatter", output_tensor, start, async_op)
 
 

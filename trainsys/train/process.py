@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from trainsys.config.run import TrainConfig
 from trainsys.errors import UserError
+from trainsys.launch.machine import usable_cores
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
     """The device that ``train.device`` asks for; UserError where it is not there."""
     available = torch.cuda.is_available()
     if cfg.device == "cuda" and not available:
-        raise UserError("train.device=cuda, but torch finds no CUDA device here; use train.device=cpu or auto")
+        raise UserError("train.device=cuda, but torch finds no CUDA device; use train.device=cpu or auto")
     if cfg.device == "cpu" or not available:
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -40,13 +41,9 @@ def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
 @contextmanager
 def process(cfg: TrainConfig, timeout_s: float = 600.0) -> Iterator[Process]:
-    """Join the world that torchrun or srun describes in the environment (one process: none is needed)."""
+    """Join the world that torchrun describes in the environment; one process needs none."""
     env = os.environ
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
@@ -57,12 +54,12 @@ def process(cfg: TrainConfig, timeout_s: float = 600.0) -> Iterator[Process]:
         torch.set_num_threads(cfg.threads or max(1, usable_cores() // local_world))
     if world > 1:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            # Telemetry gathers on the host even where training communicates on the device.
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
-    try:
-        yield Process(rank, world, local_rank, local_world, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield Process(rank, world, local_rank, local_world, device)
+    # Not after an error: destroying the group would wait for peers, and make them fail first.
+    if world > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,49 @@
+"""All ranks' view of a window of steps, gathered to rank 0 off the critical path."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainsys.comm.ops import all_gather_flat
+from trainsys.telemetry.aggregate import Aggregate, Window, aggregate
+from trainsys.telemetry.events import Step
+
+
+class WindowGather:
+    """Starts a gather of this rank's window; the result is read when the next one starts.
+
+    A few dozen float64 a rank over gloo, in the background: nobody waits unless a whole window is shorter
+    than the gather. ``replicas``: how many ranks read the same rows.
+    """
+
+    def __init__(self, world: int, replicas: int) -> None:
+        self._world, self._replicas = world, replicas
+        self._window = Window()
+        self._pending: tuple[dist.Work | None, Tensor] | None = None
+
+    def add(self, step: Step) -> None:
+        self._window.add(step)
+
+    def exchange(self) -> Aggregate | None:
+        """Send this window, which must have a step; returns the one before, if there was one."""
+        before = self.last()
+        mine = torch.tensor(self._window.take(), dtype=torch.float64)
+        if self._world == 1:
+            self._pending = (None, mine)
+            return before
+        out = mine.new_empty(self._world * mine.numel())
+        self._pending = (all_gather_flat(out, mine, async_op=True), out)
+        return before
+
+    def last(self) -> Aggregate | None:
+        """The window that was sent last, waiting for it; None if it was read already."""
+        if self._pending is None:
+            return None
+        work, out = self._pending
+        self._pending = None
+        if work is not None:
+            work.wait()
+        steps = [Step.from_vector(v) for v in out.view(self._world, -1).tolist()]
+        return aggregate(steps, self._replicas)
