@@ -97,19 +97,21 @@ def _build(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def publish(work: Path, target: Path) -> None:
-    """Rename a finished folder into place, durably. An equal folder that got there first is kept."""
+def publish(work: Path, target: Path) -> bool:
+    """Rename a finished folder into place, durably; False where another folder got there first, which is
+    kept."""
     try:
         work.rename(target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        return
+        return False
     parent = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(parent)
     finally:
         os.close(parent)
+    return True
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from isal import igzip
+from isal import igzip, igzip_lib
 
 from trainsys.config.run import DataConfig
 from trainsys.errors import UserError
@@ -122,6 +122,9 @@ class LocalFiles:
                 yield from self.read(path)
             except OSError as error:
                 raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+            # isal declares the class as an instance, hence the ignore.
+            except (EOFError, igzip_lib.IsalError) as error:  # type: ignore[misc]
+                raise UserError(f"{path}: truncated or damaged gzip file: {error}") from error
 
     def read(self, path: Path) -> Iterator[str]:
         raise NotImplementedError
@@ -243,10 +246,9 @@ def open_documents(data: DataConfig) -> Documents:
     """The text that a ``data`` section names. ``UserError``: nothing there, no such split, a missing
     extra."""
     if data.source == "stdlib":
-        if data.path is not None:
-            raise UserError(f"data.path={data.path}: source stdlib reads the running Python; remove path")
         return StdlibText(data.split)
-    path = require_path(data)
+    path = data.path
+    assert path is not None, "the config asks for a path"
     if data.source == "hf":
         return HubDataset(path, data.split, data.text_key)
     refuse_split(data)
@@ -258,22 +260,6 @@ def open_documents(data: DataConfig) -> Documents:
         return JsonLines(path, find_files(path, (".jsonl", ".jsonl.gz")), record, data.text_key)
     assert data.source == "parquet", f"{data.source} is no text source"
     return Parquet(path, find_files(path, (".parquet",)), record, data.text_key)
-
-
-def require_path(data: DataConfig) -> str:
-    if not data.path:
-        raise UserError(f"data.source={data.source} needs data.path: {_PATHS[data.source]}")
-    return data.path
-
-
-_PATHS = {
-    "text": "a .txt file, a folder or a glob",
-    "jsonl": "a .jsonl file, a folder or a glob",
-    "parquet": "a .parquet file, a folder or a glob",
-    "shards": "a folder made by 'trainsys data prepare', a .tok file or a glob",
-    "megatron": "the prefix of a .bin/.idx pair",
-    "hf": "a dataset name, name:configuration, or a local folder",
-}
 
 
 def refuse_split(data: DataConfig) -> None:

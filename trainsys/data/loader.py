@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -119,6 +120,8 @@ class Loader:
         """End the thread. Safe to call twice; ``next`` raises ``StopIteration`` afterwards."""
         self._stop.set()
         if self._thread is not None:
+            with suppress(queue.Empty):  # a thread that waits for room is let go at once
+                self._ready.get_nowait()
             self._thread.join()
             self._thread = None
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from trainsys.config.run import DataConfig, RunConfig
 from trainsys.data.cache import Progress, cached_tokens
 from trainsys.data.corpus import Corpus, Segment, synthetic_corpus
-from trainsys.data.documents import find_files, open_documents, refuse_split, require_path
+from trainsys.data.documents import find_files, open_documents, refuse_split
 from trainsys.data.megatron import open_megatron
 from trainsys.data.packing import Batch, ConcatPacking, Counts, Packing, PadPacking, stack
 from trainsys.data.permutation import permute
@@ -135,11 +135,10 @@ def open_corpus(cfg: RunConfig, progress: Progress | None = None) -> Corpus:
     if data.source in ("synthetic", "megatron", "shards"):
         refuse_split(data)
     if data.source == "synthetic":
-        if data.path is not None:
-            raise UserError(f"data.path={data.path}: source synthetic makes its tokens; remove path")
         return synthetic_corpus(cfg.model.vocab, cfg.train.seed)
     if data.source == "megatron":
-        return open_megatron(require_path(data))
+        assert data.path is not None, "the config asks for a path"
+        return open_megatron(data.path)
     if data.source == "shards":
         return _open_prepared(data)
     documents = open_documents(data)
@@ -154,7 +153,8 @@ def open_corpus(cfg: RunConfig, progress: Progress | None = None) -> Corpus:
 
 
 def _open_prepared(data: DataConfig) -> Corpus:
-    path = require_path(data)
+    path = data.path
+    assert path is not None, "the config asks for a path"
     folder = Path(path).expanduser()
     paths = list_shards(folder) if folder.is_dir() else find_files(path, (SUFFIX,))
     if not paths:

@@ -88,7 +88,9 @@ class HFTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        # A lone surrogate (legal in JSON text) has no UTF-8 form and would stop the library: it becomes "?".
+        clean = [text.encode("utf-8", "replace").decode() for text in texts]
+        encoded = self._tokenizer.encode_batch(clean, add_special_tokens=False)
         return [np.array(e.ids, np.uint32) for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
