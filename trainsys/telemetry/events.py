@@ -25,7 +25,10 @@ SCHEMA_MAJOR = 1
 PHASES = ("data", "h2d", "forward", "backward", "optimizer", "gc", "other")
 # Mesh axes, then the combined groups that a collective may run over. Their time appears in a step's phases as
 # "comm/<axis>".
-COMM_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "dp", "fsdp", "loss", "world", "unknown")
+COMM_AXES = (
+    "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "expert_fsdp", "dp", "fsdp", "loss", "world",
+    "unknown",
+)  # fmt: skip
 COMM = "comm/"
 
 

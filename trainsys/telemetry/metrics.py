@@ -1,0 +1,74 @@
+"""The names under which every sink shows a step: five sections, one unit a name."""
+
+from __future__ import annotations
+
+from trainsys.telemetry.aggregate import Aggregate
+from trainsys.telemetry.events import COMM, Step
+
+GIB = 1 << 30
+
+SECTIONS = {
+    "train": "what is learned: loss, grad_norm, lr, tokens (seen so far)",
+    "perf": "how fast: step_time_s, tokens_per_s, flops_per_s, mfu, mfu_palm, hfu (0..1)",
+    "time": "seconds a step by phase, mean over ranks, and max_ over ranks",
+    "comm": "by axis: seconds of exposed communication (mean and max_ over ranks), GB moved by all ranks",
+    "memory": "GiB of the rank that has most: allocated, reserved, peak, rss",
+}
+
+
+def step_metrics(
+    step: Step, ranks: Aggregate | None = None, *, tokens: int | None = None, tokens_seen: int | None = None
+) -> dict[str, float]:
+    """Flat metrics of a step, by ``section/name``; what is not known is left out.
+
+    With ``ranks`` times, bytes and memory are of all ranks, else of this one alone. ``tokens``: real tokens
+    of the step over all ranks (default: ``ranks``', else this data rank's); ``tokens_seen``: since the run's
+    first step.
+    """
+    out: dict[str, float] = {}
+    for name, value in (
+        ("train/loss", step.loss),
+        ("train/grad_norm", step.grad_norm),
+        ("train/lr", step.lr),
+        ("train/tokens", tokens_seen),
+        ("perf/mfu", step.mfu),
+        ("perf/mfu_palm", step.mfu_palm),
+        ("perf/hfu", step.hfu),
+    ):
+        if value is not None:
+            out[name] = float(value)
+    seconds = ranks.step_time_s.mean if ranks else step.step_time_s
+    count = tokens if tokens is not None else ranks.tokens if ranks else step.tokens
+    out["perf/step_time_s"] = seconds
+    if seconds > 0:
+        out["perf/tokens_per_s"] = count / seconds
+        if step.flops:
+            out["perf/flops_per_s"] = step.flops.model / seconds
+    if step.memory:
+        for field in ("allocated", "reserved", "peak", "rss"):
+            if held := getattr(step.memory, field):
+                out[f"memory/{field}_gib"] = held / GIB
+    if ranks is None:
+        out.update({_name(phase): s for phase, s in step.phases.items()})
+        if step.stalls:
+            out["time/stalls_s"] = sum(step.stalls.values())
+        for axis, ops in step.comm.items():
+            out[f"comm/{axis}_gb"] = sum(c.bytes for c in ops.values()) / 1e9
+        return out
+    for phase, spread in ranks.phases.items():
+        out[_name(phase)] = spread.mean
+        out[_name(phase, "max_")] = spread.max
+    if ranks.stalls_s.max:
+        out["time/stalls_s"] = ranks.stalls_s.max
+    for axis, moved in ranks.comm_bytes.items():
+        out[f"comm/{axis}_gb"] = moved / 1e9
+    for name, held_by in (("peak", ranks.memory_peak), ("rss", ranks.rss)):
+        if held_by.max:
+            out[f"memory/{name}_gib"] = held_by.max / GIB
+    return out
+
+
+def _name(phase: str, prefix: str = "") -> str:
+    """``time/forward_s``, ``comm/tp_s``, with a prefix ``time/max_forward_s``."""
+    section, name = ("comm", phase[len(COMM) :]) if phase.startswith(COMM) else ("time", phase)
+    return f"{section}/{prefix}{name}_s"

@@ -1,0 +1,348 @@
+"""The report at the end of a run, made from its files alone: it works on a killed run, on any machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from trainsys.telemetry import text as say
+from trainsys.telemetry.events import COMM, PHASES
+from trainsys.telemetry.run_data import RankData, RunData, Sums, load_run
+
+WIDTH = 100
+BAR = 26
+EIGHTHS = " ▏▎▍▌▋▊▉"
+STATUS = {"done": "green", "stopped": "yellow", "failed": "bold red", "killed": "bold red"}
+COLOURS = {
+    "data": "yellow",
+    "forward": "cyan",
+    "backward": "blue",
+    "optimizer": "green",
+    "other": "bright_black",
+}
+CONVENTIONS = {
+    "mfu": "causal attention, no recompute",
+    "mfu_palm": "6N + 12LHQT a token (PaLM)",
+    "hfu": "with recomputation",
+}
+
+
+def print_report(run_dir: str | Path, console: Console | None = None) -> None:
+    """Prints what ``run_dir``'s files tell. Raises ``UserError`` where they are none."""
+    final_report(load_run(run_dir), console)
+
+
+def final_report(run: RunData, console: Console | None = None) -> None:
+    """The same for a run that is loaded already. Plain ASCII where the output is no UTF-8 terminal."""
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=WIDTH)
+    width = min(WIDTH, console.width)
+    fancy = console.is_terminal and console.encoding.startswith("utf")
+    page = _Page(console, width, fancy)
+    page.title(run)
+    page.facts(run)
+    page.phases(run)
+    page.gaps(run)
+
+
+def summarize(run: RunData) -> dict[str, Any]:
+    """The report's numbers, for ``summary.json`` and sinks. Seconds, bytes, shares 0..1; None: unknown."""
+    work, lead = _mean_work(run), run.lead
+    return {
+        "run_id": run.start.run_id,
+        "status": run.status,
+        "reason": run.reason,
+        "steps": lead.steps,
+        "loss_first": lead.first_loss,
+        "loss_last": lead.last_loss if lead.last_loss is None or math.isfinite(lead.last_loss) else None,
+        "loss_best": lead.best_loss,
+        "tokens_per_s": tokens_per_s(run),
+        "step_time_s": work.mean_s if work.steps else None,
+        **utilization(run),
+        "peak_flops": run.start.peak_flops,
+        "peak_label": run.start.peak_label,
+        "conventions": {**CONVENTIONS, **run.start.conventions},
+        "memory_peak_bytes": max(r.peak_memory for r in run.ranks.values()),
+        "rss_bytes": max(r.rss for r in run.ranks.values()),
+        "phases_s": {name: s / work.steps for name, s in work.phases.items()} if work.steps else {},
+        "stalls_s": lead.stalls,
+        "wall_s": lead.seen_s - lead.began_s,
+        "stepping_s": lead.stepping_s,
+        "warmup_steps": lead.warmup,
+        "attempts": lead.attempts,
+        "world": run.start.world,
+        "ranks_read": len(run.ranks),
+    }
+
+
+def utilization(run: RunData) -> dict[str, float | None]:
+    """mfu, mfu_palm and hfu (0..1) over the steps after warm-up: FLOPs done over FLOPs possible in that
+    time."""
+    work, peak = run.lead.work, run.start.peak_flops
+    if not peak or not work.flops_steps or work.flops_steps != work.steps or work.seconds <= 0:
+        return dict.fromkeys(CONVENTIONS)
+    possible = work.seconds * peak * run.start.world
+    counts = (work.flops.model, work.flops.palm, work.flops.hardware)
+    return {name: None if n is None else n / possible for name, n in zip(CONVENTIONS, counts, strict=True)}
+
+
+def tokens_per_s(run: RunData) -> float | None:
+    """Real tokens a second over all ranks, after warm-up: the mean data rank's, times the data ranks."""
+    rates = [r.work.tokens / r.work.seconds for r in run.ranks.values() if r.work.seconds > 0]
+    if not rates:
+        return None
+    layout = run.start.layout
+    data_ranks = layout.get("dp_replicate", 1) * layout.get("dp_shard", 1) if layout else run.start.world
+    return math.fsum(rates) / len(rates) * data_ranks
+
+
+def _by_rank(run: RunData) -> dict[int, Sums]:
+    """What the phase table is made of: device time where every rank has it, else the host's."""
+    on_device = all(r.device.steps for r in run.ranks.values())
+    sums = {rank: r.device if on_device else r.work for rank, r in run.ranks.items()}
+    return {rank: s for rank, s in sums.items() if s.steps}
+
+
+def _mean_work(run: RunData) -> Sums:
+    """The mean rank's step: each rank counts once, however many of its steps were read."""
+    ranks = _by_rank(run)
+    mean = Sums(steps=1 if ranks else 0)
+    for sums in ranks.values():
+        mean.seconds += sums.mean_s / len(ranks)
+        for name, s in sums.phases.items():
+            mean.phases[name] = mean.phases.get(name, 0.0) + s / sums.steps / len(ranks)
+    return mean
+
+
+class _Page:
+    """One report on one console."""
+
+    def __init__(self, console: Console, width: int, fancy: bool) -> None:
+        self._console = console
+        self._width = width
+        self._fancy = fancy
+
+    def _print(self, what: Any) -> None:
+        if self._fancy:
+            self._console.print(what, width=self._width)
+            return
+        with self._console.capture() as captured:
+            self._console.print(what, width=self._width)
+        # Rich fills lines with blanks, which a file or a log has no use for.
+        for line in captured.get().splitlines():
+            self._console.print(Text.from_ansi(line.rstrip()), soft_wrap=True)
+
+    def _text(self, text: str) -> str:
+        return text if self._fancy else say.ascii_only(text)
+
+    def title(self, run: RunData) -> None:
+        start, lead = run.start, run.lead
+        layout = " × ".join(f"{axis}={n}" for axis, n in start.layout.items() if n > 1)
+        world = f"{start.world} process{'es' * (start.world > 1)}"
+        facts = [f for f in (start.model, layout, world, start.hardware or "", start.dtype) if f]
+        ended = (
+            f"{run.status} after {lead.steps:,} steps in {say.duration(max(0.0, lead.seen_s - lead.began_s))}"
+        )
+        self._print(Text())
+        name = Text(f" {start.name or start.run_id} ", style="bold cyan")
+        self._print(Rule(name, align="left", characters="━" if self._fancy else "=", style="cyan"))
+        self._print(Text(self._text("  " + "  ·  ".join(facts)), style="dim"))
+        self._print(Text("  " + ended, style=STATUS[run.status]))
+        if run.reason:
+            self._print(Padding(Text(self._text(run.reason), style=STATUS[run.status]), (0, 0, 0, 2)))
+        self._print(Text())
+
+    def facts(self, run: RunData) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(style="dim")
+        for row in (*self._loss(run.lead), *self._speed(run), *self._use(run), *self._memory(run)):
+            table.add_row(*(self._text(cell) for cell in row))
+        table.add_row("time", *(self._text(cell) for cell in _time_account(run.lead)))
+        self._print(Padding(table, (0, 0, 0, 2)))
+
+    def _loss(self, lead: RankData) -> list[tuple[str, str, str]]:
+        if lead.last_loss is None:
+            return []
+        note = f"best {lead.best_loss:.4f}" if lead.best_loss is not None else "never finite"
+        if lead.nonfinite_losses:
+            note += f"; {lead.nonfinite_losses} steps were not finite"
+        first = "nan" if lead.first_loss is None else f"{lead.first_loss:.4f}"
+        return [("loss", f"{first} → {lead.last_loss:.4f}", note)]
+
+    def _speed(self, run: RunData) -> list[tuple[str, str, str]]:
+        work = run.lead.work
+        speed = tokens_per_s(run)
+        if speed is None:
+            return []
+        note = f"{say.duration(work.mean_s)} a step, standard deviation {say.duration(work.spread_s)}"
+        padded = sum(r.work.padded for r in run.ranks.values())
+        real = sum(r.work.tokens for r in run.ranks.values())
+        if padded:
+            note += f"; {100 * padded / (padded + real):.1f}% of all tokens were padding"
+        return [("throughput", f"{say.count(speed)} tokens/s", note)]
+
+    def _use(self, run: RunData) -> list[tuple[str, str, str]]:
+        values, start = utilization(run), run.start
+        if values["mfu"] is None:
+            why = "no peak is known for this hardware: trainsys bench matmul measures one"
+            if start.peak_flops:
+                why = "no step told its FLOPs"
+            return [("mfu", "n/a", why)]
+        rows = []
+        for name, value in values.items():
+            if value is None:
+                continue
+            note = start.conventions.get(name, CONVENTIONS[name])
+            if name == "mfu":
+                note = f"of {start.peak_label or say.rate(start.peak_flops or 0.0) + ' a rank'}; {note}"
+            rows.append((name, f"{100 * value:.1f}%", note))
+        return rows
+
+    def _memory(self, run: RunData) -> list[tuple[str, str, str]]:
+        peaks = {rank: r.peak_memory for rank, r in run.ranks.items() if r.peak_memory}
+        if not peaks:
+            return []
+        high, low = max(peaks, key=peaks.__getitem__), min(peaks, key=peaks.__getitem__)
+        capacity = run.start.device_memory
+        note = f"peak {'device' if capacity else 'resident'} memory of rank {high}"
+        if capacity:
+            note += f", {100 * peaks[high] / capacity:.0f}% of {say.size(capacity)}"
+        if len(peaks) > 1:
+            note += f" (least: rank {low}, {say.size(peaks[low])})"
+        return [("memory", say.size(peaks[high]), note)]
+
+    def phases(self, run: RunData) -> None:
+        ranks = _by_rank(run)
+        mean = _mean_work(run)
+        self._print(Text())
+        if not ranks:
+            self._print(Text("  No step was finished: nothing to say about where time went.", style="yellow"))
+            return
+        steps = max(s.steps for s in ranks.values())
+        clock = "device" if ranks[min(ranks)] is run.ranks[min(ranks)].device else "wall"
+        head = Text("  Where a step's time goes", style="bold")
+        head.append(
+            f"   mean of {steps:,} steps on {len(ranks)} rank{'s' * (len(ranks) > 1)}, {clock} time;"
+            f" {run.lead.warmup} warm-up steps left out",
+            style="dim",
+        )
+        self._print(head)
+        names = sorted(mean.phases, key=_order)
+        # A phase that took nothing is no line; "other" always is one, so that the sum is seen to be whole.
+        names = [n for n in names if mean.phases[n] > 0 or n == "other"]
+        shares = say.percents([max(0.0, mean.phases[n]) for n in names])
+        longest = max(mean.phases[n] for n in names)
+        table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim", show_edge=False)
+        table.add_column("phase", no_wrap=True)
+        table.add_column("ms", justify="right", no_wrap=True)
+        table.add_column("share", justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True, width=BAR)
+        if len(ranks) > 1:
+            table.add_column("fastest to slowest rank, ms", no_wrap=True)
+        for name, share in zip(names, shares, strict=True):
+            colour = "magenta" if name.startswith(COMM) else COLOURS.get(name, "white")
+            bar = Text(self._bar(mean.phases[name] / longest if longest > 0 else 0.0), style=colour)
+            row: list[str | Text] = [_label(name), _ms(mean.phases[name]), share, bar]
+            if len(ranks) > 1:
+                row.append(
+                    self._text(_range({r: s.phases.get(name, 0.0) / s.steps for r, s in ranks.items()}))
+                )
+            table.add_row(*row)
+        total: list[str | Text] = ["step", _ms(mean.seconds), "100.0%", ""]
+        if len(ranks) > 1:
+            total.append(self._text(_range({r: s.mean_s for r, s in ranks.items()})))
+        table.add_row(*total, style="bold")
+        self._print(Padding(table, (0, 0, 0, 2)))
+        self._print(Text())
+
+    def _bar(self, share: float) -> str:
+        cells = max(0.0, min(1.0, share)) * BAR
+        if not self._fancy:
+            return "#" * round(cells)
+        whole = int(cells)
+        return "█" * whole + EIGHTHS[int((cells - whole) * 8)].strip()
+
+    def gaps(self, run: RunData) -> None:
+        """What the files lack: the numbers above are worth that much less."""
+        lines = []
+        if run.missing:
+            lines.append(
+                f"{len(run.missing)} of {run.start.world} ranks left no events: {_listed(run.missing)}"
+            )
+        no_end = [rank for rank, r in sorted(run.ranks.items()) if r.end is None]
+        if no_end and run.status != "done":
+            seen = max(r.seen_s for r in run.ranks.values())
+            at = (
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seen)) if math.isfinite(seen) else "unknown"
+            )
+            lines.append(
+                f"no last record from rank{'s' * (len(no_end) > 1)} {_listed(no_end)} (killed, or running"
+                f" still): last step {max(r.last_step for r in run.ranks.values()) + 1:,}, last sign of life {at}"
+            )
+        lines += [str(damage) for damage in run.damages]
+        lost = sum(r.end.lost for r in run.ranks.values() if r.end)
+        if lost:
+            lines.append(f"{lost} records could not be written (disk full or stuck)")
+        if run.lead.attempts > 1:
+            lines.append(f"{run.lead.attempts} attempts are in these files; means are over all of them")
+        for line in lines:
+            self._print(Padding(Text(self._text(f"! {line}"), style="yellow"), (0, 0, 0, 2)))
+        if lines:
+            self._print(Text())
+
+
+def _time_account(lead: RankData) -> tuple[str, str]:
+    """Where the wall time went: training, and each pause; what is neither is said too."""
+    wall = lead.seen_s - lead.began_s
+    if not wall > 0:
+        return "unknown", ""
+    parts = {"training": lead.stepping_s, **dict(sorted(lead.stalls.items(), key=lambda kv: -kv[1]))}
+    rest = wall - sum(parts.values())
+    if rest > 0.001 * wall:
+        parts["the rest"] = rest
+    told = [f"{100 * s / wall:.1f}% {name}" for name, s in parts.items() if s >= 0.0005 * wall]
+    return say.duration(wall), ", ".join(told)
+
+
+def _order(name: str) -> tuple[int, str]:
+    if name == "other":
+        return 9, name
+    if name.startswith(COMM):
+        return 5, name
+    known = PHASES.index(name) if name in PHASES else 6
+    return (min(known, 4), f"{known}{name}") if known < 5 else (7, name)
+
+
+def _label(name: str) -> str:
+    if name.startswith(COMM):
+        return f"communication {name[len(COMM) :]}"
+    return {"gc": "garbage collection", "h2d": "copy to device"}.get(name, name)
+
+
+def _ms(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:,.{0 if ms >= 1000 else 1 if ms >= 10 else 2}f}"
+
+
+def _range(values: dict[int, float]) -> str:
+    low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    if _ms(values[low]) == _ms(values[high]):
+        return f"{_ms(values[low]):>7} on every rank"
+    return f"{_ms(values[low]):>7} (rank {low}) – {_ms(values[high])} (rank {high})"
+
+
+def _listed(ranks: list[int], most: int = 8) -> str:
+    shown = ", ".join(str(r) for r in ranks[:most])
+    return shown + (f" and {len(ranks) - most} more" if len(ranks) > most else "")

@@ -1,0 +1,135 @@
+"""What a sink is, and the fan-out that keeps a bad one from hurting the run."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+QUEUE = 512
+"""Steps a sink may lag before it loses some."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a sink may want to know at the start."""
+
+    name: str
+    run_id: str
+    run_dir: Path
+    steps: int
+    first_step: int = 0
+    world: int = 1
+    layout: str = ""
+    """Axes of more than one rank in words, e.g. ``dp_shard=2 × tp=2``."""
+    model: str = ""
+    hardware: str = ""
+    peak_label: str = ""
+    """What MFU is a share of, e.g. ``measured 92 GFLOP/s``; empty: unknown, there is no MFU."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+
+
+class Sink(Protocol):
+    """Called from one thread of its own, in this order: start, then step and message in any mixture,
+    finish."""
+
+    name: str
+
+    def start(self, info: RunInfo) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """``metrics`` as ``telemetry.metrics.step_metrics`` names them."""
+        ...
+
+    def message(self, level: str, text: str) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class _Lane:
+    """One sink, its queue and its thread."""
+
+    def __init__(self, sink: Sink, warn: Callable[[str], None], depth: int) -> None:
+        self.sink = sink
+        self.dropped = 0
+        self.failed = False
+        self._warn = warn
+        self._depth = depth
+        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name=f"trainsys-sink-{sink.name}", daemon=True)
+        self.thread.start()
+
+    def send(self, method: str, *args: Any, always: bool = False) -> None:
+        if self.failed:
+            return
+        if not always and self._calls.qsize() >= self._depth:
+            self.dropped += 1
+            return
+        self._calls.put((method, args))
+
+    def close(self) -> None:
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            if self.failed:
+                continue
+            method, args = call
+            try:
+                getattr(self.sink, method)(*args)
+            except Exception as error:
+                self.failed = True
+                self._warn(
+                    f"{self.sink.name} is off for the rest of the run: {method} failed: "
+                    f"{type(error).__name__}: {_one_line(error)}"
+                )
+
+
+class Sinks:
+    """All sinks of a run, on rank 0. Every method returns at once; only ``finish`` waits, and not for long.
+
+    Each sink has a thread and a bounded queue: one that lags loses steps (told at the end, by count), one
+    that raises is off for the rest of the run with a single warning, one that hangs is left behind.
+
+    Arguments:
+        warn: takes one line of text; called from sink threads.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], warn: Callable[[str], None], depth: int = QUEUE) -> None:
+        self._warn = warn
+        self._lanes = [_Lane(sink, warn, depth) for sink in sinks]
+
+    def start(self, info: RunInfo) -> None:
+        for lane in self._lanes:
+            lane.send("start", info, always=True)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """``metrics`` must not be changed afterwards."""
+        for lane in self._lanes:
+            lane.send("step", step, metrics)
+
+    def message(self, level: str, text: str) -> None:
+        for lane in self._lanes:
+            lane.send("message", level, text)
+
+    def finish(self, summary: Mapping[str, Any], timeout_s: float = 25.0) -> None:
+        """Ends every sink; after ``timeout_s`` over all of them, goes on without those that still hang."""
+        deadline = time.monotonic() + timeout_s
+        for lane in self._lanes:
+            lane.send("finish", summary, always=True)
+            lane.close()
+        for lane in self._lanes:
+            lane.thread.join(max(0.0, deadline - time.monotonic()))
+            if lane.thread.is_alive():
+                self._warn(f"{lane.sink.name} did not finish within {timeout_s:.0f} s: left behind")
+            elif lane.dropped:
+                self._warn(f"{lane.sink.name} could not keep up: {lane.dropped} steps are missing there")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,37 @@
+"""From a config to the sinks it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from trainsys.config.run import TelemetryConfig
+from trainsys.telemetry.sinks.base import Sink, Sinks
+from trainsys.telemetry.sinks.jsonl import JsonlSink
+
+
+def build_sinks(
+    config: TelemetryConfig, warn: Callable[[str], None], say: Callable[[str], None] | None = None
+) -> Sinks:
+    """The sinks of ``config``, for rank 0; each is imported only if wanted.
+
+    ``warn`` and ``say`` take one line of text (a sink switched off; where an offline run is), from sink
+    threads. Raises ``UserError`` where an extra is missing.
+    """
+    sinks: list[Sink] = [JsonlSink()]
+    if config.console != "off":
+        from trainsys.telemetry.sinks.console import ConsoleSink
+
+        sinks.append(ConsoleSink(config.console, config.log_every))
+    if config.wandb.mode != "off":
+        from trainsys.telemetry.sinks.wandb import WandbSink
+
+        sinks.append(WandbSink(config.wandb, say))
+    if config.tensorboard:
+        from trainsys.telemetry.sinks.tensorboard import TensorBoardSink
+
+        sinks.append(TensorBoardSink())
+    if config.prometheus_port:
+        from trainsys.telemetry.sinks.prometheus import PrometheusSink
+
+        sinks.append(PrometheusSink(config.prometheus_port))
+    return Sinks(sinks, warn)

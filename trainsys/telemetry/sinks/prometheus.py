@@ -1,0 +1,75 @@
+"""The newest metrics as a text page for Prometheus to scrape: ``http://HOST:PORT/metrics``.
+
+Format: the Prometheus text exposition format, version 0.0.4. Names are ``trainsys_<section>_<name>``.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from trainsys.telemetry.sinks.base import RunInfo
+
+
+class PrometheusSink:
+    """Serves from a thread until the run ends. ``port`` 0 takes a free one (``self.port`` tells which)."""
+
+    name = "prometheus"
+
+    def __init__(self, port: int, host: str = "") -> None:
+        self.port = port
+        self._host = host
+        self._page = b""
+        self._labels = ""
+        self._server: ThreadingHTTPServer | None = None
+
+    def start(self, info: RunInfo) -> None:
+        self._labels = f'{{run="{_escape(info.run_id)}",name="{_escape(info.name)}"}}'
+        sink = self
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 10
+
+            def do_GET(self) -> None:
+                if self.path.partition("?")[0] not in ("/", "/metrics"):
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+                self.send_header("Content-Length", str(len(sink._page)))
+                self.end_headers()
+                self.wfile.write(sink._page)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Scrapes are not the user's concern."""
+
+        self._server = ThreadingHTTPServer((self._host, self.port), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, name="trainsys-prometheus", daemon=True).start()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        lines = []
+        for name, value in (("step", float(step)), *metrics.items()):
+            metric = "trainsys_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
+            lines.append(f"# TYPE {metric} gauge\n{metric}{self._labels} {_number(value)}\n")
+        self._page = "".join(lines).encode()
+
+    def message(self, level: str, text: str) -> None:
+        """Prometheus holds numbers only."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+
+def _number(value: float) -> str:
+    return {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}.get(str(value), repr(value))
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,118 @@
+"""Weights & Biases: online, offline, and offline by itself when the server cannot be reached."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from trainsys.config.run import WandbConfig
+from trainsys.errors import UserError
+from trainsys.telemetry.metrics import SECTIONS
+from trainsys.telemetry.sinks.base import RunInfo
+
+SUMMARY = {
+    "train/loss": "min",
+    "train/grad_norm": "last",
+    "perf/mfu": "mean",
+    "perf/tokens_per_s": "mean",
+    "perf/step_time_s": "mean",
+    "memory/peak_gib": "max",
+}
+"""How a metric is summed up in W&B's run table; the others: by their last value."""
+
+
+class WandbSink:
+    """One W&B run, from rank 0. Raises ``UserError`` at once where the extra is missing.
+
+    ``init`` and ``finish`` each wait for the server no longer than ``config.timeout_s``; a run that cannot be
+    opened online is opened offline in the run's folder and can be sent later with ``wandb sync``.
+    """
+
+    name = "wandb"
+
+    def __init__(self, config: WandbConfig, say: Callable[[str], None] | None = None) -> None:
+        # W&B's own error reporting waits for the server when the process ends, offline runs included: 10 s
+        # and more where it never answers. Read at import; a user's own choice stands.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            self._wandb: Any = import_module("wandb")
+        except ImportError:
+            raise UserError(
+                f"telemetry.wandb.mode={config.mode} needs wandb: pip install 'trainsys[wandb]'"
+            ) from None
+        self._config = config
+        self._say = say or (lambda text: None)
+        self._run: Any = None
+
+    def start(self, info: RunInfo) -> None:
+        if self._config.mode == "online":
+            try:
+                self._probe()
+                self._run = self._open(info, "online")
+            except (self._wandb.errors.Error, OSError) as error:
+                reason = " ".join(str(error).split())[:160]
+                self._say(f"wandb: cannot log online: {reason}; going on offline")
+        if self._run is None:
+            self._run = self._open(info, "offline")
+        if self._run.offline:
+            self._say(f"wandb: offline run; send it later with: wandb sync {os.path.dirname(self._run.dir)}")
+        self._run.define_metric("step", hidden=True)
+        for section in SECTIONS:
+            self._run.define_metric(f"{section}/*", step_metric="step")
+        for metric, how in SUMMARY.items():
+            self._run.define_metric(metric, step_metric="step", summary=how)
+
+    def _probe(self) -> None:
+        """Raises ``OSError`` unless something speaks HTTP at the server's address.
+
+        Asked first because an ``init`` that fails leaves W&B's service retrying, which holds up the exit of
+        the process long after the run has gone on offline.
+        """
+        url = self._wandb.setup().settings.base_url
+        try:
+            urllib.request.urlopen(url, timeout=self._config.timeout_s).close()
+        except urllib.error.HTTPError:
+            pass  # it answered, if only to say no
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise OSError(f"no answer from {url} within {self._config.timeout_s:g} s ({error})") from None
+
+    def _open(self, info: RunInfo, mode: str) -> Any:
+        wait_s = max(1, round(self._config.timeout_s))
+        settings = self._wandb.Settings(
+            init_timeout=wait_s,
+            login_timeout=wait_s,
+            finish_timeout=wait_s,
+            x_graphql_timeout_seconds=wait_s,
+            console="off",
+            silent=True,
+        )
+        return self._wandb.init(
+            project=self._config.project,
+            entity=self._config.entity,
+            group=self._config.group,
+            name=info.name,
+            id=info.run_id if mode == "online" else None,
+            resume="allow" if mode == "online" else None,
+            config=dict(info.config),
+            tags=list(info.tags) or None,
+            dir=str(info.run_dir),
+            mode=mode,
+            settings=settings,
+        )
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def message(self, level: str, text: str) -> None:
+        """Messages are in the event file; a W&B alert would send mail."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        if self._run is None:
+            return
+        self._run.summary.update(dict(summary))
+        self._run.finish()
