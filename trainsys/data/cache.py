@@ -44,8 +44,7 @@ def default_cache_dir() -> Path:
 def write_shards(
     documents: Documents, tokenizer: Tokenizer, writer: ShardWriter, progress: Progress | None
 ) -> None:
-    """Every document through the tokenizer into ``writer``; ``progress`` is called now and then with the
-    writer."""
+    """Every document through the tokenizer into ``writer``, which ``progress`` sees now and then."""
     texts = iter(documents)
     while group := list(islice(texts, _TOKENIZE_AT_ONCE)):
         for ids in tokenizer.encode_batch(group):
@@ -98,8 +97,7 @@ def _build(
 
 
 def publish(work: Path, target: Path) -> bool:
-    """Rename a finished folder into place, durably; False where another folder got there first, which is
-    kept."""
+    """Rename a finished folder into place, durably; False, and no change, where another got there first."""
     try:
         work.rename(target)
     except OSError as error:

@@ -111,8 +111,7 @@ class HashedTokens:
 
 
 def synthetic_corpus(vocab: int, seed: int, n_tokens: int = 1 << 24) -> Corpus:
-    """Random tokens in documents of 32 to 2015 tokens, for benchmarks: nothing can be learnt from it but
-    log(vocab)."""
+    """Random tokens in documents of 32 to 2015 tokens, for benchmarks: the best loss is log(vocab)."""
     lengths = splitmix64(derive_keys(seed, 1, count=n_tokens // 32)) % np.uint64(1984) + np.uint64(32)
     ends = np.cumsum(lengths).astype(np.int64)
     offsets = np.concatenate([[0], ends[ends < n_tokens], [n_tokens]]).astype(np.int64)

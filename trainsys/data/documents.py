@@ -1,5 +1,4 @@
-"""Text sources: each is an ordered, re-readable row of documents with a fingerprint of where they come
-from."""
+"""Text sources: each gives its documents in a fixed order, and a fingerprint of where they come from."""
 
 from __future__ import annotations
 
@@ -100,8 +99,11 @@ def _is_valid(name: str) -> bool:
 
 @dataclass
 class LocalFiles:
-    """Documents in local files. The fingerprint is each file's path, size and times of change, not its
-    content: hashing a large corpus at every start would cost more than the check is worth."""
+    """Documents in local files.
+
+    The fingerprint is each file's path, size and times of change, not its content: hashing a large corpus
+    at every start would cost more than the check is worth.
+    """
 
     name: str
     paths: Sequence[Path]
@@ -142,8 +144,7 @@ class TextFiles(LocalFiles):
 
 @dataclass
 class JsonLines(LocalFiles):
-    """One JSON object a line, its ``text_key`` a document; ``.gz`` is read as it is. Blank lines are
-    skipped."""
+    """One JSON object a line, its ``text_key`` a document; blank lines are skipped, ``.gz`` is unpacked."""
 
     text_key: str = "text"
 
@@ -243,8 +244,7 @@ def _load_dataset(datasets: Any, path: str, split: str) -> Any:
 
 
 def open_documents(data: DataConfig) -> Documents:
-    """The text that a ``data`` section names. ``UserError``: nothing there, no such split, a missing
-    extra."""
+    """The text that ``data`` names. ``UserError``: nothing there, no such split, a missing extra."""
     if data.source == "stdlib":
         return StdlibText(data.split)
     path = data.path
@@ -272,8 +272,7 @@ def refuse_split(data: DataConfig) -> None:
 
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """A file whatever its name, the files of a folder and below with one of ``suffixes``, or a glob; in
-    name order."""
+    """A file, all files with one of ``suffixes`` in a folder and below, or a glob; in name order."""
     where = Path(path).expanduser()
     if where.is_file():
         return [where]

@@ -1,7 +1,7 @@
 """A data rank's share of each global batch, prepared ahead of use.
 
-With R = ``data_world`` and b = ``micro_batch``, accumulation micro-step m on data rank d holds the rows [(m
-R + d) b, (m R + d + 1) b) of the global batch: the micro-batches of all ranks, laid out by micro-step and
+With R = ``data_world`` and b = ``micro_batch``, accumulation micro-step m on data rank d holds the rows
+[(m R + d) b, (m R + d + 1) b) of the global batch: the micro-batches of all ranks, laid out by micro-step and
 then by rank, are the global batch in order, and at each micro-step the ranks together hold one contiguous
 piece of it.
 """

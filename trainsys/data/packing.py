@@ -125,8 +125,7 @@ class ConcatPacking:
 
 
 class PadPacking:
-    """Sample i is document i, cut after S+1 tokens. Documents of one token, which predict nothing, are left
-    out."""
+    """Sample i is the i-th document of two tokens or more (one token predicts nothing), cut after S+1."""
 
     def __init__(self, corpus: Corpus, seq_len: int, document_mask: bool, window: int | None) -> None:
         self._corpus, self._seq_len, self._mask, self._window = corpus, seq_len, document_mask, window

@@ -2,8 +2,8 @@
 
 A Feistel network over pairs (left, right) of Z_a x Z_a with a = ceil(sqrt(n)) permutes a*a >= n points;
 points that land outside 0..n-1 are sent through it again until they land inside ("cycle walking"), which
-keeps the map a bijection: Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. As a*a < n
-+ 2*sqrt(n) + 1, few points walk. The round function is SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): fixed
+keeps the map a bijection: Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. As
+a*a < n + 2*sqrt(n) + 1, few points walk. The round function is SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): fixed
 arithmetic, so the order does not depend on the version of any library.
 """
 
@@ -21,8 +21,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def splitmix64(x: U64) -> U64:
-    """64-bit hash of each element; arithmetic is modulo 2**64. Takes and gives arrays (scalars would
-    warn)."""
+    """64-bit hash of each element, arithmetic modulo 2**64; of arrays, as numpy warns of scalars that wrap."""
     z = x + _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,5 +1,4 @@
-"""``trainsys data prepare`` and ``verify``: token shards written once by hand instead of cached on first
-use."""
+"""``trainsys data prepare`` and ``verify``: token shards made by hand instead of cached on first use."""
 
 from __future__ import annotations
 
@@ -93,8 +92,7 @@ def prepare(
 
 
 def verify(path: str) -> Summary:
-    """Read every byte of the shards at ``path`` (folder, file or glob); ``UserError`` names the first
-    damage."""
+    """Read the shards at ``path`` (folder, file, glob) whole; ``UserError`` names the first damage."""
     where = Path(path).expanduser()
     paths = list_shards(where) if where.is_dir() else find_files(path, (SUFFIX,))
     if not paths:

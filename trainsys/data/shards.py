@@ -42,8 +42,7 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Shard:
-    """An opened shard: ``tokens[n_tokens]`` and ``doc_offsets[n_docs+1]`` are maps of the file, read on
-    use."""
+    """An opened shard; ``tokens[n_tokens]`` and ``doc_offsets[n_docs+1]`` map the file."""
 
     path: Path
     tokens: NDArray[Any]
@@ -63,10 +62,10 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes documents into ``shard_00000.tok``, … of about ``shard_tokens`` tokens; a document is never
-    split.
+    """Writes documents into ``shard_00000.tok``, … of about ``shard_tokens`` tokens.
 
-    Files are synced to disk as they are finished. The folder's ``index.json``, written last, lists them.
+    A document is never split. Files are synced to disk as they are finished. The folder's ``index.json``,
+    written last, lists them.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int = 100_000_000) -> None:
@@ -176,8 +175,7 @@ class _ShardFile:
 
 
 def open_shard(path: Path) -> Shard:
-    """Map a shard. ``UserError`` names the file and what is wrong: not a shard, version, truncated,
-    corrupt."""
+    """Map a shard. ``UserError`` names the file and what is wrong: version, truncated, corrupt, no shard."""
     try:
         with open(path, "rb") as file:
             head = file.read(_HEADER_BYTES)
@@ -237,8 +235,7 @@ def open_shards(paths: Sequence[Path]) -> list[Shard]:
 
 
 def shard_fingerprint(shards: Sequence[Shard]) -> str:
-    """Identity of the tokens by their checksums (headers carry the crc32 of the block checksums), paths
-    apart."""
+    """Identity of the tokens, wherever they lie: headers carry the crc32 of the tokens' checksums."""
     return hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
 
 

@@ -50,8 +50,7 @@ class Source:
         self._shuffle = shuffle
 
     def samples(self, step: int, rows: Sequence[int]) -> NDArray[np.int64]:
-        """Sample numbers (windows for concat, documents for pad) of ``rows`` of the global batch of
-        ``step``."""
+        """Which samples (concat: windows; pad: documents) are ``rows`` of the global batch of ``step``."""
         assert step >= 0
         index = np.array(rows, np.int64)
         assert index.size == 0 or (index.min() >= 0 and index.max() < self.global_batch)
@@ -108,8 +107,7 @@ class Source:
 
 
 def build_source(cfg: RunConfig, progress: Progress | None = None) -> Source:
-    """Open (and, for text, tokenize once) what ``cfg.data`` names. ``UserError`` for anything the user can
-    mend."""
+    """Open (text: tokenize once) what ``cfg.data`` names. ``UserError`` for what the user can mend."""
     corpus = open_corpus(cfg, progress)
     if corpus.vocab_size is not None and corpus.vocab_size > cfg.model.vocab:
         raise UserError(

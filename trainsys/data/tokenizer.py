@@ -34,8 +34,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token a UTF-8 byte: ids 0-255 are bytes, then BOS, EOS, PAD. Models use a padded vocabulary such
-    as 320."""
+    """Ids 0-255 are UTF-8 bytes, then BOS, EOS, PAD. Models use a padded vocabulary such as 320."""
 
     name = "bytes"
     fingerprint = "bytes-v1"
