@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainsys.config.model import ModelConfig, MoEConfig
@@ -33,6 +33,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     return Layout(**sizes, ep=ep)
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_coordinates_count_up_with_tp_innermost(layout: Layout) -> None:
     expected = list(itertools.product(*(range(getattr(layout, axis)) for axis in PLACED)))
@@ -41,6 +42,7 @@ def test_coordinates_count_up_with_tp_innermost(layout: Layout) -> None:
     assert all(layout.rank(**layout.coords(rank)) == rank for rank in range(layout.world))
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_groups_of_every_axis_partition_the_world(layout: Layout) -> None:
     for axis in AXES:
@@ -54,6 +56,7 @@ def test_groups_of_every_axis_partition_the_world(layout: Layout) -> None:
                 assert layout.index(axis, rank) == index
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_a_group_is_the_ranks_that_share_the_other_coordinates(layout: Layout) -> None:
     for axis, shared in SHARED_BY.items():
@@ -64,6 +67,7 @@ def test_a_group_is_the_ranks_that_share_the_other_coordinates(layout: Layout) -
         assert sorted(layout.groups(axis)) == sorted(together.values()), axis  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(layouts(), st.data())
 def test_groups_of_two_axes_meet_in_one_rank(layout: Layout, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, layout.world - 1))
@@ -72,6 +76,7 @@ def test_groups_of_two_axes_meet_in_one_rank(layout: Layout, data: st.DataObject
         assert set(layout.group_of(one, rank)) & set(layout.group_of(other, rank)) == {rank}
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_experts_share_the_ranks_of_dp_shard_and_cp(layout: Layout) -> None:
     assert layout.size("ep") * layout.size("expert_fsdp") == layout.size("fsdp")
@@ -83,6 +88,7 @@ def test_experts_share_the_ranks_of_dp_shard_and_cp(layout: Layout) -> None:
             assert layout.group_of("expert_fsdp", rank) == same_experts
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_data_rank_numbers_the_ranks_that_read_different_rows(layout: Layout) -> None:
     seen = {}
@@ -93,6 +99,7 @@ def test_data_rank_numbers_the_ranks_that_read_different_rows(layout: Layout) ->
     assert sorted(seen.values()) == list(range(layout.data_world))
 
 
+@settings(deadline=None)
 @given(layouts(), st.sampled_from(SIZED))
 def test_minus_one_is_the_rest(layout: Layout, axis: str) -> None:
     sizes = {name: getattr(layout, name) for name in SIZED}
@@ -106,6 +113,7 @@ def test_minus_one_is_the_rest(layout: Layout, axis: str) -> None:
     assert Layout.required_world(parallel) == (layout.world if axis == "ep" else None)
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(1, 200))
 def test_a_world_that_does_not_fit_is_refused_with_worlds_that_do(layout: Layout, world: int) -> None:
     parallel = ParallelConfig(
@@ -220,6 +228,7 @@ def test_what_divides_passes(
     assert layout.validate(model, train, parallel) == []
 
 
+@settings(deadline=None)
 @given(
     heads=st.sampled_from([4, 6, 8, 12, 16]), groups=st.integers(1, 4), d_ff=st.integers(1, 40),
     vocab=st.integers(1, 60), tp=st.integers(1, 12),

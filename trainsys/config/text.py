@@ -157,8 +157,13 @@ class _Dumper(yaml.SafeDumper):
         flow = not any(isinstance(item, (dict, list)) for item in data)
         return self.represent_sequence(f"{_TAG}seq", data, flow_style=flow)
 
+    def represent_text(self, data: str) -> yaml.Node:
+        """Control characters and odd line breaks survive only in double quotes."""
+        return self.represent_scalar(f"{_TAG}str", data, style=None if data.isprintable() else '"')
+
 
 _Dumper.add_representer(list, _Dumper.represent_row)
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _name, _pattern in _SCALARS.items():
     for _side in (_Loader, _Dumper):
         _side.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern.pattern})\Z"), None)
