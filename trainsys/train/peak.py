@@ -1,0 +1,50 @@
+"""What MFU is a share of, for this run."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from trainsys.bench.matmul import ceiling_in_run
+from trainsys.config.run import RunConfig
+from trainsys.hardware import Device, lookup, match_device
+from trainsys.hardware.peak import Peak, peak_for_run
+from trainsys.train.process import Process
+
+
+def find_device(cfg: RunConfig, proc: Process) -> Device | None:
+    """The catalogue's entry for what the run is on: as named by ``hardware``, else recognised, else None."""
+    if cfg.hardware is not None:
+        return lookup(cfg.hardware)
+    if proc.device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(proc.device)
+    return match_device(properties.name, properties.total_memory / 2**30, properties.multi_processor_count)
+
+
+def find_peak(cfg: RunConfig, proc: Process, device: Device | None) -> Peak | None:
+    """Catalogue peak of the device; where there is none, every rank measures matmul at once, before step 0."""
+    known = peak_for_run(device, cfg.train.dtype)
+    if known is not None:
+        return known
+    measured = ceiling_in_run(
+        cfg.train.dtype,
+        proc.local_world,
+        barrier=_barrier,
+        total=_total,
+        device=proc.device,
+        store=proc.rank == 0 and proc.world == proc.local_world,
+    )
+    return peak_for_run(None, cfg.train.dtype, measured)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
+def _total(value: float) -> float:
+    x = torch.tensor([value], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return float(x)

@@ -1,0 +1,195 @@
+"""What a run tells about itself while it trains: event files on every rank, sinks and summary on rank 0."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from trainsys.config.run import RunConfig
+from trainsys.data import StepData
+from trainsys.engines.base import StepResult
+from trainsys.flops import CONVENTIONS, StepWork, param_counts, step_flops
+from trainsys.layout import Layout
+from trainsys.telemetry.aggregate import Aggregate
+from trainsys.telemetry.events import Flops, RunStart, Step
+from trainsys.telemetry.metrics import step_metrics
+from trainsys.telemetry.recorder import Recorder
+from trainsys.telemetry.report import final_report, summarize
+from trainsys.telemetry.run_data import load_run
+from trainsys.telemetry.run_dir import (
+    create_run_dir,
+    versions,
+    write_config,
+    write_environment,
+    write_summary,
+)
+from trainsys.telemetry.sinks.base import RunInfo, Sinks
+from trainsys.telemetry.sinks.build import build_sinks
+from trainsys.train.device import CudaTimer, cuda_memory
+from trainsys.train.gather import WindowGather
+from trainsys.train.peak import find_device, find_peak
+from trainsys.train.process import Process
+
+
+class Reporter:
+    """Owns the run's folder, recorder and sinks. Enter it before the engine is built.
+
+    ``started``: (monotonic, wall) clocks at the start of the process's work, so that set-up is accounted for.
+    """
+
+    def __init__(self, cfg: RunConfig, proc: Process, layout: Layout, started: tuple[float, float]) -> None:
+        self.cfg, self.proc, self.layout = cfg, proc, layout
+        self.run_dir = Path(
+            _from_rank0(str(create_run_dir(cfg.telemetry.out, cfg.name)) if proc.rank == 0 else "")
+        )
+        device = find_device(cfg, proc)
+        peak = find_peak(cfg, proc, device)
+        on_cuda = proc.device.type == "cuda"
+        self.info = RunStart(
+            run_id=self.run_dir.name,
+            rank=proc.rank,
+            world=proc.world,
+            t0_mono=started[0],
+            t0_wall=started[1],
+            name=cfg.name,
+            hostname=os.uname().nodename,
+            pid=os.getpid(),
+            local_rank=proc.local_rank,
+            engine=cfg.engine,
+            layout={a: getattr(layout, a) for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")},
+            coords=dict(layout.coords(proc.rank)),
+            model=cfg.model.name,
+            parameters=param_counts(cfg.model).total,
+            dtype=cfg.train.dtype,
+            steps=cfg.train.steps,
+            seq_len=cfg.train.seq_len,
+            global_batch=cfg.train.global_batch,
+            micro_batch=cfg.train.micro_batch,
+            versions=versions(),
+            hardware=device.name if device else None,
+            device_memory=torch.cuda.get_device_properties(proc.device).total_memory if on_cuda else None,
+            peak_flops=peak.flops_per_s if peak else None,
+            peak_label=peak.label if peak else "",
+            conventions=CONVENTIONS,
+        )
+        self.recorder = Recorder(
+            self.run_dir,
+            self.info,
+            timer=CudaTimer() if on_cuda else None,
+            memory=cuda_memory if on_cuda else None,
+        )
+        self._gather = WindowGather(proc.world, proc.world // layout.data_world)
+        self._shown: Step | None = None
+        self._tokens_seen = 0
+        self._sinks = Sinks([], self.warn)
+        if proc.rank == 0:
+            write_config(self.run_dir, cfg)
+            write_environment(self.run_dir)
+            self._sinks = build_sinks(
+                cfg.telemetry, self.warn, lambda text: self.recorder.message("info", text)
+            )
+            self._sinks.start(
+                RunInfo(
+                    name=cfg.name,
+                    run_id=self.info.run_id,
+                    run_dir=self.run_dir,
+                    steps=cfg.train.steps,
+                    world=proc.world,
+                    layout=layout.describe(cfg.parallel),
+                    model=cfg.model.name,
+                    hardware=self.info.hardware or "",
+                    peak_label=self.info.peak_label,
+                    config=cfg.model_dump(mode="json"),
+                )
+            )
+
+    def warn(self, text: str) -> None:
+        """A line for the user and the record; from any thread, shown once (rank 0)."""
+        self.recorder.message("warning", text)
+        if self.proc.rank == 0:
+            self._sinks.message("warning", text)
+
+    def begin(self) -> None:
+        """The loop starts now."""
+        self.recorder.begin()
+
+    def end_step(self, step: int, data: StepData, result: StepResult) -> None:
+        """Close the step's record; every ``log_every`` steps show the window of all ranks."""
+        loss, norm = result.scalars.tolist()
+        work = StepWork(
+            tokens=data.real_tokens_global,
+            attn_pairs=data.attn_pairs_global,
+            seq_len=self.cfg.train.seq_len,
+            computed_tokens=data.real_tokens_global + data.padded_tokens_global,
+        )
+        flops = step_flops(self.cfg.model, work, self.cfg.recompute)
+        counts = [b.counts for b in data.micro_batches]
+        record = self.recorder.end_step(
+            step,
+            tokens=sum(c.real_tokens for c in counts),
+            tokens_padded=sum(c.padded_tokens for c in counts),
+            attn_pairs=sum(c.attn_pairs for c in counts),
+            loss=loss,
+            grad_norm=norm,
+            lr=result.lr,
+            flops=Flops(model=flops.model, palm=flops.palm, hardware=flops.hardware),
+        )
+        self._tokens_seen += data.real_tokens_global
+        self._gather.add(record)
+        last = step == self.cfg.train.steps - 1
+        if (step + 1) % self.cfg.telemetry.log_every == 0 or last:
+            self._show(self._gather.exchange())
+            self._shown = record
+        if last:
+            self._show(self._gather.last())
+
+    def _show(self, window: Aggregate | None) -> None:
+        """Rank 0's last shown step, with what all ranks saw since the one before."""
+        if self.proc.rank == 0 and window is not None and self._shown is not None:
+            self._sinks.step(
+                self._shown.step, step_metrics(self._shown, window, tokens_seen=self._tokens_seen)
+            )
+
+    def done(self) -> None:
+        """All steps are done: end the files, then print what they say."""
+        self._finish("done")
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if error is not None:
+            stopped = isinstance(error, KeyboardInterrupt)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._finish("stopped" if stopped else "failed", reason, wait=False)
+
+    def _finish(
+        self, status: Literal["done", "stopped", "failed"], reason: str = "", wait: bool = True
+    ) -> None:
+        self.recorder.finish(status, reason)
+        if wait and dist.is_initialized():
+            dist.all_reduce(torch.zeros(1))  # every rank's file is whole before rank 0 reads them
+        if self.proc.rank != 0:
+            return
+        data = load_run(self.run_dir)
+        summary = summarize(data)
+        write_summary(self.run_dir, summary)
+        self._sinks.finish(summary, timeout_s=25.0 if wait else 5.0)
+        if wait:
+            final_report(data)
+
+
+def _from_rank0(value: str) -> str:
+    """Rank 0's ``value`` on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
