@@ -105,12 +105,17 @@ def load_measurement(key: MeasurementKey, path: Path | None = None) -> Measureme
 
 
 def store_measurement(measurement: Measurement, path: Path | None = None) -> None:
-    """Add to the store, replacing an older one of the same key. Of concurrent writers the last one wins.
+    """Add to the store, unless a faster one of the same key is there: other load only ever slows a measurement.
+
+    Of concurrent writers the last one wins.
 
     Raises:
         OSError: the folder cannot be written.
     """
     path = path or cache_path()
+    known = load_measurement(measurement.key, path)
+    if known is not None and known.flops_per_s >= measurement.flops_per_s:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     content = _read(path) | {measurement.key.text: measurement.model_dump(mode="json")}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:

@@ -1,0 +1,154 @@
+"""The same work on N processes at once, timed on one clock.
+
+A ceiling is what all processes reach *together*: four on two cores get half each, and memory is shared.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+
+import numpy as np
+import torch
+
+# Shortest stretch that is timed on a device, so that launching and waiting are small beside it.
+_DEVICE_STRETCH_S = 5e-3
+_MIN_CALLS = 4
+_PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One repeatable call and how much it does: FLOPs, or bytes moved."""
+
+    run: Callable[[], object]
+    amount: float
+
+
+@dataclass(frozen=True)
+class Stamps:
+    """One process's progress: the clock at the start and after each stretch of calls, each of ``amount``."""
+
+    times_s: list[float]
+    amount: float
+
+
+MakeWork = Callable[[int, torch.device], Work]
+"""(index of the variant, device) -> the work; importable by name, since it is sent to other processes."""
+
+
+def repeat(work: Work, seconds: float, device: torch.device) -> Stamps:
+    """Repeat the work for about ``seconds``, and at least a few times."""
+    return _on_device(work, seconds) if device.type == "cuda" else _on_cpu(work, seconds)
+
+
+def _on_cpu(work: Work, seconds: float) -> Stamps:
+    times = [time.monotonic()]
+    while len(times) <= _MIN_CALLS or times[-1] < times[0] + seconds:
+        work.run()
+        times.append(time.monotonic())
+    return Stamps(times, work.amount)
+
+
+def _on_device(work: Work, seconds: float) -> Stamps:
+    def stretch(calls: int) -> torch.cuda.Event:
+        for _ in range(calls):
+            work.run()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no hints here
+        event.record()
+        event.synchronize()
+        return event
+
+    first = stretch(1)
+    once_s = first.elapsed_time(stretch(4)) / 1e3 / 4
+    calls = max(1, round(_DEVICE_STRETCH_S / max(once_s, 1e-7)))
+    start = stretch(1)
+    times = [time.monotonic()]
+    while len(times) <= _MIN_CALLS or times[-1] < times[0] + seconds:
+        times.append(times[0] + start.elapsed_time(stretch(calls)) / 1e3)
+    return Stamps(times, work.amount * calls)
+
+
+def combined_rate(stamps: Sequence[Stamps], bins: int = 10) -> float:
+    """Amount a second of all processes together: the median over ``bins`` slices of the time all were at work.
+
+    A call that spans slices counts in each by its share. The median leaves out slices in which something
+    else ran.
+    """
+    start = max(s.times_s[0] for s in stamps)
+    end = min(s.times_s[-1] for s in stamps)
+    assert end > start, "no moment at which every process was at work"
+    edges = np.linspace(start, end, bins + 1)
+    done = np.zeros(bins + 1)
+    for s in stamps:
+        done += np.interp(edges, s.times_s, np.arange(len(s.times_s)) * s.amount)
+    return float(np.median(np.diff(done) / np.diff(edges)))
+
+
+def _child(
+    make: MakeWork,
+    variants: int,
+    threads: int,
+    seconds: float,
+    device: str,
+    barrier: Barrier,
+    out: Connection,
+) -> None:
+    try:
+        torch.set_num_threads(threads)
+        on = torch.device(device)
+        if on.type == "cuda":
+            torch.cuda.set_device(on)
+        for variant in range(variants):
+            work = make(variant, on)
+            work.run()
+            barrier.wait(_PATIENCE_S)
+            out.send(repeat(work, seconds, on))
+    except BaseException as error:
+        # The others wait at the barrier for this one; the parent reports the first error it receives.
+        barrier.abort()
+        out.send(f"{type(error).__name__}: {error}")
+
+
+def run_together(
+    make: MakeWork, variants: int, *, processes: int, threads: int, seconds: float, device: str
+) -> list[list[Stamps]]:
+    """Stamps by [variant][process]; on CUDA process i has device i.
+
+    Raises:
+        RuntimeError: a process failed or died; says which and why.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    barrier = context.Barrier(processes)
+    children, pipes = [], []
+    for i in range(processes):
+        receive, send = context.Pipe(duplex=False)
+        on = f"cuda:{i}" if device == "cuda" else device
+        args = (make, variants, threads, seconds, on, barrier, send)
+        child = context.Process(target=_child, args=args, daemon=True)
+        child.start()
+        send.close()
+        children.append(child)
+        pipes.append(receive)
+    try:
+        return [[_receive(pipe, i) for i, pipe in enumerate(pipes)] for _ in range(variants)]
+    finally:
+        for child in children:
+            child.join(1.0)
+            child.kill()
+            child.join()
+
+
+def _receive(pipe: Connection, process: int) -> Stamps:
+    try:
+        got = pipe.recv() if pipe.poll(_PATIENCE_S) else "no answer"
+    except EOFError:
+        got = "died"
+    if isinstance(got, Stamps):
+        return got
+    raise RuntimeError(f"bench process {process}: {got}")
