@@ -25,19 +25,25 @@ _DATA = re.compile(r"DataLoader|\bdata(?:_|\.)?(?:wait|load|loading|stall)|next_
 _SETTLE_NS = 5_000
 
 
+def data_spans(trace: RankTrace) -> Spans:
+    """When the host was inside a data loader's ``__next__`` or an annotation that says as much."""
+    notes = trace.notes
+    loading = np.array([_DATA.search(n) is not None for n in trace.names], bool)
+    chosen = np.flatnonzero(loading[notes.name]) if len(notes) else np.zeros(0, np.int64)
+    return iv.union(notes.start[chosen], notes.end[chosen])
+
+
 class IdleFinder:
     """Holds what is common to all the gaps of a trace."""
 
     def __init__(self, trace: RankTrace, launches: Launches) -> None:
         self.trace, self.launches = trace, launches
         self.starts = trace.device.start
-        runtime, notes = trace.runtime, trace.notes
+        runtime = trace.runtime
         flags = np.array([SYNC.search(n) is not None for n in trace.names], bool)
-        data = np.array([_DATA.search(n) is not None for n in trace.names], bool)
         synced = np.flatnonzero(flags[runtime.name]) if len(runtime) else np.zeros(0, np.int64)
         self.sync_ends = np.sort(runtime.end[synced])
-        loading = np.flatnonzero(data[notes.name]) if len(notes) else np.zeros(0, np.int64)
-        self.data = iv.union(notes.start[loading], notes.end[loading])
+        self.data = data_spans(trace)
 
     def causes(self, gaps: Spans) -> dict[str, int]:
         """Nanoseconds of the gaps by cause; sums to their length. Causes that did not occur are left out."""

@@ -10,7 +10,7 @@ import numpy as np
 from trainsys.profiler.trace.columns import Calls, RankTrace
 from trainsys.profiler.trace.intervals import Ints
 
-_STEP = re.compile(r"^ProfilerStep#(\d+)$")
+STEP = re.compile(r"^ProfilerStep#(\d+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def find_steps(trace: RankTrace, launches: Launches) -> list[Step]:
     """
     marks: list[tuple[int, int, int]] = []
     for i in range(len(trace.notes)):
-        found = _STEP.match(trace.names[trace.notes.name[i]])
+        found = STEP.match(trace.names[trace.notes.name[i]])
         if found:
             marks.append((int(trace.notes.start[i]), int(trace.notes.end[i]), int(found.group(1))))
     marks = sorted(set(marks))

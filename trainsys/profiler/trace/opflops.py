@@ -1,8 +1,8 @@
 """FLOPs of an operator from the shapes the profiler recorded; a multiply-add is 2.
 
-Matrix products exactly; convolutions from the output they imply at unknown stride are not guessed: they
-are counted only where the trace names enough. Attention is counted in full (no causal halving), because a
-trace does not say which mask was used; the report says so.
+Matrix products exactly. Convolutions are not counted: their stride is not among the recorded shapes.
+Attention is counted in full (no causal halving), because a trace does not say which mask was used, and kept
+apart from the products for that reason.
 """
 
 from __future__ import annotations
