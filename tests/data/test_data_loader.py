@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -168,6 +169,7 @@ def test_prefetch_is_bounded_and_state_is_what_was_given(make_corpus: Any) -> No
         for _ in range(5):
             next(loader)
         assert loader.state_dict() == {"step": 5}
+        time.sleep(0.3)  # time to run away, were there no bound
     assert max(source.asked) <= 5 + 2 + 1, "two wait in the queue, one in hand"
     assert source.asked == sorted(set(source.asked))
 
