@@ -173,3 +173,17 @@ def test_damaged_cache_says_how_to_mend_it(tmp_path: Path, make_config: Any) -> 
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"truncated: .*it is a cache: delete {shard.parent}"):
         build_source(cfg)
+
+
+def test_cache_appears_by_one_rename(tmp_path: Path) -> None:
+    """The very folder that was written becomes the cache: copied files could be seen half there."""
+    seen: list[int] = []
+
+    class Watched(Notes):
+        def __iter__(self) -> Iterator[str]:
+            (work,) = (tmp_path / "c" / "tokens").glob("*.tmp-*")
+            seen.append(work.stat().st_ino)
+            yield from super().__iter__()
+
+    folder = cached_tokens(Watched(tmp_path / "log"), ByteTokenizer(), str(tmp_path / "c"))
+    assert seen == [folder.stat().st_ino]
