@@ -16,7 +16,7 @@ from trainsys.telemetry.recorder import Recorder, here
 from trainsys.telemetry.timer import HostTimer
 
 
-def one_step(rec: Recorder, step: int, micro_batches: int, layers: int) -> None:
+def one_step(rec: Recorder, step: int, micro_batches: int, layers: int, spans: bool) -> None:
     """The recorder calls of one step: fsdp and tp collectives in each layer, forward and backward."""
     with rec.phase("data"):
         pass
@@ -24,30 +24,28 @@ def one_step(rec: Recorder, step: int, micro_batches: int, layers: int) -> None:
         for phase in ("forward", "backward"):
             with rec.phase(phase):
                 for _ in range(layers):
-                    rec.collective("fsdp", "all_gather", 1 << 20, 1e-7)
-                    rec.collective("tp", "reduce_scatter", 1 << 20, 1e-7)
+                    for axis, op in (("fsdp", "all_gather"), ("tp", "reduce_scatter")):
+                        if spans:
+                            with rec.collective_span(axis, op, 1 << 20):
+                                pass
+                        else:
+                            rec.collective(axis, op, 1 << 20, 1e-7)
     with rec.phase("optimizer"):
         pass
-    rec.end_step(
-        step,
-        tokens=8192,
-        attn_pairs=1 << 25,
-        loss=2.5,
-        grad_norm=1.0,
-        lr=3e-4,
-        flops=Flops(1e12, 1.1e12, 1.3e12),
-    )
+    flops = Flops(1e12, 1.1e12, 1.3e12)
+    rec.end_step(step, tokens=8192, attn_pairs=1 << 25, loss=2.5, grad_norm=1.0, lr=3e-4, flops=flops)
 
 
-def measure(rec: Recorder, steps: int, micro_batches: int, layers: int) -> list[float]:
+def measure(rec: Recorder, steps: int, *what: int) -> list[float]:
+    """Sorted microseconds of each step."""
     times = []
     rec.begin()
     for step in range(steps):
         t0 = time.perf_counter_ns()
-        one_step(rec, step, micro_batches, layers)
+        one_step(rec, step, *what)
         times.append((time.perf_counter_ns() - t0) / 1e3)
     rec.finish("done")
-    return times
+    return sorted(times)
 
 
 def main() -> None:
@@ -63,14 +61,15 @@ def main() -> None:
         f"{args.steps} steps, {args.micro_batches} micro-batches, {calls} collectives; microseconds a step:"
     )
     with tempfile.TemporaryDirectory() as folder:
-        for name, timer, micro, layers in (
-            ("one micro-batch, no collectives", None, 1, 0),
-            ("all collectives counted", None, args.micro_batches, args.layers),
-            ("the same with device marks", HostTimer(), args.micro_batches, args.layers),
+        for name, timer, micro, layers, spans in (
+            ("one micro-batch, no collectives", None, 1, 0, False),
+            ("collectives told afterwards", None, args.micro_batches, args.layers, False),
+            ("collectives as spans", None, args.micro_batches, args.layers, True),
+            ("spans with device marks", HostTimer(), args.micro_batches, args.layers, True),
         ):
             info = here(run_id="bench", rank=0, world=4, peak_flops=1e11)
             rec = Recorder(Path(folder, name.replace(" ", "_")), info, timer=timer)
-            times = sorted(measure(rec, args.steps, micro, layers))
+            times = measure(rec, args.steps, micro, layers, spans)
             print(
                 f"  {name:34} median {statistics.median(times):7.1f}"
                 f"   p99 {times[int(0.99 * len(times))]:7.1f}   max {times[-1]:8.1f}"

@@ -260,9 +260,9 @@ class Metrics(Event):
     """Named values that belong to no step record: evaluation losses, probe results."""
 
     step: int
-    values: dict[str, float] = {}
+    values: dict[str, float | None] = {}
     nonfinite: dict[str, str] = {}
-    """Names whose value JSON cannot hold; reading puts them back among ``values``."""
+    """Names whose value is null in the file because JSON cannot hold it; reading puts nan or inf back."""
 
     def __post_init__(self) -> None:
         for name, value in self.nonfinite.items():

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -43,6 +43,8 @@ MAX_SAMPLES = 256
 GC_STALL_S = 0.01
 """A garbage collection at least this long gets a record of its own; shorter ones are in the phase ``gc``
 alone."""
+MAX_CACHED = 4096
+"""Distinct collectives kept; sizes that vary without end (uneven all-to-all) start the cache anew."""
 _STALL = "stall/"
 
 
@@ -74,21 +76,40 @@ class _Span:
         self._recorder._leave()
 
 
-class _Collective(_Span):
-    __slots__ = ("_axis", "_bytes", "_op", "_t0")
+class _Collective:
+    """The hottest of all, dozens a layer: so it is cached, holds no state, and its two cuts are written out here."""
+
+    __slots__ = ("_key", "_name", "_nbytes", "_recorder")
 
     def __init__(self, recorder: Recorder, axis: str, op: str, nbytes: int) -> None:
-        super().__init__(recorder, COMM + axis)
-        self._axis, self._op, self._bytes = axis, op, nbytes
+        self._recorder, self._nbytes = recorder, nbytes
+        self._key, self._name = (axis, op), COMM + axis
 
     def __enter__(self) -> None:
-        self._recorder._enter(self._name)
-        self._t0 = self._recorder._last
+        r = self._recorder
+        if r._stall_depth:
+            return
+        acc, top, name = r._acc, r._top, self._name
+        now = r._clock()
+        acc[top] = acc.get(top, 0) + now - r._last
+        r._last = now
+        r._stack.append((top, acc.get(name, 0)))
+        r._top = name
+        if r._device is not None:
+            r._device.mark(name)
 
     def __exit__(self, *_: object) -> None:
-        self._recorder._leave()
-        if not self._recorder._stall_depth:
-            self._recorder._count(self._axis, self._op, self._bytes, self._recorder._last - self._t0)
+        r = self._recorder
+        if r._stall_depth:
+            return
+        acc, name = r._acc, self._name
+        now = r._clock()
+        total = acc[name] = acc.get(name, 0) + now - r._last
+        r._last = now
+        r._top, before = r._stack.pop()
+        if r._device is not None:
+            r._device.mark(r._top)
+        r._count(self._key, self._nbytes, total - before)
 
 
 class _Pause:
@@ -150,6 +171,7 @@ class Recorder:
         self._device = None if timer is None else DeviceTrack(timer)
         self._owner = threading.get_ident()
         self._spans: dict[str, _Span] = {}
+        self._collectives: dict[tuple[str, str, int], _Collective] = {}
         self._top = "other"
         self._stack: list[tuple[str, int]] = []
         self._stall_depth = 0
@@ -174,9 +196,16 @@ class Recorder:
         """A context manager around a blocking collective, or around the wait for one: on a device it is
         marked too.
 
-        ``axis``: mesh axis or combined group; ``nbytes``: payload of this rank. It counts one call.
+        ``axis``: mesh axis or combined group; ``nbytes``: payload of this rank. It counts one call. Spans of one
+        axis must not be nested.
         """
-        return _Collective(self, axis, op, nbytes)
+        key = (axis, op, nbytes)
+        span = self._collectives.get(key)
+        if span is None:
+            if len(self._collectives) >= MAX_CACHED:
+                self._collectives.clear()
+            span = self._collectives[key] = _Collective(self, axis, op, nbytes)
+        return span
 
     def collective(self, axis: str, op: str, nbytes: int, blocked_s: float) -> None:
         """The same after the fact: ``blocked_s`` seconds are taken from the phase under way.
@@ -197,7 +226,7 @@ class Recorder:
                 acc[top] -= ns
                 name = COMM + axis
                 acc[name] = acc.get(name, 0) + ns
-        self._count(axis, op, nbytes, ns)
+        self._count((axis, op), nbytes, ns)
 
     def stall(self, kind: str, detail: str = "") -> _Pause:
         """A pause that is no part of a step: checkpoint, eval, compile, data_retry, report.
@@ -290,9 +319,9 @@ class Recorder:
         """Something said to the user, kept beside the numbers."""
         self.put(Message(level=level, text=text, time_s=self._time_of(self._clock()), step=self._step))
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Named values that belong to no step record (evaluation)."""
-        self.put(Metrics(step=step, values=values, nonfinite=split_nonfinite(values.items())))
+        self.put(Metrics(step=step, values=dict(values), nonfinite=split_nonfinite(values.items())))
 
     def put(self, event: Event) -> None:
         """Any other record."""
@@ -361,11 +390,10 @@ class Recorder:
         if self._device:
             self._device.mark(self._top)
 
-    def _count(self, axis: str, op: str, nbytes: int, ns: int) -> None:
-        try:
-            entry = self._comm[axis, op]
-        except KeyError:
-            entry = self._comm[axis, op] = [0, 0, 0]
+    def _count(self, key: tuple[str, str], nbytes: int, ns: int) -> None:
+        entry = self._comm.get(key)
+        if entry is None:
+            entry = self._comm[key] = [0, 0, 0]
         entry[0] += 1
         entry[1] += nbytes
         entry[2] += ns
