@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainsys.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -13,6 +13,7 @@ from trainsys.errors import UserError
 
 
 @given(st.text(st.characters(codec=None)))
+@example("lone \ud800 surrogate")
 def test_bytes_round_trip(text: str) -> None:
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
@@ -72,6 +73,17 @@ def test_hf_folder_and_tokenizer_config_name_the_end_token(bpe_folder: Path, tmp
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
         load_tokenizer(str(tmp_path))
+
+
+def test_hf_added_tokens_count_and_may_end_the_text(bpe_folder: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="hf extra not installed")
+    raw = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    before = raw.get_vocab_size()
+    raw.add_special_tokens(["<extra>", "<last>"])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<last>"}))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer.eos, tokenizer.vocab_size) == (before + 1, before + 2)
 
 
 def test_hf_lone_surrogate_does_not_stop_the_run(bpe_folder: Path) -> None:
