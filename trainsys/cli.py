@@ -7,6 +7,7 @@ put `command` on it. A name of two words, like ``config show``, makes a group.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -59,9 +60,12 @@ def _launch(args: argparse.Namespace) -> int:
 
 @command("train", "what every process of a run executes, under torchrun or alone", RUN, OVERRIDES)
 def _train(args: argparse.Namespace) -> int | None:
+    from trainsys.config.loader import load_run
     from trainsys.launch.failure import guard
 
     with guard():
+        # A mistake in the config is told now, not after the seconds that torch takes to import.
+        load_run(args.run, args.overrides)
         from trainsys.train.main import train
 
         return train(args.run, args.overrides)
@@ -74,18 +78,32 @@ def _explain(args: argparse.Namespace) -> None:
     print_report(args.run_dir)
 
 
+BENCH = (
+    arg("--processes", type=int, nargs="+", default=[1], metavar="N", help="how many work at the same time"),
+    arg("--seconds", type=float, default=1.0, metavar="S", help="how long each measurement lasts"),
+    arg("--device", default="cpu", choices=["cpu", "cuda"]),
+    arg("--threads", type=int, metavar="N", help="threads a process; default: cores / processes"),
+    arg("--json", action="store_true", help="print the results as JSON"),
+)
+
+
 @command(
     "bench matmul",
-    "measure the matmul ceiling of this machine",
-    arg("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"]),
-    arg("--processes", type=int, default=1, metavar="N", help="how many multiply at the same time"),
-    arg("--seconds", type=float, default=2.0, metavar="S", help="how long each size is measured"),
-    arg("--json", action="store_true", help="print the result as JSON"),
+    "measure this machine's matmul ceiling, against which MFU on unknown hardware is counted",
+    arg("--dtype", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp16"]),
+    *BENCH,
 )
-def _bench_matmul(args: argparse.Namespace) -> int | None:
+def _bench_matmul(args: argparse.Namespace) -> None:
     from trainsys.bench.matmul import run_cli
 
-    return run_cli(args.dtype, args.processes, args.seconds, args.json)
+    run_cli(args.dtype, args.processes, args.seconds, args.device, args.threads, args.json)
+
+
+@command("bench memory", "measure this machine's memory bandwidth", *BENCH)
+def _bench_memory(args: argparse.Namespace) -> None:
+    from trainsys.bench.memory import run_cli
+
+    run_cli(args.processes, args.seconds, args.device, args.threads, args.json)
 
 
 @command("config show", "print everything a run resolves to", RUN, OVERRIDES)
@@ -148,7 +166,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         from trainsys.launch.failure import user_error_lines
 
@@ -157,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (head, less) went away: nothing is wrong, and nobody is left to be told.
-        sys.stderr.close()
+        # The reader (head, less) went away: nothing is wrong. Python's own flush at exit must not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
