@@ -118,6 +118,14 @@ def test_a_run_measures_all_ranks_together_and_keeps_it() -> None:
     assert again.flops_per_s == pytest.approx(first.flops_per_s)
 
 
+def test_the_ceiling_is_the_best_shape_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter((1e9, 3e9, 2e9))
+    monkeypatch.setattr(matmul, "combined_rate", lambda _: next(rates))
+    found = ceiling(Ranks(world=4, know=0), processes=4)
+    assert found.flops_per_s == 12e9
+    assert found.shape == (512, 512, 512)
+
+
 def test_a_stored_ceiling_of_a_host_is_summed_over_hosts() -> None:
     stored(processes=4, flops_per_s=1e11)
     both = ceiling(Ranks(world=8, know=8), processes=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainsys.bench.together import Stamps, Work, combined_rate, repeat, run_together
+from trainsys.bench.together import Stamps, Work, _collect, _Failure, combined_rate, repeat, run_together
 
 
 def _sleeper(variant: int, device: torch.device) -> Work:
@@ -73,3 +74,14 @@ def test_one_failure_ends_all(tmp_path: Path, how: str, says: str) -> None:
     make = partial(_first_fails, str(tmp_path / "marker"), how)
     with pytest.raises(RuntimeError, match=says):
         run_together(make, 1, processes=2, threads=1, seconds=0.05, device="cpu")
+
+
+def test_the_error_that_is_told_is_the_one_that_others_follow() -> None:
+    pairs = [multiprocessing.Pipe(duplex=False) for _ in range(3)]
+    one = Stamps([0.0, 1.0], 1.0)
+    for message in (one, _Failure("BrokenBarrierError", follows=True)):
+        pairs[0][1].send(message)
+    for message in (one, _Failure("ValueError: no such shape", follows=False)):
+        pairs[1][1].send(message)
+    with pytest.raises(RuntimeError, match="process 1: ValueError: no such shape"):
+        _collect([receive for receive, _ in pairs], 2)

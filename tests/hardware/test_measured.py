@@ -42,7 +42,11 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_another_condition_is_another_ceiling(tmp_path: Path, other: dict[str, Any]) -> None:
     path = tmp_path / "measured.json"
     store_measurement(measured(), path)
-    assert load_measurement(KEY.model_copy(update=other), path) is None
+    key = KEY.model_copy(update=other)
+    assert load_measurement(key, path) is None
+    store_measurement(measured(1e10, **other), path)
+    assert load_measurement(key, path) == measured(1e10, **other)
+    assert load_measurement(KEY, path) == measured()
 
 
 def test_a_slower_repeat_does_not_lower_a_ceiling(tmp_path: Path) -> None:

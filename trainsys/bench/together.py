@@ -9,8 +9,9 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Barrier
+from threading import BrokenBarrierError
 
 import numpy as np
 import torch
@@ -35,6 +36,13 @@ class Stamps:
 
     times_s: list[float]
     amount: float
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: str
+    follows: bool
+    """Whether it only follows from another process's."""
 
 
 MakeWork = Callable[[int, torch.device], Work]
@@ -109,9 +117,9 @@ def _child(
             barrier.wait(_PATIENCE_S)
             out.send(repeat(work, seconds, on))
     except BaseException as error:
-        # The others wait at the barrier for this one; the parent reports the first error it receives.
+        # Said before the others are let go from the barrier, whose own errors only follow from this one.
+        out.send(_Failure(f"{type(error).__name__}: {error}", isinstance(error, BrokenBarrierError)))
         barrier.abort()
-        out.send(f"{type(error).__name__}: {error}")
 
 
 def run_together(
@@ -136,19 +144,32 @@ def run_together(
         children.append(child)
         pipes.append(receive)
     try:
-        return [[_receive(pipe, i) for i, pipe in enumerate(pipes)] for _ in range(variants)]
+        by_process = _collect(pipes, variants)
     finally:
         for child in children:
             child.join(1.0)
             child.kill()
             child.join()
+    return [[stamps[variant] for stamps in by_process] for variant in range(variants)]
 
 
-def _receive(pipe: Connection, process: int) -> Stamps:
-    try:
-        got = pipe.recv() if pipe.poll(_PATIENCE_S) else "no answer"
-    except EOFError:
-        got = "died"
-    if isinstance(got, Stamps):
-        return got
-    raise RuntimeError(f"bench process {process}: {got}")
+def _collect(pipes: list[Connection], variants: int) -> list[list[Stamps]]:
+    """All stamps by [process][variant], listening to every process at once: any may be the one that fails."""
+    got: list[list[Stamps]] = [[] for _ in pipes]
+    while unfinished := [pipe for pipe, stamps in zip(pipes, got, strict=True) if len(stamps) < variants]:
+        ready = wait(unfinished, _PATIENCE_S)
+        failures: list[tuple[bool, int, str]] = [] if ready else [(False, 0, "no answer")]
+        for i, pipe in enumerate(pipes):
+            while pipe in ready and len(got[i]) < variants and pipe.poll():
+                try:
+                    message = pipe.recv()
+                except EOFError:
+                    message = _Failure("died", False)
+                if isinstance(message, _Failure):
+                    failures.append((message.follows, i, message.error))
+                    break
+                got[i].append(message)
+        if failures:
+            _, process, error = min(failures)
+            raise RuntimeError(f"bench process {process}: {error}")
+    return got
