@@ -125,6 +125,17 @@ def compare_ranks(comms: dict[int, CommList], hosts: dict[int, str]) -> Across:
     return out
 
 
+def waits_by_start(comms: dict[int, CommList]) -> dict[int, dict[int, int]]:
+    """For each rank: ns waited in the communication that began at an instant (the rank's own clock)."""
+    out: dict[int, dict[int, int]] = {}
+    for g in match(comms)[0]:
+        length = g.end - g.start
+        wait = length - length.min(axis=1, keepdims=True)
+        for j, r in enumerate(g.ranks):
+            out.setdefault(r, {}).update(zip(g.start[:, j].tolist(), wait[:, j].tolist(), strict=True))
+    return out
+
+
 def _bandwidth(g: Matched) -> list[BandwidthRow]:
     length = g.end - g.start
     shortest = length.min(axis=1)

@@ -1,0 +1,64 @@
+"""A stack of an allocation to one line: whose code, under which modules, in which part of the step."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_LIBRARY = re.compile(
+    r"site-packages|dist-packages|/torch/|<frozen|<string>|importlib|/usr/local/src/|/croot/|/lib/python3\.\d+/(?!site)"
+)
+_BACKWARD = re.compile(r"(\w+Backward\w*)::apply")
+_C_FILE = (".c", ".cpp", ".h", ".o", ".cc")
+
+
+class Stacks:
+    """Names stacks, each distinct list of frames once (snapshots share them between thousands of events)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Any, tuple[str, str, str]]] = {}
+
+    def name(self, frames: Any) -> tuple[str, str, str]:
+        """(where, module path, part)."""
+        if not isinstance(frames, list) or not frames:
+            return "no stack recorded (allocated before the recording began)", "", "before the recording"
+        known = self._seen.get(id(frames))
+        if known is not None and known[0] is frames:
+            return known[1]
+        named = _name([f for f in frames if isinstance(f, dict)])
+        self._seen[id(frames)] = (frames, named)
+        return named
+
+
+def _name(frames: list[dict[str, Any]]) -> tuple[str, str, str]:
+    files = [str(f.get("filename", "")) for f in frames]
+    names = [str(f.get("name", "")) for f in frames]
+    own = next((i for i, f in enumerate(files) if f.endswith(".py") and not _LIBRARY.search(f)), None)
+    backward = next((m[1] for n in names if (m := _BACKWARD.search(n))), "")
+    optimizer = any("/optim/" in f or "optimizer" in f.lower() for f in files)
+    if own is not None:
+        where = f"{_short(files[own])}:{frames[own].get('line')} in {names[own]}"
+    elif backward:
+        where = f"autograd: {backward}"
+    else:
+        where = next((n for n in names if n.startswith(("at::native", "at::_ops", "torch::"))
+                      and "unwind" not in n and "Traceback" not in n), names[0])[:120]  # fmt: skip
+    # Outermost first: the forward methods of the user's own files are the modules.
+    path = [f"{_short(f)}:{frames[i].get('line')}" for i, f in enumerate(files)
+            if names[i] == "forward" and f.endswith(".py") and not _LIBRARY.search(f)]  # fmt: skip
+    module = " > ".join(reversed(path))
+    if optimizer:
+        part = "optimizer"
+    elif backward or any("autograd::Engine" in n for n in names):
+        part = "backward"
+    elif "forward" in names:
+        part = "forward"
+    elif any(f.endswith(".py") for f in files):
+        part = "input/parameters"
+    else:
+        part = "unknown"
+    return where, module or (f"backward of {backward}" if backward else "outside modules"), part
+
+
+def _short(path: str) -> str:
+    return "/".join(path.replace("\\", "/").split("/")[-2:])

@@ -1,0 +1,198 @@
+"""``trainsys trace``: files in, one report out, in as many forms as asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainsys.errors import UserError
+from trainsys.hardware import lookup
+from trainsys.profiler.hang import analyse_dumps
+from trainsys.profiler.memory_snapshot import analyse_snapshot
+from trainsys.profiler.trace.across import compare_ranks, waits_by_start
+from trainsys.profiler.trace.analyse import Analysed, Options, analyse_file, load, waits_of
+from trainsys.profiler.trace.critical import critical_path
+from trainsys.profiler.trace.kinds import Inputs, sort_inputs
+from trainsys.profiler.trace.report import Report, Unread, to_json
+from trainsys.profiler.trace.source import Limits
+from trainsys.profiler.trace.text import render
+from trainsys.profiler.trace.verdicts import judge
+
+if TYPE_CHECKING:
+    from trainsys.config.model import ModelConfig
+
+
+def analyse(
+    paths: list[str | Path],
+    *,
+    workers: int | None = None,
+    options: Options | None = None,
+    critical: bool = True,
+    model: ModelConfig | None = None,
+    seq_len: int | None = None,
+    tokens_per_step: int | None = None,
+) -> Report:
+    """The report over files and folders; see :func:`run` for the arguments.
+
+    One file that cannot be read does not lose the others: it is listed in ``Report.unread``. Raises
+    UserError if nothing can be read at all.
+    """
+    options = options or Options()
+    inputs = sort_inputs(paths)
+    report = Report(unread=[Unread(str(p), why) for p, why in inputs.unread])
+    comms = {}
+    for result in _each(inputs.traces, options, workers):
+        if isinstance(result, Unread):
+            report.unread.append(result)
+            continue
+        rank = _free_rank(result, set(comms))
+        comms[rank] = result.comms
+        report.ranks.append(result.report)
+    report.ranks.sort(key=lambda r: r.rank)
+    if len(comms) > 1:
+        report.across = compare_ranks(comms, {r.rank: r.host for r in report.ranks})
+    if critical and report.ranks:
+        _critical(report, options, waits_by_start(comms) if len(comms) > 1 else {})
+    _others(inputs, report)
+    if not (report.ranks or report.hang or report.memory):
+        raise UserError(_nothing(paths, report))
+    if model is not None:
+        from trainsys.profiler.trace.modelmfu import add_model_mfu
+
+        add_model_mfu(report, model, seq_len, tokens_per_step, options)
+    report.verdicts = judge(report)
+    return report
+
+
+def run(
+    paths: list[str | Path],
+    json: str | Path | None = None,
+    html: str | Path | None = None,
+    perfetto: str | Path | None = None,
+    model: ModelConfig | None = None,
+    *,
+    seq_len: int | None = None,
+    tokens_per_step: int | None = None,
+    device: str | None = None,
+    against: list[str | Path] | None = None,
+    workers: int | None = None,
+    keep_truncated: bool = False,
+    max_bytes: int | None = None,
+    critical: bool = True,
+) -> str:
+    """Analyse traces, flight-recorder dumps and memory snapshots; return the text for the terminal.
+
+    Args:
+        paths: files or folders, kinds recognised by content.
+        json, html, perfetto: files to write: the report, a self-contained page, an annotated timeline
+            (gzip if named ``.gz``).
+        model, seq_len, tokens_per_step: shape of the model, tokens of a sequence, and tokens all the
+            world's ranks trained in a step: for MFU by the model's FLOPs. All three or none.
+        device: catalogue name, where the trace's own device name is missing or wrong.
+        against: the same for a second run, to say what got slower since (``paths`` is the newer one).
+        workers: processes; None: one a core, at most one a file.
+        keep_truncated: read the whole events of files that were cut off.
+        max_bytes: refuse files larger than this once decompressed.
+
+    Raises:
+        UserError: nothing could be read, or options that do not fit; one line.
+    """
+    if model is not None and (seq_len is None or tokens_per_step is None):
+        raise UserError("MFU by a model needs its sequence length and tokens a step too: give --seq-len and --tokens")
+    limits = Limits(total_bytes=max_bytes) if max_bytes is not None else None
+    options = Options(limits, keep_truncated, lookup(device) if device else None)
+    report = analyse(paths, workers=workers, options=options, critical=critical, model=model, seq_len=seq_len,
+                     tokens_per_step=tokens_per_step)  # fmt: skip
+    text = render(report)
+    diff = None
+    if against:
+        from trainsys.profiler.trace.diff import compare_runs, render_diff
+
+        diff = compare_runs(analyse(against, workers=workers, options=options, critical=False), report)
+        text += "\n" + render_diff(diff)
+    if json:
+        _write(Path(json), to_json(report))
+    if html:
+        from trainsys.profiler.trace.page import page
+
+        _write(Path(html), page(report, diff).encode())
+    if perfetto:
+        from trainsys.profiler.trace.annotate import write_annotated
+
+        write_annotated(report, Path(perfetto), options)
+    return text
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _one(job: tuple[Path, Options]) -> Analysed | Unread:
+    path, options = job
+    try:
+        return analyse_file(path, options)
+    except UserError as error:
+        return Unread(str(path), str(error))
+
+
+def _each(traces: list[Path], options: Options, workers: int | None) -> Iterator[Analysed | Unread]:
+    """Results in the files' order. Each file is read, reduced and dropped in its worker, so memory does not
+    grow with their number."""
+    jobs = [(path, options) for path in traces]
+    n = min(workers or os.cpu_count() or 1, len(jobs))
+    if n <= 1:
+        yield from map(_one, jobs)
+        return
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    with ProcessPoolExecutor(n, multiprocessing.get_context(method)) as pool:
+        yield from pool.map(_one, jobs)
+
+
+def _free_rank(result: Analysed, taken: set[int]) -> int:
+    """The file's own rank; the next free number where it says none, or one that another file has."""
+    rank = result.report.rank
+    if rank < 0 or rank in taken:
+        if rank in taken:
+            result.report.said["assumed: another file has the same rank; numbered by order"] = 1
+        rank = next(r for r in range(len(taken) + 1) if r not in taken)
+        result.report.rank = rank
+    return rank
+
+
+def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]) -> None:
+    """Of the rank that took longest; a faster rank's path ends in waiting for it."""
+    timed = [r for r in report.ranks if r.breakdown is not None]
+    if not timed:
+        return
+    slowest = max(timed, key=lambda r: r.breakdown.whole.span - r.breakdown.whole.comm_exposed if r.breakdown else 0)
+    loaded = load(Path(slowest.path), options)
+    report.critical = critical_path(loaded.trace, loaded.kinds, loaded.launches,
+                                    waits_of(loaded, waits.get(slowest.rank, {})))  # fmt: skip
+    report.critical_rank = slowest.rank if report.critical else None
+
+
+def _others(inputs: Inputs, report: Report) -> None:
+    if inputs.dumps:
+        try:
+            report.hang = analyse_dumps(inputs.dumps)
+        except UserError as error:
+            report.unread.append(Unread(str(inputs.dumps[0]), str(error)))
+    for path in inputs.snapshots:
+        try:
+            report.memory += analyse_snapshot(path)
+        except UserError as error:
+            report.unread.append(Unread(str(path), str(error)))
+
+
+def _nothing(paths: list[str | Path], report: Report) -> str:
+    if report.unread:
+        more = f" (and {len(report.unread) - 1} more files)" if len(report.unread) > 1 else ""
+        return report.unread[0].why + more
+    return f"{', '.join(map(str, paths))}: no trace, flight-recorder dump or memory snapshot in it"

@@ -1,0 +1,91 @@
+"""What ``trainsys trace`` says: one typed tree, the same for terminal, JSON and HTML. Times in ns unless named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from trainsys.profiler.hang.report import HangReport
+from trainsys.profiler.memory_snapshot.report import MemoryReport
+from trainsys.profiler.trace.across import Across
+from trainsys.profiler.trace.breakdown import Breakdown
+from trainsys.profiler.trace.critical import CriticalPath
+from trainsys.profiler.trace.kernels import KernelRow, LaunchStats
+from trainsys.profiler.trace.roofline import ProductRow, Work
+
+SCHEMA = "trainsys.trace/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Mfu:
+    """A utilisation with its definition: ``value`` = FLOPs / (time x peak)."""
+
+    value: float
+    flops: str
+    """Which FLOPs, in words."""
+    peak: str
+
+
+@dataclass(slots=True)
+class RankReport:
+    """One trace file."""
+
+    path: str
+    rank: int
+    world: int
+    device: str
+    host: str
+    events: int
+    size_bytes: int
+    breakdown: Breakdown | None
+    kernels: list[KernelRow]
+    launch: LaunchStats
+    products: list[ProductRow]
+    work: Work
+    mfu: Mfu | None
+    said: dict[str, int]
+    """What was repaired, dropped, assumed or could not be linked, and how often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One finding: what it is, what shows it, what to do. ``share`` of the step's time it concerns."""
+
+    kind: str
+    title: str
+    evidence: str
+    advice: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A file that was given and not analysed, and why."""
+
+    path: str
+    why: str
+
+
+@dataclass(slots=True)
+class Report:
+    ranks: list[RankReport] = field(default_factory=list)
+    across: Across | None = None
+    critical: CriticalPath | None = None
+    critical_rank: int | None = None
+    hang: HangReport | None = None
+    memory: list[MemoryReport] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+    schema: str = SCHEMA
+
+
+def to_json(report: Report) -> bytes:
+    """The report as JSON, keys as in the dataclasses."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=1)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of :func:`to_json`'s output, derived from the same classes."""
+    return msgspec.json.schema(Report)

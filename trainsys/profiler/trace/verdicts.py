@@ -1,0 +1,142 @@
+"""From numbers to findings: what is worth saying, what shows it, what to do about it."""
+
+from __future__ import annotations
+
+from trainsys.profiler.trace.breakdown import Terms
+from trainsys.profiler.trace.report import RankReport, Report, Verdict
+
+_AXIS_ADVICE = {
+    "tp": "keep tensor parallelism inside the fast domain, or lower its degree; overlap it with asynchronous TP",
+    "dp": "overlap gradient reduction with backward (larger buckets, prefetch), or raise gradient accumulation",
+    "dp_shard": "prefetch the next layer's parameters, keep them after forward, or shard over fewer ranks (HSDP)",
+    "dp_replicate": "overlap the replicas' all-reduce with backward, or raise gradient accumulation",
+    "pp": "more micro-batches or an interleaved or zero-bubble schedule; even out the stages",
+    "cp": "overlap the ring's sends with attention, or use Ulysses inside the node",
+    "ep": "keep experts' all-to-all inside the node, overlap dispatch with shared experts, balance the router",
+}
+
+
+def judge(report: Report) -> list[Verdict]:
+    """Findings, the costliest first."""
+    out: list[Verdict] = []
+    if report.hang is not None and (report.hang.roots or report.hang.mismatches or report.hang.cycles):
+        evidence = "; ".join(f"rank {r.rank} {r.evidence}" for r in report.hang.roots[:4]) or report.hang.verdict
+        out.append(Verdict("hang", report.hang.verdict, evidence,
+                           "look at these ranks' logs, host stacks and devices; the others only wait", 1.0))  # fmt: skip
+    timed = [r for r in report.ranks if r.breakdown is not None and r.breakdown.whole.span > 0]
+    if timed:
+        out += _time(report, timed)
+    out += _across(report, timed)
+    out += _memory(report)
+    return sorted(out, key=lambda v: -v.share)
+
+
+def _mean(ranks: list[RankReport], part: str, key: str | None = None) -> float:
+    total = 0.0
+    for r in ranks:
+        assert r.breakdown is not None
+        whole: Terms = r.breakdown.whole
+        value = getattr(whole, part) if key is None else getattr(whole, part).get(key, 0)
+        total += value / whole.span
+    return total / len(ranks)
+
+
+def _pct(share: float) -> str:
+    return f"{share * 100:.1f}%"
+
+
+def _time(report: Report, ranks: list[RankReport]) -> list[Verdict]:
+    out = []
+    axes = sorted({a for r in ranks if r.breakdown for a in r.breakdown.whole.by_axis})
+    for axis in axes:
+        share = _mean(ranks, "by_axis", axis)
+        if share >= 0.05:
+            title = f"{_pct(share)} of the time is exposed communication" + (f" on axis {axis}" if axis != "unknown" else "")
+            if axis == "pp":
+                title = f"{_pct(share)} of the time is pipeline bubble (exposed sends and receives)"
+            out.append(Verdict("communication", title, _comm_evidence(report, ranks),
+                               _AXIS_ADVICE.get(axis, "overlap it with compute, or communicate less often"), share))  # fmt: skip
+    causes = {
+        "host": ("the device waits for the host to launch work",
+                 "CUDA graphs or torch.compile, larger micro-batches, fewer small kernels", 0.10),
+        "data": ("the device waits for the data loader", "more loader workers, prefetch, pinned memory", 0.02),
+        "sync": ("the device drains at synchronising calls",
+                 "no .item(), print or blocking copy inside the step; log asynchronously", 0.02),
+        "launch": ("the device waits on launch latency with an empty queue",
+                   "CUDA graphs; the host is only just ahead of the device", 0.05),
+    }  # fmt: skip
+    for cause, (what, advice, floor) in causes.items():
+        share = _mean(ranks, "idle_by_cause", cause)
+        if share >= floor:
+            n = sum(r.launch.short_count for r in ranks)
+            evidence = f"idle {_pct(_mean(ranks, 'idle'))} in all; {n} kernels shorter than 10 us"
+            out.append(Verdict("idle", f"{_pct(share)} of the time {what}", evidence, advice, share))
+    share = _mean(ranks, "recompute")
+    if share >= 0.02:
+        out.append(Verdict("recompute", f"{_pct(share)} of the time recomputes activations", "kernels launched inside recompute_fn",
+                           "selective recompute, or less of it where memory is free", share))  # fmt: skip
+    share = _mean(ranks, "memcpy_exposed")
+    if share >= 0.02:
+        out.append(Verdict("memcpy", f"{_pct(share)} of the time is exposed copies", "copies that no kernel overlaps",
+                           "fuse or avoid device copies; pin host memory and copy on a side stream", share))  # fmt: skip
+    return out
+
+
+def _comm_evidence(report: Report, ranks: list[RankReport]) -> str:
+    parts = []
+    hidden = [r.breakdown.whole.overlap for r in ranks if r.breakdown and r.breakdown.whole.overlap is not None]
+    if hidden:
+        parts.append(f"{_pct(sum(hidden) / len(hidden))} of communication is hidden behind compute")
+    if report.across is not None and report.across.ranks:
+        wait, total = (sum(getattr(r, k) for r in report.across.ranks) for k in ("wait_ns", "comm_ns"))
+        if total:
+            parts.append(f"{_pct(wait / total)} of matched communication is waiting for other ranks")
+    return "; ".join(parts)
+
+
+def _across(report: Report, timed: list[RankReport]) -> list[Verdict]:
+    across = report.across
+    if across is None or not across.ranks:
+        return []
+    out = []
+    span = max((r.breakdown.whole.span for r in timed if r.breakdown), default=0)
+    named = set()
+    for s in across.stragglers:
+        named.add(s.rank)
+        out.append(Verdict(
+            "straggler", f"rank {s.rank} is {s.slowdown * 100:.0f}% slower than its peers between collectives",
+            f"group {s.group}; z = {s.z:.1f}; slow in {s.share * 100:.0f}% of the stretches; costs everyone "
+            f"{s.cost_s * 1e3:.2f} ms each",
+            "check that rank's clocks, thermals, ECC and neighbours on the host; exclude it and compare",
+            min(1.0, s.slowdown / (1 + s.slowdown)),
+        ))  # fmt: skip
+    total = sum(r.caused_ns for r in across.ranks)
+    for r in across.ranks:
+        if total and span and r.rank not in named and r.caused_ns > 0.5 * total and r.caused_ns > 0.02 * span:
+            out.append(Verdict(
+                "late", f"rank {r.rank} arrives last in {r.last} of {r.collectives} matched collectives",
+                f"the others waited {r.caused_ns / 1e6:.2f} ms in all for it; it waited {r.wait_ns / 1e6:.2f} ms",
+                "its work before those collectives is the one to shorten: compare its step with a peer's",
+                min(1.0, r.caused_ns / max(1, len(across.ranks) - 1) / span),
+            ))  # fmt: skip
+    return out
+
+
+def _memory(report: Report) -> list[Verdict]:
+    out = []
+    for m in report.memory:
+        for o in m.out_of_memory:
+            if o.would_fit:
+                out.append(Verdict(
+                    "memory", f"device {m.device}: a request of {o.request / 2**20:.0f} MiB failed that would have fitted",
+                    f"free in the allocator {o.total_free / 2**20:.0f} MiB (largest block "
+                    f"{o.largest_free_block / 2**20:.0f}), on the device {o.device_free / 2**20:.0f} MiB",
+                    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", 0.5,
+                ))  # fmt: skip
+        if m.reserved and m.inactive / m.reserved > 0.2:
+            out.append(Verdict(
+                "memory", f"device {m.device}: {m.inactive / 2**30:.1f} of {m.reserved / 2**30:.1f} GiB reserved are not in use",
+                f"largest free block {m.largest_free_block / 2**20:.0f} MiB; peak in use {m.peak / 2**30:.1f} GiB",
+                "normal after a step's peak; if allocations fail, expandable_segments:True", 0.01,
+            ))  # fmt: skip
+    return out
