@@ -26,24 +26,25 @@ def step_metrics(
     first step.
     """
     out: dict[str, float] = {}
+    seconds = ranks.step_time_s.mean if ranks else step.step_time_s
     for name, value in (
         ("train/loss", step.loss),
         ("train/grad_norm", step.grad_norm),
         ("train/lr", step.lr),
         ("train/tokens", tokens_seen),
-        ("perf/mfu", step.mfu),
-        ("perf/mfu_palm", step.mfu_palm),
-        ("perf/hfu", step.hfu),
     ):
         if value is not None:
             out[name] = float(value)
-    seconds = ranks.step_time_s.mean if ranks else step.step_time_s
     count = tokens if tokens is not None else ranks.tokens if ranks else step.tokens
     out["perf/step_time_s"] = seconds
     if seconds > 0:
         out["perf/tokens_per_s"] = count / seconds
         if step.flops:
             out["perf/flops_per_s"] = step.flops.model / seconds
+        for name in ("mfu", "mfu_palm", "hfu"):
+            # Of the time shown beside it, which over a window of steps is not this one step's.
+            if (share := getattr(step, name)) is not None:
+                out[f"perf/{name}"] = share * step.step_time_s / seconds
     if step.memory:
         for field in ("allocated", "reserved", "peak", "rss"):
             if held := getattr(step.memory, field):

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 QUEUE = 512
 """Steps a sink may lag before it loses some."""
 
+CONSOLE_S = 1.0
+"""Seconds that the console may take at the end even where another sink used up all the time."""
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -72,7 +75,8 @@ class _Lane:
             return
         self._calls.put((method, args))
 
-    def close(self) -> None:
+    def close(self, summary: Mapping[str, Any]) -> None:
+        self.send("finish", summary, always=True)
         self._calls.put(None)
 
     def _run(self) -> None:
@@ -120,15 +124,18 @@ class Sinks:
     def finish(self, summary: Mapping[str, Any], timeout_s: float = 25.0) -> None:
         """Ends every sink; after ``timeout_s`` over all of them, goes on without those that still hang."""
         deadline = time.monotonic() + timeout_s
-        for lane in self._lanes:
-            lane.send("finish", summary, always=True)
-            lane.close()
-        for lane in self._lanes:
-            lane.thread.join(max(0.0, deadline - time.monotonic()))
-            if lane.thread.is_alive():
-                self._warn(f"{lane.sink.name} did not finish within {timeout_s:.0f} s: left behind")
-            elif lane.dropped:
-                self._warn(f"{lane.sink.name} could not keep up: {lane.dropped} steps are missing there")
+        # The console ends last, so that it can still show what there is to say about the others.
+        consoles = [lane for lane in self._lanes if lane.sink.name == "console"]
+        for lanes in ([lane for lane in self._lanes if lane not in consoles], consoles):
+            for lane in lanes:
+                lane.close(summary)
+            for lane in lanes:
+                least = CONSOLE_S if lane in consoles else 0.0
+                lane.thread.join(max(least, deadline - time.monotonic()))
+                if lane.thread.is_alive():
+                    self._warn(f"{lane.sink.name} did not finish within {timeout_s:.0f} s: left behind")
+                elif lane.dropped:
+                    self._warn(f"{lane.sink.name} could not keep up: {lane.dropped} steps are missing there")
 
 
 def _one_line(error: BaseException) -> str:
