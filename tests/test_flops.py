@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainsys.config.loader import load_run
 from trainsys.config.model import ModelConfig, MoEConfig
 from trainsys.config.run import RecomputeConfig
 from trainsys.flops import (
@@ -30,6 +32,7 @@ from trainsys.flops import (
     token_flops,
     train_flops_per_token,
 )
+from trainsys.flops.report import by_convention, run_cli
 from trainsys.memory.recompute import apply_recompute
 from trainsys.models.decoder import Decoder
 from trainsys.ops.attention import attention_mask
@@ -317,3 +320,33 @@ def test_published_runs_recomputed_by_others() -> None:
         )
     assert len(errors) > 20
     assert max(errors.values()) < 1e-3, sorted(errors.items(), key=lambda e: -e[1])[:3]
+
+
+def test_the_table_of_conventions_in_the_docs() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs/mfu.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == 7 and row[1].replace(",", "").isdigit()]
+    assert len(rows) >= 5
+    for name, sequence, exact, *ratios in rows:
+        seq_len = int(sequence.replace(",", ""))
+        length = [f"model.max_seq_len={seq_len}", f"train.seq_len={seq_len}"]
+        model = load_run(f"models/{name}", length).model
+        flops = by_convention(model, seq_len, RecomputeConfig(policy="full"))
+        assert f"{flops['exact'] / 1e9:.4g}" == exact
+        others = ("noncausal", "palm", "megatron", "hardware")
+        assert [f"{flops[other] / flops['exact']:.3f}" for other in others] == ratios
+
+
+def test_the_command_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["train.seq_len=128", "recompute.policy=full"]
+    run_cli("models/tiny", overrides, as_json=True)
+    out = json.loads(capsys.readouterr().out)
+    assert 3 * sum(out["forward"].values()) == pytest.approx(out["train"]["exact"])
+    model = load_run("models/tiny").model
+    assert out["train"]["hardware"] == token_flops(model, 128, RecomputeConfig(policy="full")).hardware
+    assert out["params"]["total"] == param_counts(model).total
+    run_cli("models/tiny", overrides)
+    shown = capsys.readouterr().out
+    assert f"{param_counts(model).total:,} parameters" in shown
+    assert f"{out['train']['palm'] / 1e6:,.2f}" in shown
+    assert "hardware (recompute full)" in shown
