@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from trainsys.config.model import ModelConfig
-from trainsys.config.run import ParallelConfig, TrainConfig
+from trainsys.config.run import ContextConfig, ParallelConfig, TrainConfig
+from trainsys.context.refusals import Request, refusals, sequence_unit
 from trainsys.errors import UserError
 
 PlacedAxis = Literal["pp", "dp_replicate", "dp_shard", "cp", "tp"]
@@ -207,10 +208,14 @@ class Layout:
 
         Returns warnings, each one line. Raises UserError with every problem found, one a line.
         """
-        found = [*_model_problems(self, model), *_batch_problems(self, train, parallel)]
+        found = [
+            *_model_problems(self, model),
+            *_context_problems(self, model, parallel),
+            *_batch_problems(self, train, parallel),
+        ]
         if found:
             raise UserError("\n".join(found))
-        return list(_warnings(self, model, cluster))
+        return list(_warnings(self, model, parallel, cluster))
 
     def describe(self, parallel: ParallelConfig | None = None) -> str:
         """One line, e.g. ``dp_shard=2 × tp=2 (+sp)``; sp is named where ``parallel`` says it is on."""
@@ -259,13 +264,18 @@ def _model_problems(layout: Layout, model: ModelConfig) -> Iterator[str]:
         )
 
 
+def _context_problems(layout: Layout, model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What the context-parallel flavour cannot serve on the heads that tp leaves it."""
+    tp = layout.tp
+    if model.n_heads % tp == 0 and model.kv_heads % tp == 0:
+        yield from refusals(Request(parallel.context, layout.cp, model.n_heads // tp, model.kv_heads // tp))
+
+
 def _batch_problems(layout: Layout, train: TrainConfig, parallel: ParallelConfig) -> Iterator[str]:
     """What of the sequence and the batch does not split over cp, tp and the data ranks."""
     seq = train.seq_len
-    # Balanced causal attention gives each context rank one early and one late slice: 2 * cp slices.
-    unit, why = 1, []
-    if layout.cp > 1:
-        unit, why = 2 * layout.cp, [f"2 × parallel.cp={layout.cp}"]
+    unit, reason = sequence_unit(parallel.context, layout.cp)
+    why = [reason] if reason else []
     if parallel.sequence_parallel and layout.tp > 1:
         # The residual of a context rank's own seq / cp tokens is spread over tp.
         unit = math.lcm(unit, layout.cp * layout.tp)
@@ -284,8 +294,12 @@ def _batch_problems(layout: Layout, train: TrainConfig, parallel: ParallelConfig
         )
 
 
-def _warnings(layout: Layout, model: ModelConfig, cluster: Cluster | None) -> Iterator[str]:
+def _warnings(
+    layout: Layout, model: ModelConfig, parallel: ParallelConfig, cluster: Cluster | None
+) -> Iterator[str]:
     """What will run, but hardly as meant."""
+    if layout.cp == 1 and parallel.context != ContextConfig():
+        yield "parallel.context is set but parallel.cp=1: there is no context parallelism to configure"
     if cluster is not None and layout.tp > 1:
         node = cluster.gpus_per_node
         if layout.tp > node:

@@ -17,6 +17,26 @@ class FsdpConfig(Strict):
     prefetch: NonNegativeInt = Field(default=1, description="how many units are gathered ahead of use")
 
 
+class ContextConfig(Strict):
+    """How the ranks of cp share one sequence; see docs/context-parallel.md."""
+
+    flavour: Literal["ring", "all_gather", "pass_q", "ulysses", "two_d", "dist_flash", "token_ring"] = Field(
+        default="ring", description="what moves: keys (ring, all_gather), queries (pass_q, token_ring), heads"
+    )
+    balance: Literal["zigzag", "contiguous"] | None = Field(
+        default=None, description="which tokens a rank holds; None: what the flavour is made for"
+    )
+    head_degree: PositiveInt | None = Field(
+        default=None, description="two_d: ranks that share heads; the other cp / head_degree form the ring"
+    )
+    inner_ring: PositiveInt | None = Field(
+        default=None, description="two_d: ranks of an inner ring of the double ring; None: one ring"
+    )
+    placement: Literal["head_first", "context_first"] | None = Field(
+        default=None, description="two_d: which of the two gets neighbouring ranks; None: head_first"
+    )
+
+
 class ParallelConfig(Strict):
     """Degrees of each axis. One of them may be -1: whatever is left of the world size."""
 
@@ -33,6 +53,7 @@ class ParallelConfig(Strict):
         default=True, description="with tp > 1: logits stay sharded over the vocabulary"
     )
     fsdp: FsdpConfig = FsdpConfig()
+    context: ContextConfig = ContextConfig()
     bucket_mb: PositiveFloat = Field(
         default=25.0, description="MB of gradients in one all-reduce of replicated data parallelism"
     )

@@ -39,6 +39,7 @@ class NativeEngine:
         for i, batch in enumerate(data.micro_batches):
             self.model.set_sync(last=i == len(data.micro_batches) - 1)
             with phase("data"):
+                batch = self.model.cut(batch)
                 tokens, labels, positions, doc_ids = (
                     None if a is None else torch.from_numpy(a).to(self.device, non_blocking=True)
                     for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)

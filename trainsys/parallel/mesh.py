@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from trainsys.comm.group import AxisGroup
 from trainsys.comm.ledger import Ledger
-from trainsys.layout import Layout
+from trainsys.layout import Axis, Layout
 
 # Axes that get a process group of their own. `fsdp` is dp_shard × cp, over which parameters are sharded.
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "fsdp", "loss")
@@ -34,6 +34,12 @@ class Mesh:
 
     def __getitem__(self, axis: str) -> AxisGroup:
         return self._axes[axis]
+
+    def subgroup(self, axis: Axis, blocks: list[list[int]]) -> AxisGroup:
+        """The block of ``axis`` that this rank is in, counted as ``axis``. ``blocks`` hold places in a group of
+        the axis and are the same for all of its groups; every rank of the world must call this."""
+        groups = self.layout.groups(axis)
+        return self._join(axis, [[ranks[i] for i in block] for ranks in groups for block in blocks])
 
     def device_mesh(self, axis: str) -> DeviceMesh:
         """A one-dimensional DeviceMesh over an axis, for FSDP2."""

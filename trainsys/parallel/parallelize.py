@@ -1,11 +1,12 @@
 """Everything that turns a plain meta-device model into this rank's part of a parallel one, in order.
 
 1. tensor and sequence parallelism   slices parameters, so it comes before anything wraps them
-2. recomputation                     inside FSDP's hooks, so that a recomputed block is gathered once
-3. torch.compile, one block at a time
-4. FSDP over dp_shard × cp           shards what is left of each parameter
-5. materialise and initialise        each rank fills only what it holds
-6. replicated data parallelism       buckets need the real gradients
+2. context parallelism               replaces the attention core, on the heads that are left
+3. recomputation                     inside FSDP's hooks, so that a recomputed block is gathered once
+4. torch.compile, one block at a time
+5. FSDP over dp_shard × cp           shards what is left of each parameter
+6. materialise and initialise        each rank fills only what it holds
+7. replicated data parallelism       buckets need the real gradients
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from trainsys.models.init import _local_part as local_part
 from trainsys.models.init import init_weights
 from trainsys.models.shards import ShardSpec
 from trainsys.optim.local import local_grad
+from trainsys.parallel.context.core import SequenceCut, apply_context_parallel
 from trainsys.parallel.fsdp import apply_fsdp
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.replicate import GradientBuckets
@@ -45,6 +47,8 @@ class ParallelModel:
     units: list[FSDPModule]
     buckets: GradientBuckets | None
     tp_partial: list[nn.Parameter]
+    cut: SequenceCut
+    """what of each row is this rank's; to be applied to every batch"""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.module.named_parameters()
@@ -85,6 +89,7 @@ def parallelize(cfg: RunConfig, mesh: Mesh) -> ParallelModel:
     shards = apply_tensor_parallel(
         model, mesh["tp"], sequence_parallel=sequence_parallel, loss_parallel=parallel.loss_parallel
     )
+    apply_context_parallel(model, mesh, parallel.context, cfg.train.seq_len)
     apply_recompute(model, cfg.recompute)
     if cfg.train.compile:
         for block in model.layers.values():
@@ -106,4 +111,5 @@ def parallelize(cfg: RunConfig, mesh: Mesh) -> ParallelModel:
         for name, p in model.named_parameters()
         if layout.tp > 1 and needs_tp_reduction(name, sequence_parallel)
     ]
-    return ParallelModel(model, mesh, shards, copies, units, buckets, tp_partial)
+    cut = SequenceCut(parallel.context, mesh["cp"], cfg.train.seq_len)
+    return ParallelModel(model, mesh, shards, copies, units, buckets, tp_partial, cut)
