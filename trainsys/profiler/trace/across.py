@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trainsys.hardware import Device
 from trainsys.profiler.straggler import Straggler, find_stragglers
 from trainsys.profiler.trace.commlist import CommList
 from trainsys.profiler.trace.matching import SYNCHRONISING, Matched, align_clocks, match
@@ -48,6 +49,8 @@ class BandwidthRow:
     bus_gb_s: float | None
     spread: float
     wait_ns: int
+    link_gb_s: float | None = None
+    """The catalogue's rate of the link the group must use: the fast domain, or the network if it is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ def bus_factor(op: str, n: int) -> float:
     return 1.0
 
 
-def compare_ranks(comms: dict[int, CommList], hosts: dict[int, str]) -> Across:
+def compare_ranks(comms: dict[int, CommList], hosts: dict[int, str], device: Device | None = None) -> Across:
     """Match, align clocks, and account for waiting. ``comms`` and ``hosts`` (empty: unknown) by rank."""
     groups, said = match(comms)
     out = Across(said=said)
@@ -116,7 +119,7 @@ def compare_ranks(comms: dict[int, CommList], hosts: dict[int, str]) -> Across:
         if sync.any():
             out.end_spread_ns = max(out.end_spread_ns, int(np.ptp(end[sync], axis=1).max()))
         out.matched += length.shape[0]
-        out.bandwidth += _bandwidth(g)
+        out.bandwidth += _bandwidth(g, device)
         out.stragglers += _stragglers(g)
     out.ranks = [RankInComms(r, *t, offsets.get(r, 0)) for r, t in sorted(tally.items())]
     out.bandwidth.sort(key=lambda b: -(b.shortest_ns * b.calls + b.wait_ns))
@@ -136,7 +139,7 @@ def waits_by_start(comms: dict[int, CommList]) -> dict[int, dict[int, int]]:
     return out
 
 
-def _bandwidth(g: Matched) -> list[BandwidthRow]:
+def _bandwidth(g: Matched, device: Device | None) -> list[BandwidthRow]:
     length = g.end - g.start
     shortest = length.min(axis=1)
     # A size of 0 or 1 byte is a barrier in disguise: no bandwidth.
@@ -145,6 +148,9 @@ def _bandwidth(g: Matched) -> list[BandwidthRow]:
     for i, (op, size) in enumerate(zip(g.op, g.size.tolist(), strict=True)):
         table.setdefault((op, size), []).append(i)
     members = max(len(g.ranks), len(g.key.ranks))
+    link = None
+    if device is not None:
+        link = device.scale_up.gb_s if members <= device.scale_up.domain else device.network_gb_s
     for (op, size), calls in table.items():
         own = shortest[calls]
         rates = size * bus_factor(op, members) / np.maximum(own, 1) if size > 1 else np.zeros(0)
@@ -154,7 +160,7 @@ def _bandwidth(g: Matched) -> list[BandwidthRow]:
                 g.key.label, g.key.axis, op, members, size, len(calls), int(np.median(own)),
                 round(float(np.median(rates)), 3) if rates.size else None,
                 round(float(high / low), 2) if low else 0.0,
-                int((length[calls] - own[:, None]).sum()),
+                int((length[calls] - own[:, None]).sum()), link,
             )  # fmt: skip
         )
     return rows

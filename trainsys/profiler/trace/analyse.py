@@ -70,7 +70,8 @@ def analyse_file(path: Path, options: Options) -> Analysed:
         RankReport(
             str(path), trace.rank, trace.world, trace.device_name, trace.host, trace.n_events, trace.size_bytes,
             breakdown, kernel_rows(trace, kinds), launch_stats(trace, launches), rows, work,
-            _mfu(breakdown.whole.span, rows, work, device) if breakdown and device else None, dict(trace.said),
+            _mfu(breakdown.whole.span, rows, work, device) if breakdown and device else None,
+            device.name if device else "", dict(trace.said),
         ),
         comms,
     )  # fmt: skip

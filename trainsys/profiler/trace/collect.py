@@ -12,7 +12,7 @@ from msgspec import Raw, Struct
 from msgspec import field as key
 
 from trainsys.profiler.trace import columns as col
-from trainsys.profiler.trace.decode import AnyEvent, EventDecoder, to_ns
+from trainsys.profiler.trace.decode import AnyEvent, EventDecoder, mend, to_ns
 from trainsys.profiler.trace.intervals import EMPTY, Ints, Spans, merge, union
 from trainsys.profiler.trace.opflops import COUNTED
 
@@ -140,11 +140,13 @@ class Collector:
             return [self._args_lax(e.args) for e in bucket]
 
     def _args_lax(self, raw: Raw) -> Args:
-        try:
-            return _ARGS_LAX.decode(raw or b"{}")
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            self.said["dropped: arguments of an event, of the wrong type"] += 1
-            return _NO_ARGS
+        for text in (bytes(raw) or b"{}", None):
+            try:
+                return _ARGS_LAX.decode(mend(bytes(raw), self.said) if text is None else text)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                continue
+        self.said["dropped: arguments of an event, of the wrong type"] += 1
+        return _NO_ARGS
 
     def _device(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
         if not bucket:

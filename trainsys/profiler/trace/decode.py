@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from decimal import Decimal
 
 import msgspec
@@ -108,49 +109,72 @@ class EventDecoder:
             pass
         lax = _LAX_EXACT if self.exact else _LAX
         out: list[AnyEvent] = []
-        for span in spans:
-            said = Counter()
-            try:
-                out.append(lax.decode(span))
-                continue
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                pass
-            try:
-                out.append(lax.decode(mend(span, said)))
-                self.said.update(said)
-            except msgspec.ValidationError:
-                self.said["dropped: event with a field of the wrong type"] += 1
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                self.said["dropped: event that is not JSON"] += 1
+        waiting = spans[::-1]
+        while waiting:
+            span = waiting.pop()
+            event = self._one(lax, span)
+            if event is not None:
+                out.append(event)
+            elif (begin := resync(span, 1)) is not None:
+                # A lost quote made one object of many: from the next event on it reads right again.
+                waiting.extend(separate(span[begin:]).objects[::-1])
         return out
 
+    def _one(self, lax: msgspec.json.Decoder[AnyEvent], span: bytes) -> AnyEvent | None:
+        said: Counter[str] = Counter()
+        for attempt in (span, None):
+            try:
+                event = lax.decode(mend(span, said) if attempt is None else attempt)
+                self.said.update(said)
+                return event
+            except msgspec.ValidationError:
+                kind = "dropped: event with a field of the wrong type"
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                kind = "dropped: event that is not JSON"
+        self.said[kind] += 1
+        return None
 
-def separate(text: bytes) -> tuple[list[bytes], int, int | None]:
-    """Split text that begins at an array element into whole ``{...}`` objects.
 
-    Returns (objects, end of the last one, offset of the ``]`` that ends the array or None if not there).
-    """
-    out: list[bytes] = []
-    depth, begin, end = 0, 0, 0
+@dataclass(slots=True)
+class Separated:
+    """Whole ``{...}`` objects from the begin of a text, and how far they go."""
+
+    objects: list[bytes]
+    end: int
+    """After the last whole object."""
+    close: int | None = None
+    """Offset of the ``]`` that ends the array, if it is there."""
+    damaged: bool = False
+    """Brackets do not pair: a quote or a bracket is missing after ``end``."""
+
+
+def separate(text: bytes) -> Separated:
+    """Split text that begins at an array element, minding strings and the pairing of brackets."""
+    out = Separated([], 0)
+    opened = bytearray()
+    begin = 0
     for token in _TOKEN.finditer(text):
         c = text[token.start()]
         if c == 0x7B or c == 0x5B:
-            if depth == 0:
+            if not opened:
                 begin = token.start()
-            depth += 1
+            opened.append(c)
         elif c == 0x7D or c == 0x5D:
-            depth -= 1
-            if depth == 0:
-                end = token.end()
-                out.append(text[begin:end])
-            elif depth < 0:
-                return out, end, token.start()
-    return out, end, None
+            if not opened:
+                out.close, out.damaged = token.start(), c == 0x7D
+                return out
+            if opened.pop() != c - 2:
+                out.damaged = True
+                return out
+            if not opened:
+                out.end = token.end()
+                out.objects.append(text[begin : out.end])
+    return out
 
 
-def resync(text: bytes) -> int | None:
+def resync(text: bytes, begin: int) -> int | None:
     """Where the next event seems to begin after damage that hides the structure; None if nowhere."""
-    found = _RESYNC.search(text)
+    found = _RESYNC.search(text, begin)
     return found.end() if found else None
 
 
@@ -173,10 +197,21 @@ def to_ns(values: list[int | float] | list[Decimal], per_unit: int) -> Ints | No
         return np.asarray(raw * per_unit, np.int64)
     if raw.dtype.kind != "f":
         return np.array([int(v) * per_unit for v in values], np.int64)
+    large = np.abs(raw) >= _EXACT_US
+    if per_unit != 1 and bool(large.any()):
+        # Even one that looks whole may have had decimals; integers among doubles have become doubles too.
+        if any(isinstance(v, float) and abs(v) >= _EXACT_US for v in values):
+            return None
+        return np.array([_scaled(v, per_unit) for v in values], np.int64)
     whole = np.floor(raw)
-    part = raw - whole
     if per_unit == 1:
         return whole.astype(np.int64)
-    if bool((np.abs(raw) >= _EXACT_US).any()) and (bool((part > 0).any()) or bool((raw > 2**53).any())):
-        return None
-    return np.asarray(whole.astype(np.int64) * per_unit + np.rint(part * per_unit).astype(np.int64), np.int64)
+    part = np.rint((raw - whole) * per_unit)
+    return np.asarray(whole.astype(np.int64) * per_unit + part.astype(np.int64), np.int64)
+
+
+def _scaled(value: int | float | Decimal, per_unit: int) -> int:
+    if isinstance(value, float):
+        whole = int(value // 1)
+        return whole * per_unit + round((value - whole) * per_unit)
+    return int(value) * per_unit

@@ -47,9 +47,18 @@ class IdleFinder:
 
     def causes(self, gaps: Spans) -> dict[str, int]:
         """Nanoseconds of the gaps by cause; sums to their length. Causes that did not occur are left out."""
+        table = self._table(gaps)
+        return {cause: ns for cause, row in zip(CAUSES, table, strict=True) if (ns := int(row.sum()))}
+
+    def main_cause(self, gaps: Spans) -> list[str]:
+        """The cause with most of each gap."""
+        return [CAUSES[i] for i in np.argmax(self._table(gaps), axis=0)] if gaps[0].size else []
+
+    def _table(self, gaps: Spans) -> Ints:
+        """[causes, gaps]: ns of each gap by cause."""
         begin, end = gaps
         if not begin.size:
-            return {}
+            return np.zeros((len(CAUSES), 0), np.int64)
         after = np.minimum(np.searchsorted(self.starts, end), self.starts.size - 1)
         launch = self.launches.start[after]
         linked = launch >= 0
@@ -60,15 +69,12 @@ class IdleFinder:
         synced = self._drained(begin, handover)
         early = linked & (launch <= begin)
         rest = waiting - data
-        out = {
-            "data": int(data.sum()),
-            "sync": int(rest[synced].sum()),
-            "host": int(rest[~synced].sum()),
-            "launch": int((end - handover)[linked & ~early].sum()),
-            "queued": int((end - begin)[early].sum()),
-            "unlinked": int((end - begin)[~linked].sum()),
-        }
-        return {cause: ns for cause, ns in out.items() if ns}
+        zero = np.zeros_like(begin)
+        return np.stack([
+            np.where(synced, zero, rest), data, np.where(synced, rest, zero),
+            np.where(linked & ~early, end - handover, zero), np.where(early, end - begin, zero),
+            np.where(linked, zero, end - begin),
+        ])  # fmt: skip
 
     def _drained(self, begin: Ints, handover: Ints) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Whether a synchronising call returned between the gap's begin and the launch that ends it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainsys.errors import UserError
-from trainsys.hardware import lookup
+from trainsys.hardware import Device, lookup
 from trainsys.profiler.hang import analyse_dumps
 from trainsys.profiler.memory_snapshot import analyse_snapshot
 from trainsys.profiler.trace.across import compare_ranks, waits_by_start
@@ -54,7 +54,7 @@ def analyse(
         report.ranks.append(result.report)
     report.ranks.sort(key=lambda r: r.rank)
     if len(comms) > 1:
-        report.across = compare_ranks(comms, {r.rank: r.host for r in report.ranks})
+        report.across = compare_ranks(comms, {r.rank: r.host for r in report.ranks}, _device(report, options))
     if critical and report.ranks:
         _critical(report, options, waits_by_start(comms) if len(comms) > 1 else {})
     _others(inputs, report)
@@ -164,6 +164,15 @@ def _free_rank(result: Analysed, taken: set[int]) -> int:
         rank = next(r for r in range(len(taken) + 1) if r not in taken)
         result.report.rank = rank
     return rank
+
+
+def _device(report: Report, options: Options) -> Device | None:
+    """The device of all ranks, if they have one in common."""
+    names = {r.peak_device for r in report.ranks}
+    if options.device is not None or len(names) != 1:
+        return options.device
+    name = names.pop()
+    return lookup(name) if name else None
 
 
 def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]) -> None:

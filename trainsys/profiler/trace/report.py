@@ -45,6 +45,8 @@ class RankReport:
     products: list[ProductRow]
     work: Work
     mfu: Mfu | None
+    peak_device: str
+    """The catalogue's name of the device, empty where the trace's name matches none."""
     said: dict[str, int]
     """What was repaired, dropped, assumed or could not be linked, and how often."""
 

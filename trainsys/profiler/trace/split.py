@@ -120,25 +120,25 @@ class Splitter:
                 events = self.decoder.try_fast(buffer[: cut[0]])
                 if events is not None:
                     return events, buffer[cut[1] :], False
-        objects, end, close = separate(buffer)
-        if close is not None and not _AFTER.match(buffer, close + 1):
-            close = None  # a quote is missing somewhere, and the scanner counts brackets inside strings
-            objects, end = [], 0
-            lost = True
-        else:
-            lost = close is None and not objects and (ended or len(buffer) > 2 * CHUNK)
-        if lost:
-            begin = resync(buffer)
+        found = separate(buffer)
+        if found.close is not None and not _AFTER.match(buffer, found.close + 1):
+            # A quote is missing somewhere before, and brackets inside strings were counted.
+            found.damaged = True
+        events = self._decode(found.objects)
+        if found.damaged or (found.close is None and not found.objects and (ended or len(buffer) > 2 * CHUNK)):
+            begin = resync(buffer, found.end + 1)
             if begin is not None:
-                self.said["dropped: damaged stretch between events"] += 1
-                return self.decoder.slow(separate(buffer[:begin])[0]), buffer[begin:], False
+                self.said["dropped: damaged stretch of events"] += 1
+                return events, buffer[begin:], False
+            if found.damaged and not ended:
+                return events, buffer[found.end :], False  # the next event is not in the buffer yet
+        if found.close is not None:
+            return events, buffer[found.close + 1 :], True
+        return events, _SKIP.sub(b"", buffer[found.end :], count=1), False
+
+    def _decode(self, objects: list[bytes]) -> list[AnyEvent]:
         events = self.decoder.try_fast(b",".join(objects))
-        if events is None:
-            events = self.decoder.slow(objects)
-        if close is not None:
-            return events, buffer[close + 1 :], True
-        left = _SKIP.sub(b"", buffer[end:], count=1)
-        return events, left, False
+        return self.decoder.slow(objects) if events is None else events
 
     def _tail(self, buffer: bytes, pieces: Iterator[bytes]) -> None:
         """The keys after the events. A damaged tail is said, never fatal: the events are whole."""

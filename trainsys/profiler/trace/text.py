@@ -115,9 +115,10 @@ def _across(a: Across) -> list[str]:
              f"{r.clock_offset_ns / 1e3:,.1f}") for r in a.ranks[:MOST_RANKS]]  # fmt: skip
     out += table(("rank", "comm ms", "waiting ms", "arrived last", "made others wait ms", "clock us"), rows)
     if a.bandwidth:
-        out += table(("collective", "group", "members", "MiB", "calls", "shortest ms", "bus GB/s"),
+        out += table(("collective", "group", "members", "MiB", "calls", "shortest ms", "bus GB/s", "link GB/s"),
                      [(b.op, b.group[:30], str(b.members), f"{b.size / 2**20:.2f}" if b.size >= 0 else "?", str(b.calls),
-                       ms(b.shortest_ns), "?" if b.bus_gb_s is None else f"{b.bus_gb_s:.2f}") for b in a.bandwidth[:10]])  # fmt: skip
+                       ms(b.shortest_ns), "?" if b.bus_gb_s is None else f"{b.bus_gb_s:.2f}",
+                       "?" if b.link_gb_s is None else f"{b.link_gb_s:.0f}") for b in a.bandwidth[:10]])  # fmt: skip
     return [*out, ""]
 
 

@@ -71,6 +71,12 @@ def _time(report: Report, ranks: list[RankReport]) -> list[Verdict]:
             n = sum(r.launch.short_count for r in ranks)
             evidence = f"idle {_pct(_mean(ranks, 'idle'))} in all; {n} kernels shorter than 10 us"
             out.append(Verdict("idle", f"{_pct(share)} of the time {what}", evidence, advice, share))
+    share, products = _mean(ranks, "other_compute"), _mean(ranks, "matmul")
+    if share >= 0.15 and share > products:
+        top = [k for k in ranks[0].kernels if k.kind == "other_compute"][:2]
+        evidence = "; ".join(f"{k.count} x {k.name[:60]}: {k.total_ns / 1e6:.2f} ms" for k in top)
+        out.append(Verdict("fusion", f"{_pct(share)} of the time is compute other than matrix products, which take {_pct(products)}",
+                           evidence, "torch.compile or fused kernels for norms, activations, rotary embedding and casts", share))  # fmt: skip
     share = _mean(ranks, "recompute")
     if share >= 0.02:
         out.append(Verdict("recompute", f"{_pct(share)} of the time recomputes activations", "kernels launched inside recompute_fn",
