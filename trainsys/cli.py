@@ -71,6 +71,19 @@ def _train(args: argparse.Namespace) -> int | None:
         return train(args.run, args.overrides)
 
 
+@command(
+    "flops",
+    "what a token of a run costs, by component and convention",
+    RUN,
+    OVERRIDES,
+    arg("--json", action="store_true", help="print as JSON"),
+)
+def _flops(args: argparse.Namespace) -> None:
+    from trainsys.flops.report import run_cli
+
+    run_cli(args.run, args.overrides, args.json)
+
+
 @command("explain", "report on a run from its files", arg("run_dir", metavar="RUN_DIR"))
 def _explain(args: argparse.Namespace) -> None:
     from trainsys.telemetry.report import print_report
@@ -134,6 +147,7 @@ def _config_schema(args: argparse.Namespace) -> None:
     ),
     arg("--tokenizer", default="bytes", help="'bytes', or a tokenizer.json path or name (hf extra)"),
     arg("--text-key", default="text", metavar="KEY", help="field of a record that holds the text"),
+    arg("--split", default="train", help="of stdlib and hf sources: train, valid …"),
     arg("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens in one shard"),
 )
 def _data_prepare(args: argparse.Namespace) -> None:
@@ -146,6 +160,7 @@ def _data_prepare(args: argparse.Namespace) -> None:
         text_key=args.text_key,
         shard_tokens=args.shard_tokens,
         source=args.source,
+        split=args.split,
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainsys.config.run import RecomputeConfig
+from trainsys.flops import layer_is_recomputed
 from trainsys.models.decoder import Decoder
 
 
@@ -26,7 +27,7 @@ def _recompute(module: nn.Module) -> None:
 def apply_recompute(model: Decoder, cfg: RecomputeConfig) -> None:
     """Make the blocks of ``model`` recompute as ``cfg`` says."""
     for name, block in model.layers.items():
-        if cfg.policy == "full" or (cfg.policy == "every_n" and int(name) % cfg.every_n == 0):
+        if layer_is_recomputed(cfg, int(name)):
             _recompute(block)
         elif cfg.policy == "selective":
             _recompute(block.attn.core)

@@ -34,7 +34,7 @@ def run(cfg: RunConfig, proc: Process) -> None:
     source = build_source(cfg)
     mesh = Mesh(layout, proc.device)
     with (
-        Reporter(cfg, proc, layout, started) as reporter,
+        Reporter(cfg, proc, layout, started, source.describe()) as reporter,
         Loader(source, layout, proc.rank, cfg.train.micro_batch, prefetch=cfg.data.prefetch) as loader,
     ):
         for text in warnings:

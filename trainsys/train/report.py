@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -40,9 +41,17 @@ class Reporter:
     """Owns the run's folder, recorder and sinks. Enter it before the engine is built.
 
     ``started``: (monotonic, wall) clocks at the start of the process's work, so that set-up is accounted for.
+    ``data``: what the source says of itself, for the run's record.
     """
 
-    def __init__(self, cfg: RunConfig, proc: Process, layout: Layout, started: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        proc: Process,
+        layout: Layout,
+        started: tuple[float, float],
+        data: Mapping[str, Any],
+    ) -> None:
         self.cfg, self.proc, self.layout = cfg, proc, layout
         self.run_dir = Path(
             _from_rank0(str(create_run_dir(cfg.telemetry.out, cfg.name)) if proc.rank == 0 else "")
@@ -86,10 +95,11 @@ class Reporter:
         self._gather = WindowGather(proc.world, proc.world // layout.data_world)
         self._shown: Step | None = None
         self._tokens_seen = 0
+        self._doubted = False
         self._sinks = Sinks([], self.warn)
         if proc.rank == 0:
             write_config(self.run_dir, cfg)
-            write_environment(self.run_dir)
+            write_environment(self.run_dir, {"data": dict(data)})
             self._sinks = build_sinks(
                 cfg.telemetry, self.warn, lambda text: self.recorder.message("info", text)
             )
@@ -141,6 +151,12 @@ class Reporter:
         )
         self._tokens_seen += data.real_tokens_global
         self._gather.add(record)
+        if (record.mfu or 0.0) > 1.0 and not self._doubted:
+            self._doubted = True
+            self.warn(
+                f"mfu is above 100%: the peak ({self.info.peak_label}) was measured when the machine was busier; "
+                "measure it anew on a quiet one: trainsys bench matmul"
+            )
         last = step == self.cfg.train.steps - 1
         if (step + 1) % self.cfg.telemetry.log_every == 0 or last:
             self._show(self._gather.exchange())
