@@ -1,0 +1,181 @@
+"""Fit the planner's constants to measured runs: regularised, robust least squares on the log of step time.
+
+Each constant starts at its prior and is pulled back to it, so few runs move few constants and an unseen machine
+falls back to the literature. The data term is Huber's loss of log(predicted/measured), each source weighted
+by the cube root of its rows rather than by all of them, so that one large sweep does not drown the others.
+Levenberg-Marquardt with numeric derivatives in numpy: some forty parameters, a few thousand rows, seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from trainsys.errors import UserError
+
+from trainsys.planner.cases import Array, Cases
+from trainsys.planner.constants import PRIORS, Constants, from_priors
+from trainsys.planner.fill import at_best, fill
+from trainsys.planner.from_runs import build
+from trainsys.planner.memory import peak_memory
+from trainsys.planner.memory_constants import MEMORY_PRIORS, MemoryConstants, memory_from_priors
+from trainsys.planner.runs_csv import Run, read
+from trainsys.planner.step_time import step_time
+
+NOISE = 0.05  # typical error of a good prediction, in log: balances data against priors
+HUBER = 2.0  # in units of NOISE
+
+
+def row_weights(sources: Sequence[str]) -> Array:
+    """(10 / rows of the source)^(2/3), at most 1: a source counts with the cube root of its rows."""
+    names, inverse, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
+    assert len(names) > 0
+    out: Array = np.minimum(1.0, (10.0 / counts[inverse]) ** (2.0 / 3.0))
+    return out
+
+
+def levenberg(
+    residual: Callable[[Array], Array], x0: Array, steps: int = 25, tol: float = 1e-3
+) -> Array:
+    """Minimise sum(residual(x)^2) from ``x0``."""
+    x, lam = x0.copy(), 1e-2
+    r = residual(x)
+    cost = float(r @ r)
+    for _ in range(steps):
+        h = 1e-3
+        jac = np.stack([(residual(x + h * e) - r) / h for e in np.eye(len(x))], axis=1)
+        a, g = jac.T @ jac, jac.T @ r
+        for _ in range(6):
+            dx = np.clip(-np.linalg.solve(a + lam * np.diag(np.diag(a)), g), -0.5, 0.5)
+            r_new = residual(x + dx)
+            new = float(r_new @ r_new)
+            if new < cost:
+                break
+            lam *= 6.0
+        else:
+            return x
+        done = cost - new < tol * cost
+        x, r, cost, lam = x + dx, r_new, new, max(lam / 5.0, 1e-6)
+        if done:
+            break
+    return x
+
+
+def fit(
+    cases: Cases, measured_s: Array, weights: Array, *, start: Constants | None = None, only: Sequence[str] | None = None
+) -> Constants:
+    """Constants that best explain ``measured_s`` (seconds, all finite) of ``cases``.
+
+    ``only`` limits which constants move (an anchor of one run moves few); the others stay at ``start``.
+    """
+    base = start or from_priors()
+    names = list(only) if only is not None else list(PRIORS)
+    mean = np.log([PRIORS[n].value for n in names]) if start is None else np.log([getattr(base, n) for n in names])
+    sd = np.array([PRIORS[n].log_sd for n in names])
+    log_y = np.log(measured_s)
+    root_w = np.sqrt(weights) / NOISE
+
+    def residual(x: Array) -> Array:
+        k = replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
+        e = (np.log(np.broadcast_to(step_time(cases, k).total, log_y.shape)) - log_y) * root_w
+        big = np.abs(e)
+        hub = np.where(big <= HUBER, e, np.sign(e) * np.sqrt(np.maximum(2.0 * HUBER * big - HUBER**2, 0.0)))
+        return np.concatenate([hub, (x - mean) / sd])
+
+    x = levenberg(residual, mean)
+    return replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
+
+
+def fit_runs(runs: Sequence[Run]) -> tuple[Constants, MemoryConstants]:
+    """Both sets of constants from all rows that ran, or are known to have run out of memory.
+
+    What rows leave out depends on the constants and they on it: memory is fitted from the priors' choice, then time,
+    then memory again.
+    """
+    cases, kept, _ = build(runs)
+    if cases is None:
+        raise UserError("no row of the table can be used to calibrate")
+    sources = [r.source for r in kept]
+    seconds = np.asarray([r.step_s for r in kept])
+    oom = np.asarray([r.oom for r in kept], float)
+    peak = np.asarray([np.nan if r.oom else r.n("peak_mem_gb") for r in kept]) * 1e9
+    peak = np.where(np.asarray(["memory_only" in r.text["quality"] for r in kept]), np.nan, peak)
+    noisy = np.asarray([r.text["quality"] not in ("", "ok", "derived_step_time") for r in kept])
+    weights = row_weights(sources) * np.where(noisy, 0.1, 1.0)
+    timed, sized = np.flatnonzero(np.isfinite(seconds)), np.flatnonzero(np.isfinite(seconds) | (oom > 0) | np.isfinite(peak))
+    k, m = from_priors(), memory_from_priors()
+    for _ in range(2):
+        full = fill(cases, kept, k, m)
+        least = at_best(full, kept)
+        m = fit_memory(least.take(sized), peak[sized], oom[sized], weights[sized])
+        full = fill(cases, kept, k, m)
+        k = fit(full.take(timed), seconds[timed], weights[timed])
+    return k, m
+
+
+def leave_one_out(runs: Sequence[Run]) -> dict[str, tuple[Constants, MemoryConstants]]:
+    """Constants for each source, fitted without any of its rows."""
+    names = sorted({r.source for r in runs})
+    return {name: fit_runs([r for r in runs if r.source != name]) for name in names}
+
+
+
+
+def fit_memory(cases: Cases, measured: Array, oom: Array, weights: Array) -> MemoryConstants:
+    """Memory constants from measured peaks (bytes, NaN where unknown) and from which rows ran out of memory.
+
+    A row with a peak pulls on its logarithm. A row known only to fit or not pulls, one-sidedly, once the
+    prediction is on the wrong side of the device's usable memory.
+    """
+    names = list(MEMORY_PRIORS)
+    mean = np.log([MEMORY_PRIORS[n].value for n in names])
+    sd = np.array([MEMORY_PRIORS[n].log_sd for n in names])
+    known = np.isfinite(measured)
+    log_y = np.log(np.where(known, measured, 1.0))
+    root_w = np.sqrt(weights)
+
+    def residual(x: Array) -> Array:
+        m = MemoryConstants(**{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
+        total = peak_memory(cases, m).total
+        e = np.where(known, np.log(total) - log_y, 0.0) / 0.08
+        e = np.sign(e) * np.minimum(np.abs(e), np.sqrt(2.0 * HUBER * np.maximum(np.abs(e), HUBER) - HUBER**2))
+        over = np.log(total / (m.usable * cases.mem_bytes))
+        wrong = np.where(oom > 0, np.maximum(0.01 - over, 0.0), np.maximum(over + 0.01, 0.0)) / 0.04
+        wrong = np.where(known, 0.0, np.minimum(wrong, 4.0))
+        return np.concatenate([e * root_w, wrong * root_w, (x - mean) / sd])
+
+    x = levenberg(residual, mean)
+    return MemoryConstants(**{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
+
+
+def save(path: str | Path, runs: Sequence[Run], k: Constants, m: MemoryConstants) -> None:
+    """Write the shipped file: values to four digits, and which sources (with rows) they were fitted to."""
+
+    def rounded(values: Constants | MemoryConstants) -> dict[str, float]:
+        return {n: float(f"{v:.4g}") for n, v in asdict(values).items()}
+
+    counts = Counter(r.source for r in runs)
+    text = (
+        "# Fitted by `python -m trainsys.planner.calibrate TABLE.csv`; meanings and priors: constants.py and\n"
+        "# memory_constants.py. fitted_on: rows of each source of that table.\n"
+    )
+    body = {"fitted_on": dict(sorted(counts.items())), "time": rounded(k), "memory": rounded(m)}
+    Path(path).write_text(text + yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m trainsys.planner.calibrate TABLE.csv [OUT.yaml]``."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    runs = read(args[0])
+    k, m = fit_runs(runs)
+    save(args[1] if len(args) > 1 else Path(__file__).parent / "constants.yaml", runs, k, m)
+
+
+if __name__ == "__main__":
+    main()

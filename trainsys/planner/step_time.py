@@ -1,0 +1,175 @@
+"""Seconds of one optimizer step and where they go: stages, pipeline, data-parallel traffic, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from trainsys.planner.cases import SCHEDULES, Array, Cases
+from trainsys.planner.collectives import group, send_recv
+from trainsys.planner.constants import Constants
+from trainsys.planner.kernels import Pass, soft_max
+from trainsys.planner.layer import LayerTime, embedding_time, head_time, layer_time
+from trainsys.planner.partition import Parts, Stages, parts, stages
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step; the parts sum to ``total``."""
+
+    total: Array
+    matmul: Array
+    attention: Array
+    memory_bound: Array
+    recompute: Array
+    tp_comm: Array
+    cp_comm: Array
+    ep_comm: Array
+    fsdp_comm: Array
+    head: Array
+    bubble: Array
+    pp_comm: Array
+    dp_comm: Array
+    optimizer: Array
+    other: Array
+
+
+def _mix(c: Cases, dense: LayerTime, moe: LayerTime | None) -> LayerTime:
+    """The mean layer of a model whose first ``dense_layers`` are dense."""
+    if moe is None:
+        return dense
+    w = np.where(c.n_experts > 0, 1.0 - c.dense_layers / c.n_layers, 0.0)
+
+    def mix(a: Array, b: Array) -> Array:
+        out: Array = (1.0 - w) * a + w * b
+        return out
+
+    d, m = dense, moe
+    return LayerTime(
+        Pass(mix(d.total.fwd, m.total.fwd), mix(d.total.bwd, m.total.bwd)),
+        mix(d.matmul, m.matmul), mix(d.attention, m.attention), mix(d.memory_bound, m.memory_bound),
+        mix(d.tp_comm, m.tp_comm), mix(d.cp_comm, m.cp_comm), mix(d.ep_comm, m.ep_comm), mix(d.recompute, m.recompute),
+    )
+
+
+def _layer_params(c: Cases, p: Parts) -> tuple[Array, Array]:
+    """Mean parameters of a layer on one rank before data-parallel sharding: (dense part, experts)."""
+    w = np.where(c.n_experts > 0, 1.0 - c.dense_layers / c.n_layers, 0.0)
+    dense = ((1.0 - w) * p.dense_layer + w * p.moe_dense) / c.tp
+    return dense, w * p.experts / (c.ep * c.etp)
+
+
+def _fsdp(c: Cases, k: Constants, layer: Pass, dense: Array, experts: Array) -> Pass:
+    """Gathers (forward and backward) and reduction of one layer, hidden behind its compute by prefetch as far as
+    they are shorter, slowing it a little."""
+    g = group(c, k, c.fsdp_shard, c.tp)
+    rail = np.where(c.single_rail > 0, k.nic_eff * c.nic_bw / c.domain, np.inf)
+    g = replace(g, rate=np.where(g.n > g.local, np.minimum(g.rate, rail), g.rate))
+    ge = group(c, k, np.maximum(c.fsdp_shard * c.tp / (c.ep * c.etp), 1.0), c.ep * c.etp)
+    gather = g.ring(2.0 * dense) + ge.ring(2.0 * experts)
+    reduce = g.ring(c.grad_bytes * dense) + ge.ring(c.grad_bytes * experts)
+    moved_g = g.wire(2.0 * dense) + ge.wire(2.0 * experts)
+    moved_r = g.wire(c.grad_bytes * dense) + ge.wire(c.grad_bytes * experts)
+    # In a pipeline parameters stay gathered and gradients unreduced from the first micro-batch to the last.
+    share = np.where(c.zero >= 3, np.where(c.pp > 1, 1.0 / c.micro_batches, 1.0), 0.0)
+    again = np.where(c.pp > 1, 0.0, 1.0)
+
+    def hide(compute: Array, comm: Array, wire: Array) -> Array:
+        out: Array = soft_max(compute, share * comm) + k.fsdp_contention * np.minimum(compute, share * wire)
+        return out
+
+    return Pass(hide(layer.fwd, gather, moved_g), hide(layer.bwd, again * gather + reduce, again * moved_g + moved_r))
+
+
+def _data_parallel(c: Cases, k: Constants, dense: Array, experts: Array, window: Array) -> Array:
+    """Exposed gradient reduction and parameter gathering of ZeRO 0-2 over dp x cp; ``window`` seconds of compute
+    stand beside it. Hybrid sharding (opt_shard < dp) reduces everywhere and gathers within the shard group."""
+    n = c.dp * c.cp
+    g = group(c, k, n, c.tp)
+    ge = group(c, k, np.maximum(n * c.tp / (c.ep * c.etp), 1.0), c.ep * c.etp)
+    small = group(c, k, np.minimum(c.opt_shard, n), c.tp)
+    grads = c.grad_bytes * dense
+    replicated = g.all_reduce(grads) + ge.all_reduce(c.grad_bytes * experts)
+    hybrid = c.opt_shard < n
+    sharded = (
+        np.where(hybrid, g.all_reduce(grads), g.ring(grads)) + ge.ring(c.grad_bytes * experts)
+        + small.ring(2.0 * dense) + ge.ring(2.0 * experts)
+    )
+    comm = np.where(c.zero == 0, replicated, np.where(c.zero < 3, sharded, 0.0))
+    comm = np.where((c.zero >= 3) & (c.fsdp_shard < n), g.all_reduce(grads / c.fsdp_shard), comm)
+    usable = np.where(c.modern > 0, k.dp_window_modern, k.dp_window) * window
+    out: Array = np.where(n > 1, np.maximum(comm - usable, 0.05 * comm), 0.0)
+    return out
+
+
+def bubble_and_steady(c: Cases, first: Pass, middle: Pass, last: Pass) -> tuple[Array, Array]:
+    """(seconds of useful steady work on the slowest stage, seconds of bubble) of a pipelined step.
+
+    The slowest stage works m micro-batches without a pause; filling and draining pass once through the other
+    stages. Interleaving divides that by vpp (Narayanan et al. 2021); zero-bubble schedules fill it with weight
+    gradients, half of backward (Qi et al. 2023): ZB-H1 leaves F+B-W of each other stage, ZB-2p and ZBV next to
+    nothing, DualPipeV half a stage's.
+    """
+    m = c.micro_batches
+    t_first, t_mid, t_last = first.fwd + first.bwd, middle.fwd + middle.bwd, last.fwd + last.bwd
+    inner = np.maximum(c.pp - 2.0, 0.0)
+    has_mid = c.pp > 2
+    slowest = np.maximum(np.maximum(t_first, t_last), np.where(has_mid, t_mid, 0.0))
+    total = np.where(c.pp > 1, t_first + t_last, t_first) + inner * t_mid
+    others = total - slowest
+    weight_grad = 0.5 * (middle.bwd / (middle.fwd + middle.bwd)) * others
+    s = c.schedule
+    bubble = np.select(
+        [
+            s == SCHEDULES.index("interleaved"), s == SCHEDULES.index("zb1"), s == SCHEDULES.index("zb2"),
+            s == SCHEDULES.index("zbv"), s == SCHEDULES.index("dualpipev"),
+        ],
+        [others / c.vpp, np.maximum(others - 2.0 * weight_grad, 0.0), 0.1 * others, 0.15 * others, 0.2 * others],
+        others,
+    )
+    return m * slowest, np.where(c.pp > 1, bubble, 0.0)
+
+
+def step_time(c: Cases, k: Constants) -> StepTime:
+    """Predict every case. All arrays broadcast to one shape."""
+    dense_layer = layer_time(c, k, moe=False)
+    moe_layer = layer_time(c, k, moe=True) if np.any(c.n_experts > 0) else None
+    layer = _mix(c, dense_layer, moe_layer)
+    p = parts(c)
+    dense_p, expert_p = _layer_params(c, p)
+    with_fsdp = _fsdp(c, k, layer.total, dense_p, expert_p)
+    st: Stages = stages(c)
+    embed, head = embedding_time(c, k), head_time(c, k)
+    first = with_fsdp.scaled(st.first) + embed
+    middle = with_fsdp.scaled(st.middle)
+    last = with_fsdp.scaled(st.last) + head
+    first = Pass(np.where(c.pp == 1, first.fwd + head.fwd, first.fwd), np.where(c.pp == 1, first.bwd + head.bwd, first.bwd))
+    slow = np.where((c.ds_pipeline > 0) & (c.pp > 1), k.pipe_engine, 1.0)
+    steady, bubble = bubble_and_steady(c, first.scaled(slow), middle.scaled(slow), last.scaled(slow))
+
+    m = c.micro_batches
+    hop = send_recv(c, k, 2.0 * c.tokens * c.d_model / c.tp, c.tp * c.cp * c.dp)
+    piped = c.pp > 1
+    pp_comm = np.where(piped, 2.0 * hop * ((c.pp - 1.0) + m * c.vpp * k.pp_exposed), 0.0)
+
+    per_stage_dense = dense_p * st.middle + np.where(piped, 0.5, 2.0 - c.tied) * p.embedding / c.tp
+    per_stage_exp = expert_p * st.middle
+    window = middle.fwd + middle.bwd
+    dp_comm = _data_parallel(c, k, per_stage_dense, per_stage_exp, window)
+    owned = (per_stage_dense + per_stage_exp) / np.where(c.zero > 0, np.where(c.zero >= 3, c.fsdp_shard, c.opt_shard), 1.0)
+    optimizer = k.opt_bytes * owned / (k.hbm_eff * c.hbm_bw)
+
+    nodes = np.maximum(c.world / np.minimum(c.domain, 8.0), 1.0)
+    subtotal = steady + bubble + pp_comm + dp_comm + optimizer + k.step_s
+    jitter = subtotal * k.jitter * np.log2(nodes)
+    total = subtotal + jitter
+
+    n_slow = np.where(piped, st.middle, st.first) * m
+    head_s = np.where(piped, 0.0, (head.fwd + head.bwd + embed.fwd + embed.bwd) * m)
+    mm, at, mb = layer.matmul * n_slow, layer.attention * n_slow, layer.memory_bound * n_slow
+    tp, cp, ep, rc = layer.tp_comm * n_slow, layer.cp_comm * n_slow, layer.ep_comm * n_slow, layer.recompute * n_slow
+    fsdp = (with_fsdp.fwd + with_fsdp.bwd - layer.total.fwd - layer.total.bwd) * n_slow
+    named = mm + at + mb + tp + cp + ep + rc + fsdp + head_s
+    other = total - named - bubble - pp_comm - dp_comm - optimizer
+    return StepTime(total, mm, at, mb, rc, tp, cp, ep, fsdp, head_s, bubble, pp_comm, dp_comm, optimizer, other)
