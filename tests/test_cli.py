@@ -135,12 +135,13 @@ def test_version() -> None:
     assert trainsys("--version").stdout == f"trainsys {__version__}\n"
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+@pytest.mark.parametrize("command", [["config", "schema"], ["--version"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(command: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as closed:
         done = subprocess.run(
-            [sys.executable, "-m", "trainsys", "config", "schema"],
+            [sys.executable, "-m", "trainsys", *command],
             stdout=closed, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

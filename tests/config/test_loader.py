@@ -116,6 +116,8 @@ def test_the_resolved_config_loads_back(tmp_path_factory: pytest.TempPathFactory
     [
         ("parallel: {tpp: 2}", "run.yaml:2: unknown key parallel.tpp; did you mean parallel.tp?"),
         ("tp: 2", "run.yaml:2: unknown key tp; did you mean parallel.tp?"),
+        ("prefetch: 2", "unknown key prefetch; did you mean parallel.fsdp.prefetch or data.prefetch?"),
+        ("stepz: 2", "run.yaml:2: unknown key stepz; did you mean train.steps?"),
         ("\nparallel:\n  cp: '2'", "run.yaml:4: parallel.cp: expected an integer, got the text '2'"),
         ("train: {steps: true}", "run.yaml:2: train.steps: expected an integer > 0, got true"),
         ("train: {steps: 1.5}", "run.yaml:2: train.steps: expected an integer > 0, got 1.5"),

@@ -49,21 +49,20 @@ def test_of_many_ranks_that_fail_alike_one_prints(tmp_path: Path) -> None:
 
 
 def test_a_crash_is_one_block_that_names_the_rank(tmp_path: Path) -> None:
-    wait = f"while not os.path.exists({str(tmp_path / 'failure.json')!r}): time.sleep(0.01)"
-    # The others see a closed connection first and any other error later: both are consequences.
-    lost = "raise RuntimeError('[gloo] Connection closed by peer [127.0.0.1]:1234')"
-    done = ranks(
-        [lost, "time.sleep(0.3); raise ValueError('boom')", f"{wait}\n    raise KeyError('later')"],
-        tmp_path / "failure.json",
-    )
+    report, lost = tmp_path / "failure.json", tmp_path / "lost"
+    until = "while not os.path.exists({!r}): time.sleep(0.01)\n    {}".format
+    # One rank sees a closed connection before the cause is told, another fails after: both consequences.
+    first = f"open({str(lost)!r}, 'w'); raise RuntimeError('[gloo] Connection closed by peer [::1]:1234')"
+    cause = until(str(lost), "time.sleep(0.5); raise ValueError('boom')")
+    later = until(str(report), "raise KeyError('later')")
+    done = ranks([first, cause, later], report)
     assert [code for code, _ in done] == [1, 1, 1]
     assert done[0][1] == done[2][1] == ""
     lines = done[1][1].splitlines()
     assert lines[0] == "trainsys: rank 1 of 3 failed"
     assert lines[-1] == "ValueError: boom"
     assert "failure.py" not in done[1][1]
-    failure = read_failure(tmp_path / "failure.json")
-    assert failure == Failure(rank=1, code=1, message="ValueError: boom")
+    assert read_failure(report) == Failure(rank=1, code=1, message="ValueError: boom")
 
 
 def test_under_plain_torchrun_its_own_folder_serves(tmp_path: Path) -> None:
