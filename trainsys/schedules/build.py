@@ -1,0 +1,112 @@
+"""The schedules by name, and what each asks of stages and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from trainsys.errors import UserError
+from trainsys.schedules import orders
+from trainsys.schedules.actions import Action, Placement, Schedule, stages_of
+from trainsys.schedules.blockwise import blockwise
+
+
+@dataclass(frozen=True)
+class _Kind:
+    default_stages: int
+    """Virtual stages a rank where the user says nothing."""
+    placement: Placement = "loop"
+    fixed: bool = False
+    """No other number of virtual stages will do."""
+    fewest: int = 1
+    """Virtual stages a rank at least."""
+    splits: bool = False
+    in_rounds: bool = False
+    """Micro-batches must split into equal rounds of at least one a rank."""
+    order: Callable[[int, tuple[int, ...], int, int], list[Action]] | None = None
+    """(rank, its stages, ranks, micro-batches) -> order"""
+
+
+_KINDS = {
+    "gpipe": _Kind(1, fixed=True, order=orders.gpipe),
+    "1f1b": _Kind(1, fixed=True, order=orders.one_f_one_b),
+    "interleaved_1f1b": _Kind(2, fewest=2, in_rounds=True, order=orders.interleaved),
+    "zero_bubble": _Kind(1, splits=True, in_rounds=True, order=orders.zero_bubble),
+    "zbv": _Kind(2, "v", fixed=True, splits=True, order=orders.zbv),
+    "dualpipev": _Kind(2, "v", fixed=True, splits=True, order=orders.dualpipev),
+    "blockwise": _Kind(2, splits=True),
+}
+NAMES = tuple(_KINDS)
+
+
+def stages_per_rank(name: str, virtual_stages: int | None = None) -> int:
+    """Virtual stages a rank: as given, or the schedule's own number."""
+    return _kind(name).default_stages if virtual_stages is None else virtual_stages
+
+
+def splits_backward(name: str) -> bool:
+    """Whether the schedule does the gradients of weights apart from those of inputs."""
+    return _kind(name).splits
+
+
+def placement(name: str) -> Placement:
+    return _kind(name).placement
+
+
+def problems(name: str, ranks: int, virtual: int, micros: int) -> Iterator[str]:
+    """Why this schedule cannot run, one line each, with what would work."""
+    kind = _kind(name)
+    if kind.fixed and virtual != kind.default_stages:
+        others = [n for n, k in _KINDS.items() if not k.fixed and k.fewest <= virtual]
+        yield (
+            f"parallel.pipeline.virtual_stages={virtual}: {name} has exactly {kind.default_stages} a rank; "
+            f"{' and '.join(others)} take {virtual}"
+        )
+    elif virtual < kind.fewest:
+        yield (
+            f"parallel.pipeline.virtual_stages={virtual}: {name} interleaves at least {kind.fewest} stages a "
+            "rank; with one a rank use 1f1b or zero_bubble"
+        )
+    if name == "dualpipev" and micros < 2 * ranks:
+        yield (
+            f"dualpipev over parallel.pp={ranks} needs at least {2 * ranks} micro-batches a step (two a rank), "
+            f"but there are {micros}"
+        )
+    if kind.in_rounds and virtual > 1 and micros % _rounds(ranks, micros):
+        size = micros // _rounds(ranks, micros)
+        yield (
+            f"{name} over parallel.pp={ranks} cannot split {micros} micro-batches into {_rounds(ranks, micros)} "
+            f"equal rounds; {size * _rounds(ranks, micros)} or any multiple of {ranks} works"
+        )
+
+
+def build(
+    name: str, ranks: int, micros: int, virtual_stages: int | None = None, unit: int | None = None
+) -> Schedule:
+    """The schedule ``name`` of ``micros`` micro-batches over ``ranks`` pipeline ranks.
+
+    ``unit``: blockwise only: micro-batches between two gatherings of a stage's parameters; None: 2p-1.
+    Raises UserError with the first of `problems`.
+    """
+    assert ranks >= 1
+    assert micros >= 1
+    kind, virtual = _kind(name), stages_per_rank(name, virtual_stages)
+    for problem in problems(name, ranks, virtual, micros):
+        raise UserError(problem)
+    stages = ranks * virtual
+    if kind.order is None:
+        lists = blockwise(ranks, stages, micros, unit or 2 * ranks - 1)
+    else:
+        held = [stages_of(rank, ranks, stages, kind.placement) for rank in range(ranks)]
+        lists = [kind.order(rank, held[rank], ranks, micros) for rank in range(ranks)]
+    return Schedule(name, ranks, stages, micros, kind.placement, tuple(map(tuple, lists)))
+
+
+def _rounds(ranks: int, micros: int) -> int:
+    return orders.rounds(ranks, micros)
+
+
+def _kind(name: str) -> _Kind:
+    if name not in _KINDS:
+        raise UserError(f"parallel.pipeline.schedule={name}: there are {', '.join(_KINDS)}")
+    return _KINDS[name]

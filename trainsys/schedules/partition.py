@@ -1,0 +1,83 @@
+"""Which layers each pipeline stage holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from trainsys.config.model import ModelConfig
+from trainsys.flops import causal_pairs, head_gemm, layer_gemms, layer_params
+
+
+@dataclass(frozen=True)
+class StagePart:
+    """Layers ``[first, stop)``, with the embedding, and with the final norm and the head, where it says so."""
+
+    stage: int
+    first: int
+    stop: int
+    embed: bool
+    head: bool
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.stop)
+
+
+def partition(model: ModelConfig, stages: int, seq_len: int) -> list[StagePart]:
+    """Cut the layers into ``stages`` consecutive parts of at least one layer each.
+
+    The slowest stage is as fast as can be, in forward FLOPs of a token at ``seq_len``, the head counted with
+    the last stage. Among such cuts, that which spreads parameters most evenly (least sum of squares), where
+    the embedding counts with the first stage: it multiplies nothing, but it is read, written and held.
+    """
+    assert 1 <= stages <= model.n_layers, "Layout.validate should have refused"
+    heads = model.n_heads * model.dim_per_head
+    attention = 4 * heads * causal_pairs(seq_len, model.sliding_window) / seq_len
+    flops = [
+        attention + sum(g.flops_per_token for g in layer_gemms(model, i)) for i in range(model.n_layers)
+    ]
+    flops[-1] += head_gemm(model).flops_per_token
+    params = [float(layer_params(model, i).total) for i in range(model.n_layers)]
+    params[0] += model.vocab * model.d_model
+    params[-1] += model.vocab * model.d_model + model.d_model
+    slowest = _cut(flops, stages, max)[0]
+    _, cuts = _cut(params, stages, lambda rest, part: rest + part * part, flops, slowest * (1 + 1e-9))
+    return [
+        StagePart(s, a, b, embed=s == 0, head=s == stages - 1) for s, (a, b) in enumerate(pairwise(cuts))
+    ]
+
+
+def _cut(
+    costs: Sequence[float],
+    parts: int,
+    fold: Callable[[float, float], float],
+    others: Sequence[float] = (),
+    limit: float = float("inf"),
+) -> tuple[float, list[int]]:
+    """The places ``[0, …, n]`` that cut ``costs`` into non-empty parts at the smallest value, and that value.
+
+    ``fold(value of the parts before, sum of a part)``, growing in both, gives the value. No part's sum of
+    ``others`` may pass ``limit``. Dynamic programming over (parts, items): exact.
+    """
+    n, worst = len(costs), float("inf")
+    total = [0.0, *accumulate(costs)]
+    load = [0.0, *accumulate(others)] if others else [0.0] * (n + 1)
+    best, choices = [0.0, *[worst] * n], []
+    for k in range(1, parts + 1):
+        row, choice = [worst] * (n + 1), [0] * (n + 1)
+        for j in range(k, n + 1):
+            for i in range(j - 1, k - 2, -1):
+                alone = fold(0.0, total[j] - total[i])
+                if alone >= row[j] or load[j] - load[i] > limit:
+                    break  # both only grow with the part
+                value = fold(best[i], total[j] - total[i])
+                if value < row[j]:
+                    row[j], choice[j] = value, i
+        best = row
+        choices.append(choice)
+    cuts = [n]
+    for choice in reversed(choices):
+        cuts.append(choice[cuts[-1]])
+    return best[n], cuts[::-1]
