@@ -51,7 +51,8 @@ def test_help_lists_every_command_and_only_commands_that_exist(capsys: pytest.Ca
          [["bf16"], [1, 4], 1.0, "cpu", None, False], {}),
         ("bench memory --json", "trainsys.bench.memory.run_cli", [[1], 1.0, "cpu", None, True], {}),
         ("data prepare OUT --input x.txt --shard-tokens 9", "trainsys.data.prepare.prepare", ["x.txt", "OUT"],
-         {"tokenizer": "bytes", "text_key": "text", "shard_tokens": 9, "source": None}),
+         {"tokenizer": "bytes", "text_key": "text", "shard_tokens": 9, "source": None,
+          "split": "train"}),
         ("data verify P", "trainsys.data.prepare.verify", ["P"], {}),
     ],
 )  # fmt: skip
@@ -139,10 +140,12 @@ def test_version() -> None:
 def test_a_reader_that_leaves_is_no_error(command: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
+    # Buffered, so that what is short fails only when it is flushed.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with os.fdopen(write, "w") as closed:
         done = subprocess.run(
             [sys.executable, "-m", "trainsys", *command],
-            stdout=closed, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False,
+            stdout=closed, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env, check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
 
