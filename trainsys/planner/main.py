@@ -1,0 +1,211 @@
+"""``trainsys plan``: rank the layouts of a run on a cluster, say why, write the winner."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainsys.config.loader import load_run, read_tree
+from trainsys.config.run import ParallelConfig
+from trainsys.config.text import dump
+from trainsys.errors import UserError
+from trainsys.flops import param_counts
+from trainsys.planner import explain
+from trainsys.planner.cluster import Cluster, load_cluster
+from trainsys.planner.constants import shipped, shipped_sources
+from trainsys.planner.goodput import checkpoint_seconds, goodput
+from trainsys.planner.memory import GIB
+from trainsys.planner.memory_constants import shipped_memory
+from trainsys.planner.search import Found, search
+from trainsys.planner.space import Job, parse_limits
+
+_DAY = 86_400.0
+
+
+def _world(cluster: Cluster, gpus: int | None) -> int:
+    if gpus is not None:
+        if gpus < 1:
+            raise UserError(f"--gpus {gpus}: at least 1")
+        return gpus
+    if cluster.nodes is None:
+        raise UserError(f"cluster {cluster.name} names no size: give --gpus N")
+    return cluster.nodes * cluster.gpus_per_node
+
+
+def winner(found: Found, i: int = 0) -> dict[str, Any]:
+    """The settings of a RUN.yaml that make layout ``i``."""
+    lay = found.layout(i)
+    parallel: dict[str, Any] = {a: lay[a] for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
+    parallel["sequence_parallel"] = True
+    parallel["fsdp"] = {"reshard_after_forward": bool(lay["reshard"])}
+    pipeline = {"schedule": lay["schedule"], "chunks": lay["vpp"]}
+    parallel.update({k: v for k, v in pipeline.items() if k in ParallelConfig.model_fields and lay["pp"] != 1})
+    return {
+        "parallel": parallel,
+        "train": {"micro_batch": lay["micro_batch"]},
+        "recompute": {"policy": lay["recompute"]},
+    }
+
+
+def write_winner(run_yaml: str | Path, overrides: Sequence[str], found: Found, path: str | Path) -> None:
+    """The run's own settings with the winning layout laid over them. Raises UserError if the file cannot be written."""
+    values = read_tree(run_yaml, overrides).values
+    for section, settings in winner(found).items():
+        values.setdefault(section, {}).update(settings)
+    note = f"# Planned by trainsys plan: {explain.short(found, 0)}, {found.time.total[0]:.2f} s a step predicted\n"
+    try:
+        Path(path).write_text(note + dump(values), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--write {path}: {error.strerror or error}") from error
+
+
+def entry(found: Found, i: int) -> dict[str, Any]:
+    """One ranked layout as plain data. Seconds, GiB, shares of 1."""
+    total = float(found.time.total[i])
+    job = found.job
+    mem = found.memory
+    return {
+        "layout": found.layout(i),
+        "step_time_s": total,
+        "mfu": float(found.mfu[i]),
+        "tokens_per_s_per_gpu": job.global_batch * job.seq_len / total / job.world,
+        "memory_gib": {
+            p: float(getattr(mem, p)[i]) / GIB
+            for p in ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")
+        },
+        "time_s": {p: float(getattr(found.time, p)[i]) for p in explain.PARTS},
+        "bottleneck": explain.bottleneck(found.time, i),
+    }
+
+
+def result(found: Found, cluster: Cluster, top: int, why: str | None) -> dict[str, Any]:
+    """Everything ``plan`` says, as plain data."""
+    k = shipped()
+    nodes = max(found.job.world // cluster.gpus_per_node, 1)
+    params = param_counts(found.job.model).total
+    save_s = checkpoint_seconds(params, nodes, cluster.checkpoint_gb_s)
+    good = goodput(nodes, cluster.mtbf_hours_per_node * 3600.0, save_s, cluster.restart_s)
+    first = entry(found, 0)
+    return {
+        "model": found.job.model.name,
+        "parameters": params,
+        "cluster": cluster.name,
+        "devices": found.job.world,
+        "considered": found.considered,
+        "refused_memory": found.over_memory,
+        "memory_margin": found.margin,
+        "mfu_definition": f"exact FLOPs (causal, no recomputation) over {found.job.machine.peak_16 / 1e12:g} TFLOP/s dense 16-bit",
+        "ranked": [entry(found, i) for i in range(min(top, found.count))],
+        "pareto": [entry(found, i) for i in found.pareto()[:top]],
+        "why_first": explain.why_first(found),
+        "why_not": explain.why_not(found, why, k, shipped_memory()) if why else None,
+        "sensitivity": [{"change": n, "tokens_per_s_gain_pct": g} for n, g in explain.sensitivity(found, k)],
+        "goodput": {
+            "mtbf_s": good.mtbf_s,
+            "checkpoint_every_s": good.interval_s,
+            "checkpoint_blocks_s": good.checkpoint_s,
+            "share": good.share,
+            "effective_mfu": good.share * first["mfu"],
+        },
+        "confidence": confidence(found),
+    }
+
+
+def confidence(found: Found) -> str:
+    """How far to trust the numbers, from what the constants were fitted to."""
+    arch = found.job.machine.arch
+    known = {0: "few, noisy V100 runs", 1: "A100 runs of many sources", 2: "H100 runs of many sources", 3: "few Blackwell runs"}
+    base = known.get(arch, "no run of this device: catalogue figures alone")
+    return f"constants fitted to published runs ({len(shipped_sources())} sources; {base}); see docs/planner.md for errors"
+
+
+def _render(data: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{data['model']} on {data['devices']} GPUs of {data['cluster']}", caption=data["mfu_definition"])
+    for name in ("#", "layout", "schedule", "recompute", "MFU %", "step s", "tok/s/GPU", "GiB", "= params", "grads", "optim", "activ", "logits", "other", "lost most to"):
+        table.add_column(name, justify="left" if name in ("layout", "schedule", "recompute", "lost most to") else "right")
+    for rank, e in enumerate(data["ranked"], 1):
+        lay, mem = e["layout"], e["memory_gib"]
+        degrees = " ".join(f"{a}{lay[a]}" for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep") if lay[a] != 1)
+        degrees = degrees.replace("dp_replicate", "rep").replace("dp_shard", "shard")
+        schedule = "-" if lay["pp"] == 1 else lay["schedule"] + (f" x{lay['vpp']}" if lay["vpp"] > 1 else "")
+        table.add_row(
+            str(rank), f"{degrees or 'one GPU'} mb{lay['micro_batch']}" + ("" if lay["reshard"] else " keep"), schedule,
+            lay["recompute"], f"{100 * e['mfu']:.1f}", f"{e['step_time_s']:.3g}", f"{e['tokens_per_s_per_gpu']:,.0f}",
+            *(f"{mem[p]:.1f}" for p in ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")),
+            e["bottleneck"],
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"{data['considered']:,} layouts divide; {data['refused_memory']:,} refused: more than "
+        f"{100 * (1 - data['memory_margin']):.0f}% of usable memory", highlight=False,
+    )  # fmt: skip
+    console.print(f"why the first wins: {data['why_first']}", highlight=False)
+    if data["why_not"]:
+        console.print(f"why not {data['why_not']}", highlight=False)
+    gains = ", ".join(f"{s['change']} {s['tokens_per_s_gain_pct']:+.1f}%" for s in data["sensitivity"])
+    console.print(f"sensitivity (tokens/s): {gains}", highlight=False)
+    g = data["goodput"]
+    console.print(
+        f"failures: one in {g['mtbf_s'] / 3600:,.1f} h; checkpoint every {g['checkpoint_every_s'] / 60:.0f} min; "
+        f"{100 * g['share']:.1f}% of time is progress: effective MFU {100 * g['effective_mfu']:.1f}%", highlight=False,
+    )  # fmt: skip
+    console.print(f"confidence: {data['confidence']}", highlight=False)
+    front = "; ".join(f"{e['memory_gib']['total']:.0f} GiB {e['step_time_s']:.3g} s" for e in data["pareto"])
+    console.print(f"time against memory: {front}", highlight=False)
+
+
+def plan(
+    run_yaml: str | Path,
+    cluster: str,
+    overrides: Sequence[str] = (),
+    *,
+    gpus: int | None = None,
+    json: bool = False,
+    top: int = 10,
+    write: str | Path | None = None,
+    limits: Sequence[str] = (),
+    margin: float = 0.05,
+    why: str | None = None,
+    stack: str = "native",
+    dtype: str | None = None,
+    show_schedule: str | Path | bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """The command. ``margin``: share of usable memory kept free. ``show_schedule``: draw the winner's pipeline, in the
+    terminal or to an SVG file. Returns what it printed.
+
+    Raises:
+        UserError: unknown cluster, device, key or stack; nothing divides or fits (with what would).
+    """
+    if not 0.0 <= margin < 1.0:
+        raise UserError(f"--margin {margin}: between 0 and 1")
+    if top < 1:
+        raise UserError(f"--top {top}: at least 1")
+    run = load_run(run_yaml, overrides)
+    where = load_cluster(cluster)
+    job = Job.of(run, where.machine(), _world(where, gpus), stack, dtype)
+    found = search(job, parse_limits(limits), margin)
+    data = result(found, where, top, why)
+    if write is not None:
+        write_winner(run_yaml, overrides, found, write)
+        data["written"] = str(write)
+    if json:
+        print(jsonlib.dumps(data, indent=1))
+        return data
+    screen = console or Console()
+    _render(data, screen)
+    if write is not None:
+        screen.print(f"wrote {write}", highlight=False)
+    if show_schedule:
+        from trainsys.planner.schedule_view import show_winner
+
+        show_winner(found, show_schedule, screen)
+    return data
+
+

@@ -1,0 +1,169 @@
+"""Predict and rank every layout of a job; Pareto front; what would work where nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from trainsys.errors import UserError
+from trainsys.flops import train_flops_per_token
+from trainsys.planner.cases import RECOMPUTES, SCHEDULES, Array, Cases
+from trainsys.planner.constants import Constants, shipped
+from trainsys.planner.memory import GIB, Memory, peak_memory
+from trainsys.planner.memory_constants import MemoryConstants, shipped_memory
+from trainsys.planner.space import KEYS, Job, Limit, divisors, enumerate_layouts, to_cases
+from trainsys.planner.step_time import StepTime, step_time
+
+CHUNK = 4096  # layouts predicted at once: their arrays stay in cache
+
+
+@dataclass(frozen=True)
+class Found:
+    """Predictions of every layout that fits, fastest first. Seconds and bytes."""
+
+    job: Job
+    layouts: dict[str, Array]
+    time: StepTime
+    memory: Memory
+    considered: int
+    over_memory: int
+    margin: float
+
+    @property
+    def count(self) -> int:
+        return len(self.time.total)
+
+    @property
+    def mfu(self) -> Array:
+        """Model FLOPs (exact convention: causal, no recomputation) over the dense 16-bit catalogue peak."""
+        flops = train_flops_per_token(self.job.model, self.job.seq_len, "exact")
+        tokens = self.job.global_batch * self.job.seq_len
+        out: Array = flops * tokens / (self.time.total * self.job.world * self.job.machine.peak_16)
+        return out
+
+    def layout(self, i: int) -> dict[str, int | str]:
+        """Names and values of layout ``i``."""
+        out: dict[str, int | str] = {k: int(self.layouts[k][i]) for k in KEYS}
+        out["schedule"] = SCHEDULES[int(self.layouts["schedule"][i])]
+        out["recompute"] = policy(int(self.layouts["recompute"][i]))
+        return out
+
+    def pareto(self) -> list[int]:
+        """Layouts that no other beats in both time and memory, fastest first."""
+        front, least = [], np.inf
+        for i in range(self.count):
+            if self.memory.total[i] < least * 0.995:
+                front.append(i)
+                least = float(self.memory.total[i])
+        return front
+
+
+def policy(code: int) -> str:
+    """The config's name of a recomputation code."""
+    return {"half": "selective"}.get(RECOMPUTES[code], RECOMPUTES[code])
+
+
+def _join(parts: Sequence[StepTime | Memory], cls: type, order: Array) -> dict[str, Array]:
+    return {f.name: np.concatenate([np.atleast_1d(getattr(p, f.name)) for p in parts])[order.astype(int)] for f in fields(cls)}
+
+
+def predict_all(c: Cases, k: Constants, m: MemoryConstants, room: float) -> tuple[Array, StepTime, Memory]:
+    """(indices of layouts within ``room`` of usable memory, their times and memory), fastest first.
+
+    Memory is cheap and goes first; time is predicted only for what fits.
+    """
+    kept, memories = [], []
+    for start in range(0, c.size, CHUNK):
+        part = c.take(slice(start, start + CHUNK))
+        mem = peak_memory(part, m)
+        fits = np.flatnonzero(mem.total <= room * m.usable * c.mem_bytes)
+        kept.append(fits + start)
+        memories.append(Memory(**{f.name: np.broadcast_to(getattr(mem, f.name), mem.total.shape)[fits] for f in fields(Memory)}))
+    index = np.concatenate(kept) if kept else np.zeros(0, int)
+    times = []
+    for start in range(0, len(index), CHUNK):
+        part = c.take(index[start : start + CHUNK])
+        t = step_time(part, k)
+        times.append(StepTime(**{f.name: np.broadcast_to(getattr(t, f.name), t.total.shape) for f in fields(StepTime)}))
+    if not len(index):
+        empty = np.zeros(0)
+        return empty, StepTime(*[empty] * len(fields(StepTime))), Memory(*[empty] * len(fields(Memory)))
+    total = np.concatenate([t.total for t in times])
+    order = np.argsort(total, kind="stable")
+    return index[order], StepTime(**_join(times, StepTime, order)), Memory(**_join(memories, Memory, order))
+
+
+def search(
+    job: Job,
+    limits: Sequence[Limit] = (),
+    margin: float = 0.05,
+    k: Constants | None = None,
+    m: MemoryConstants | None = None,
+) -> Found:
+    """Rank every layout that divides, obeys ``limits`` and leaves ``margin`` of the usable memory free.
+
+    Raises:
+        UserError: none does; says why and the nearest thing that would work.
+    """
+    k, m = k or shipped(), m or shipped_memory()
+    layouts = enumerate_layouts(job, limits)
+    n = len(layouts["pp"])
+    if n == 0:
+        raise UserError(_nothing_divides(job, limits))
+    cases = to_cases(job, layouts)
+    index, time, memory = predict_all(cases, k, m, 1.0 - margin)
+    if not len(index):
+        raise UserError(_nothing_fits(job, limits, cases, layouts, m, margin))
+    chosen = {key: v[index.astype(int)] for key, v in layouts.items()}
+    return Found(job, chosen, time, memory, n, n - len(index), margin)
+
+
+def _nothing_divides(job: Job, limits: Sequence[Limit]) -> str:
+    world, batch = job.world, job.global_batch
+    if limits and len(enumerate_layouts(job)["pp"]):
+        told = ", ".join(f"{lim.key}{lim.op}{lim.value:g}" for lim in limits)
+        return f"no layout of {world} devices obeys {told}; without these limits there are some: drop one"
+    near = [w for w in sorted(range(max(world // 2, 1), world * 2 + 1), key=lambda w: abs(w - world)) if batch % w == 0 or w % batch == 0]
+    say = f"global_batch={batch} does not spread over {world} devices: no data-parallel size divides both"
+    if near:
+        return f"{say}; {near[0]} devices would work, or global_batch={max(batch // world, 1) * world}"
+    return f"{say}; global_batch={max(batch // world, 1) * world} would work"
+
+
+def _nothing_fits(
+    job: Job, limits: Sequence[Limit], cases: Cases, layouts: dict[str, Array], m: MemoryConstants, margin: float
+) -> str:
+    mem = peak_memory(cases, m)
+    i = int(np.argmin(mem.total))
+    least, room = float(mem.total[i]), (1.0 - margin) * m.usable * job.machine.mem_bytes
+    shape = " ".join(f"{key}={int(layouts[key][i])}" for key in ("pp", "dp_shard", "cp", "tp") if layouts[key][i] > 1)
+    say = (
+        f"{job.model.name} fits on no layout of {job.world} x {job.machine.name}: the smallest "
+        f"({shape or 'one device'}, full recomputation) needs {least / GIB:.1f} GiB of {room / GIB:.1f} usable"
+    )
+    if limits:
+        from dataclasses import replace
+
+        try:
+            free = search(replace(job), (), margin, m=m)
+        except UserError:
+            free = None
+        if free is not None:
+            return f"{say}; without the limits {free.count} layouts fit"
+    from dataclasses import replace
+
+    for factor in (2, 4, 8, 16, 32, 64):
+        bigger = replace(job, world=job.world * factor, global_batch=max(job.global_batch, job.world * factor))
+        trial = enumerate_layouts(bigger)
+        if len(trial["pp"]) and np.any(peak_memory(to_cases(bigger, trial), m).total <= room):
+            extra = "" if bigger.global_batch == job.global_batch else f" with global_batch={bigger.global_batch}"
+            return f"{say}; {bigger.world} devices{extra} would work"
+    shorter = [s for s in divisors(job.seq_len) if 256 <= s < job.seq_len]
+    for seq in reversed(shorter):
+        trial_job = replace(job, seq_len=seq)
+        trial = enumerate_layouts(trial_job)
+        if len(trial["pp"]) and np.any(peak_memory(to_cases(trial_job, trial), m).total <= room):
+            return f"{say}; seq_len={seq} would work"
+    return f"{say}; devices with more memory are needed"
