@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from trainsys.config.model import ModelConfig
-from trainsys.config.run import ContextConfig, ParallelConfig, TrainConfig
+from trainsys.config.run import ContextConfig, ParallelConfig, PipelineConfig, TrainConfig
 from trainsys.context.refusals import Request, refusals, sequence_unit
 from trainsys.errors import UserError
+from trainsys.schedules.build import problems as schedule_problems
+from trainsys.schedules.build import splits_backward, stages_per_rank
 
 PlacedAxis = Literal["pp", "dp_replicate", "dp_shard", "cp", "tp"]
 Axis = Literal[
@@ -211,11 +213,15 @@ class Layout:
         found = [
             *_model_problems(self, model),
             *_context_problems(self, model, parallel),
+            *_pipeline_problems(self, model, train, parallel.pipeline),
             *_batch_problems(self, train, parallel),
         ]
         if found:
             raise UserError("\n".join(found))
-        return list(_warnings(self, model, parallel, cluster))
+        return [
+            *_warnings(self, model, parallel, cluster),
+            *_pipeline_warnings(self, model, train, parallel.pipeline),
+        ]
 
     def describe(self, parallel: ParallelConfig | None = None) -> str:
         """One line, e.g. ``dp_shard=2 × tp=2 (+sp)``; sp is named where ``parallel`` says it is on."""
@@ -249,11 +255,6 @@ def _model_problems(layout: Layout, model: ModelConfig) -> Iterator[str]:
         works = _listed(_divisors(math.gcd(*split_by_tp.values())))
         yield (
             f"parallel.tp={layout.tp} does not divide {', '.join(uneven)}; with this model tp can be {works}"
-        )
-    if layout.pp > model.n_layers:
-        yield (
-            f"parallel.pp={layout.pp} is more stages than model.n_layers={model.n_layers} layers; "
-            f"pp can be 1 to {model.n_layers}"
         )
     if layout.ep > 1 and moe is None:
         yield f"parallel.ep={layout.ep} needs experts, but model {model.name} is dense; set parallel.ep=1"
@@ -312,10 +313,57 @@ def _warnings(
                 f"parallel.tp={layout.tp} does not divide the {node} devices of a node: some tensor-parallel "
                 f"groups span two nodes; tp of {_listed(_divisors(node))} stays inside"
             )
-    if model.n_layers % layout.pp:
+
+
+def _pipeline_problems(
+    layout: Layout, model: ModelConfig, train: TrainConfig, pipeline: PipelineConfig
+) -> Iterator[str]:
+    """What the schedule cannot serve: stages, micro-batches, options."""
+    if layout.pp == 1:
+        return
+    name, virtual = pipeline.schedule, stages_per_rank(pipeline.schedule, pipeline.virtual_stages)
+    stages = layout.pp * virtual
+    if stages > model.n_layers:
+        each = f" × {virtual} virtual stages a rank" if virtual > 1 else ""
+        works = f"pp can be 1 to {model.n_layers // virtual}" if model.n_layers >= virtual else "pp can be 1"
         yield (
-            f"model.n_layers={model.n_layers} does not divide by parallel.pp={layout.pp}: "
+            f"parallel.pp={layout.pp}{each} is more stages than model.n_layers={model.n_layers} layers; {works}"
+        )
+    rows = layout.data_world * train.micro_batch
+    if train.global_batch % rows == 0:
+        batch = (
+            f"(train.global_batch={train.global_batch} / (dp_replicate × dp_shard × micro_batch = {rows}) = "
+            f"{train.global_batch // rows} micro-batches)"
+        )
+        for problem in schedule_problems(name, layout.pp, virtual, train.global_batch // rows):
+            yield f"{problem} {batch}" if "micro-batches" in problem else problem
+    if pipeline.unit is not None and name != "blockwise":
+        yield f"parallel.pipeline.unit={pipeline.unit} is for schedule=blockwise; {name} has none: leave it out"
+    if train.compile and splits_backward(name):
+        yield (
+            f"train.compile with parallel.pipeline.schedule={name}: a compiled block cannot put off its weight "
+            "gradients; use 1f1b or interleaved_1f1b, or train.compile=false"
+        )
+
+
+def _pipeline_warnings(
+    layout: Layout, model: ModelConfig, train: TrainConfig, pipeline: PipelineConfig
+) -> Iterator[str]:
+    if layout.pp == 1:
+        if pipeline != PipelineConfig():
+            yield "parallel.pipeline is set but parallel.pp=1: there is no pipeline to configure"
+        return
+    stages = layout.pp * stages_per_rank(pipeline.schedule, pipeline.virtual_stages)
+    if model.n_layers % stages:
+        yield (
+            f"model.n_layers={model.n_layers} does not divide by the {stages} stages of the pipeline: "
             f"some stages hold one layer more and the others wait for them"
+        )
+    micros = train.global_batch // (layout.data_world * train.micro_batch)
+    if micros < layout.pp:
+        yield (
+            f"{micros} micro-batches a step are fewer than parallel.pp={layout.pp} ranks: most of them wait most "
+            f"of the time; raise train.global_batch or lower train.micro_batch"
         )
 
 

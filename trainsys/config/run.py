@@ -37,6 +37,24 @@ class ContextConfig(Strict):
     )
 
 
+class PipelineConfig(Strict):
+    """In which order the ranks of pp work; see docs/pipeline-parallel.md. Micro-batches follow from the batch."""
+
+    schedule: Literal[
+        "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev", "blockwise"
+    ] = "1f1b"
+    virtual_stages: PositiveInt | None = Field(
+        default=None, description="stages a rank holds; None: as many as the schedule is made for"
+    )
+    unit: PositiveInt | None = Field(
+        default=None,
+        description="blockwise: micro-batches that pass a stage before the next one; None: 2 pp - 1",
+    )
+    gathered_stages: int = Field(
+        default=2, ge=2, description="stages of a rank whose FSDP parameters are whole at the same time"
+    )
+
+
 class ParallelConfig(Strict):
     """Degrees of each axis. One of them may be -1: whatever is left of the world size."""
 
@@ -54,6 +72,7 @@ class ParallelConfig(Strict):
     )
     fsdp: FsdpConfig = FsdpConfig()
     context: ContextConfig = ContextConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     bucket_mb: PositiveFloat = Field(
         default=25.0, description="MB of gradients in one all-reduce of replicated data parallelism"
     )

@@ -67,17 +67,22 @@ def problems(name: str, ranks: int, virtual: int, micros: int) -> Iterator[str]:
             f"parallel.pipeline.virtual_stages={virtual}: {name} interleaves at least {kind.fewest} stages a "
             "rank; with one a rank use 1f1b or zero_bubble"
         )
-    if name == "dualpipev" and micros < 2 * ranks:
+    if micros < (fewest := fewest_micros(name, ranks)):
         yield (
-            f"dualpipev over parallel.pp={ranks} needs at least {2 * ranks} micro-batches a step (two a rank), "
+            f"{name} over parallel.pp={ranks} needs at least {fewest} micro-batches a step, "
             f"but there are {micros}"
         )
-    if kind.in_rounds and virtual > 1 and micros % _rounds(ranks, micros):
-        size = micros // _rounds(ranks, micros)
+    if kind.in_rounds and virtual > 1 and micros % orders.rounds(ranks, micros):
+        below = micros // ranks * ranks
         yield (
-            f"{name} over parallel.pp={ranks} cannot split {micros} micro-batches into {_rounds(ranks, micros)} "
-            f"equal rounds; {size * _rounds(ranks, micros)} or any multiple of {ranks} works"
+            f"{name} over parallel.pp={ranks} goes in rounds of equally many micro-batches, at least {ranks} each, "
+            f"which {micros} do not make; {below} or {below + ranks} micro-batches work"
         )
+
+
+def fewest_micros(name: str, ranks: int) -> int:
+    """Micro-batches a step below which the schedule has no order."""
+    return 2 * ranks if name == "dualpipev" else 1
 
 
 def build(
@@ -100,10 +105,6 @@ def build(
         held = [stages_of(rank, ranks, stages, kind.placement) for rank in range(ranks)]
         lists = [kind.order(rank, held[rank], ranks, micros) for rank in range(ranks)]
     return Schedule(name, ranks, stages, micros, kind.placement, tuple(map(tuple, lists)))
-
-
-def _rounds(ranks: int, micros: int) -> int:
-    return orders.rounds(ranks, micros)
 
 
 def _kind(name: str) -> _Kind:
