@@ -217,7 +217,7 @@ def test_every_problem_is_its_own_line() -> None:
 @pytest.mark.parametrize(
     ("layout", "model", "train", "parallel"),
     [
-        (Layout(tp=4, cp=2, dp_shard=2, dp_replicate=3, pp=6), MODEL, TRAIN, SP),
+        (Layout(tp=4, cp=2, dp_shard=2, dp_replicate=3, pp=2), MODEL, TRAIN, SP),
         (Layout(dp_shard=6, ep=6), MOE, TRAIN, SP),
         (Layout(tp=4), MODEL, TrainConfig(seq_len=90), NO_SP),
     ],

@@ -353,10 +353,11 @@ def _pipeline_warnings(
         if pipeline != PipelineConfig():
             yield "parallel.pipeline is set but parallel.pp=1: there is no pipeline to configure"
         return
-    stages = layout.pp * stages_per_rank(pipeline.schedule, pipeline.virtual_stages)
-    if model.n_layers % stages:
+    virtual = stages_per_rank(pipeline.schedule, pipeline.virtual_stages)
+    if model.n_layers % (layout.pp * virtual):
+        each = f" × {virtual} virtual stages a rank" if virtual > 1 else ""
         yield (
-            f"model.n_layers={model.n_layers} does not divide by the {stages} stages of the pipeline: "
+            f"model.n_layers={model.n_layers} does not divide by parallel.pp={layout.pp}{each}: "
             f"some stages hold one layer more and the others wait for them"
         )
     micros = train.global_batch // (layout.data_world * train.micro_batch)
