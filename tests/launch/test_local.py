@@ -39,14 +39,25 @@ print(rank, os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"])
 """
 
 
+# The demo's settings change with tuning; these do not.
+RUN = """
+name: run
+model: {n_layers: 2, d_model: 64, n_heads: 8, n_kv_heads: 4, d_ff: 704, vocab: 320}
+parallel: {dp_shard: 2, tp: 2}
+train: {seq_len: 256, global_batch: 16, micro_batch: 8, device: cpu}
+"""
+
+
 def dry_run(capsys: pytest.CaptureFixture[str], *overrides: str, nproc: int | None = None) -> str:
-    assert launch("train/demo", list(overrides), nproc, dry_run=True) == 0
+    assert launch("run.yaml", list(overrides), nproc, dry_run=True) == 0
     return capsys.readouterr().out.strip()
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six cores, no CUDA device, and nothing of the environment this test runs in."""
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Six cores, no CUDA device, one config, and nothing of the environment this test runs in."""
+    (tmp_path / "run.yaml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(local, "usable_cores", lambda: 6)
     monkeypatch.setattr(local, "cuda_devices", lambda: 0)
     for name in ("OMP_NUM_THREADS", FAILURE_FILE, "RANK", "WORLD_SIZE"):
@@ -56,7 +67,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run(capsys, "train.steps=3", "name=a-b") == (
         f"OMP_NUM_THREADS=1 {sys.executable} -m torch.distributed.run --standalone --nproc-per-node 4 "
-        "-m trainsys train train/demo train.steps=3 name=a-b"
+        "-m trainsys train run.yaml train.steps=3 name=a-b"
     )
 
 
@@ -104,7 +115,7 @@ def test_gpus_decide_where_there_are_some(
 
 def test_one_rank_needs_no_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run(capsys, "parallel.dp_shard=1", "parallel.tp=1") == (
-        f"OMP_NUM_THREADS=6 {sys.executable} -m trainsys train train/demo parallel.dp_shard=1 parallel.tp=1"
+        f"OMP_NUM_THREADS=6 {sys.executable} -m trainsys train run.yaml parallel.dp_shard=1 parallel.tp=1"
     )
 
 
@@ -134,7 +145,7 @@ def test_mistakes_are_found_before_any_process_starts(
     monkeypatch.setattr(local, "run_agent", lambda _: pytest.fail("started"))
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started"))
     with pytest.raises(UserError, match=says) as caught:
-        launch("train/demo", overrides, nproc)
+        launch("run.yaml", overrides, nproc)
     assert "\n" not in str(caught.value)
 
 
