@@ -115,43 +115,45 @@ def _signature(comm: CommList, pick: Ints) -> np.ndarray[tuple[int], np.dtype[np
     return out
 
 
-def align_clocks(groups: list[Matched], hosts: dict[int, str], rounds: int = 12) -> tuple[dict[int, int], int | None]:
+def align_clocks(groups: list[Matched], hosts: dict[int, str]) -> tuple[dict[int, int], int | None]:
     """Offset of each rank's clock (ns, to subtract), from the ends of synchronising collectives.
 
     All members leave such a collective together, so the ends' differences are the clocks'. A clock belongs
-    to a host: ranks of one host share their offset, and with a single host there is none to find. Each round
-    moves every clock by the median of its residuals over all its groups; clocks joined through several
-    groups settle in a few rounds. Offsets that explain less than half of the disagreement are not believed.
-    Returns (offsets, median absolute residual after; None with nothing to go by).
+    to a host: ranks of one host share their offset, and with a single host there is none to find. Within a
+    group each member's offset from the group's middle is the median over its collectives; over groups the
+    offsets are joined by least squares. Offsets that explain less than half of the disagreement are not
+    believed. Returns (offsets, median absolute residual after; None with nothing to go by).
     """
     ranks = sorted({r for g in groups for r in g.ranks})
     clock = {r: hosts.get(r) or f"rank {r}" for r in ranks}
+    number = {c: i for i, c in enumerate(dict.fromkeys(clock.values()))}
     none = dict.fromkeys(ranks, 0)
-    ends: list[tuple[list[str], np.ndarray[tuple[int, int], np.dtype[np.float64]]]] = []
+    ends: list[tuple[list[int], np.ndarray[tuple[int, int], np.dtype[np.float64]]]] = []
     for g in groups:
         keep = np.array([op in SYNCHRONISING for op in g.op], bool)
         if keep.any():
-            ends.append(([clock[r] for r in g.ranks], (g.end[keep] - g.end[keep].min()).astype(float)))
+            away = (g.end[keep] - g.end[keep].min()).astype(float)
+            ends.append(([number[clock[r]] for r in g.ranks], away - np.median(away, axis=1, keepdims=True)))
     if not ends:
         return none, None
-    offset = dict.fromkeys(clock.values(), 0.0)
-    first = last = 0.0
-    for turn in range(rounds):
-        seen: dict[str, list[np.ndarray[tuple[int], np.dtype[np.float64]]]] = {c: [] for c in offset}
-        for clocks, end in ends:
-            shifted = end - np.array([offset[c] for c in clocks])
-            away = shifted - np.median(shifted, axis=1, keepdims=True)
-            for j, c in enumerate(clocks):
-                seen[c].append(away[:, j])
-        away_by_clock = {c: np.concatenate(v) for c, v in seen.items() if v}
-        last = float(np.median(np.abs(np.concatenate(list(away_by_clock.values())))))
-        first = last if turn == 0 else first
-        moves = {c: float(np.median(v)) for c, v in away_by_clock.items()}
-        if turn == rounds - 1 or max(abs(m) for m in moves.values()) < 1:
-            break
-        for c, m in moves.items():
-            offset[c] += m
-    if len(offset) == 1 or last > first / 2:
-        return none, round(first)
-    middle = float(np.median(list(offset.values())))
-    return {r: round(offset[clock[r]] - middle) for r in ranks}, round(last)
+    before = _typical([away for _, away in ends])
+    if len(number) == 1:
+        return none, round(before)
+    rows, wanted = [], []
+    for clocks, away in ends:
+        middle = np.median(away, axis=0)
+        row = np.zeros((len(clocks), len(number)))
+        row[np.arange(len(clocks)), clocks] = 1
+        rows.append(row - row.mean(axis=0))
+        wanted.append(middle - middle.mean())
+    offset = np.linalg.lstsq(np.concatenate(rows), np.concatenate(wanted), rcond=None)[0]
+    shifted = [away - offset[clocks] for clocks, away in ends]
+    after = _typical([x - np.median(x, axis=1, keepdims=True) for x in shifted])
+    if after > before / 2:
+        return none, round(before)
+    offset -= np.median(offset)
+    return {r: round(float(offset[number[clock[r]]])) for r in ranks}, round(after)
+
+
+def _typical(parts: list[np.ndarray[tuple[int, int], np.dtype[np.float64]]]) -> float:
+    return float(np.median(np.abs(np.concatenate([p.ravel() for p in parts]))))
