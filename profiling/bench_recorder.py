@@ -9,6 +9,7 @@ import argparse
 import statistics
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 from trainsys.telemetry.events import Flops
@@ -60,6 +61,8 @@ def main() -> None:
     print(
         f"{args.steps} steps, {args.micro_batches} micro-batches, {calls} collectives; microseconds a step:"
     )
+    clock_us = min(timeit.repeat(time.perf_counter_ns, number=10_000, repeat=5)) * 100
+    print(f"  {'(one reading of the clock':34}        {clock_us:7.2f})")
     with tempfile.TemporaryDirectory() as folder:
         for name, timer, micro, layers, spans in (
             ("one micro-batch, no collectives", None, 1, 0, False),

@@ -34,11 +34,16 @@ def test_name_and_latest(tmp_path: Path) -> None:
     assert os.readlink(latest) == second.name  # relative, so that the folder may be moved
 
 
-def test_a_real_folder_called_latest_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "latest").mkdir()
-    (tmp_path / "latest" / "mine").touch()
-    create_run_dir(tmp_path, "demo")
-    assert (tmp_path / "latest" / "mine").exists()
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_real_thing_called_latest_is_left_alone(tmp_path: Path, kind: str) -> None:
+    mine = tmp_path / "latest"
+    if kind == "folder":
+        mine.mkdir()
+    else:
+        mine.write_text("my notes")
+    run_dir = create_run_dir(tmp_path, "demo")
+    assert not mine.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["latest", run_dir.name])
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

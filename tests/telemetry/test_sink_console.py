@@ -118,6 +118,9 @@ def test_the_curve_stays_small_and_falls() -> None:
     assert SPARK_WIDTH // 2 <= len(spark) <= SPARK_WIDTH
     assert (spark[0], spark[-1]) == ("█", "▁")
     assert list(spark) == sorted(spark, reverse=True)
+    assert (
+        spark[len(spark) // 2] in "▄▅"
+    )  # an even fall is drawn evenly: old points weigh as much as new ones
 
 
 def test_clock_time() -> None:

@@ -100,3 +100,6 @@ def test_without_a_server_the_run_goes_on_offline_and_ends_on_time(tmp_path: Pat
     # Not a speed test: without the bounds it is 90 s and more.
     assert seconds < 30
     assert "train/loss" in json.dumps(read_back(tmp_path))
+    if server != "halfdead":
+        # A knock at the door tells: no online run was begun that would be left over, half made.
+        assert not list(tmp_path.glob("wandb/run-*"))
