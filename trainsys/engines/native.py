@@ -10,6 +10,7 @@ from torch import Tensor
 from trainsys.comm import ops
 from trainsys.config.run import RunConfig
 from trainsys.data.loader import StepData
+from trainsys.data.packing import Batch
 from trainsys.engines.base import LocalTensor, StepResult
 from trainsys.ops.loss import cross_entropy_sum
 from trainsys.optim.adamw import LocalAdamW
@@ -17,7 +18,9 @@ from trainsys.optim.local import local, local_grad
 from trainsys.optim.norm import clip_, square_sum
 from trainsys.optim.schedule import learning_rate
 from trainsys.parallel.mesh import Mesh
-from trainsys.parallel.parallelize import parallelize
+from trainsys.parallel.parallelize import ParallelModel, parallelize
+from trainsys.parallel.pipeline.model import PipelineModel
+from trainsys.parallel.pipeline.stage import Inputs
 from trainsys.telemetry.recorder import Recorder
 
 
@@ -27,33 +30,24 @@ class NativeEngine:
     def __init__(self, cfg: RunConfig, mesh: Mesh, recorder: Recorder) -> None:
         self.cfg, self.mesh, self.recorder = cfg, mesh, recorder
         self.device = mesh.device
-        self.model = parallelize(cfg, mesh)
+        self.model: ParallelModel | PipelineModel
+        if mesh.layout.pp > 1:
+            self.model = PipelineModel(cfg, mesh, self._loss, recorder)
+        else:
+            self.model = parallelize(cfg, mesh)
         self.optimizer = LocalAdamW(self.model.named_parameters(), cfg.optim)
         # Over which ranks the vocabulary of the logits is split.
         self._vocab = mesh["tp"] if cfg.parallel.loss_parallel and mesh["tp"].size > 1 else None
+        self._tokens_global = 0
 
     def train_step(self, step: int, data: StepData) -> StepResult:
         phase = self.recorder.phase
         self.model.zero_gradients()
-        nll_sum = torch.zeros((), device=self.device)
-        for i, batch in enumerate(data.micro_batches):
-            self.model.set_sync(last=i == len(data.micro_batches) - 1)
-            with phase("data"):
-                batch = self.model.cut(batch)
-                tokens, labels, positions, doc_ids = (
-                    None if a is None else torch.from_numpy(a).to(self.device, non_blocking=True)
-                    for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
-                )
-            with phase("forward"):
-                logits = self.model.module(tokens, positions, doc_ids)
-                loss, nll = cross_entropy_sum(logits, labels, z_loss=self.cfg.optim.z_loss, group=self._vocab)
-                nll_sum += nll
-                # Divided by the tokens of the whole global batch, so that sums over ranks and
-                # micro-batches are the gradient of the global mean whatever the layout.
-                loss = loss / data.valid_tokens_global
-                del logits
-            with phase("backward"):
-                loss.backward()
+        self._tokens_global = data.valid_tokens_global
+        if isinstance(self.model, PipelineModel):
+            nll_sum = self.model.run([self._inputs(self.model, batch) for batch in data.micro_batches])
+        else:
+            nll_sum = self._accumulate(self.model, data)
         with phase("backward"):
             self.model.finish_gradients()
         with phase("optimizer"):
@@ -61,6 +55,40 @@ class NativeEngine:
             scalars = self._clip(nll_sum / data.valid_tokens_global)
             self.optimizer.step(lr)
         return StepResult(scalars, lr)
+
+    def _accumulate(self, model: ParallelModel, data: StepData) -> Tensor:
+        """Forward and backward of each micro-batch in turn; the sum of nll."""
+        phase = self.recorder.phase
+        nll_sum = torch.zeros((), device=self.device)
+        for i, batch in enumerate(data.micro_batches):
+            model.set_sync(last=i == len(data.micro_batches) - 1)
+            inputs = self._inputs(model, batch)
+            with phase("forward"):
+                logits = model.module(inputs.tokens, inputs.positions, inputs.doc_ids)
+                loss, nll = self._loss(logits, inputs.labels)
+                nll_sum += nll
+                del logits
+            with phase("backward"):
+                loss.backward()
+        return nll_sum
+
+    def _inputs(self, model: ParallelModel | PipelineModel, batch: Batch) -> Inputs:
+        """This rank's part of a micro-batch, on the device."""
+        with self.recorder.phase("data"):
+            batch = model.cut(batch)
+            return Inputs(
+                *(
+                    None if a is None else torch.from_numpy(a).to(self.device, non_blocking=True)
+                    for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
+                )
+            )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is differentiated, the sum of nll)."""
+        loss, nll = cross_entropy_sum(logits, labels, z_loss=self.cfg.optim.z_loss, group=self._vocab)
+        # Divided by the tokens of the whole global batch, so that sums over ranks and micro-batches are the
+        # gradient of the global mean whatever the layout.
+        return loss / self._tokens_global, nll
 
     def _clip(self, nll: Tensor) -> Tensor:
         """Clip by the global norm; returns [loss, norm] summed over all ranks in one all-reduce."""

@@ -1,5 +1,6 @@
 """Everything that turns a plain meta-device model into this rank's part of a parallel one, in order.
 
+0. the pipeline stage                drops what other stages hold
 1. tensor and sequence parallelism   slices parameters, so it comes before anything wraps them
 2. context parallelism               replaces the attention core, on the heads that are left
 3. recomputation                     inside FSDP's hooks, so that a recomputed block is gathered once
@@ -29,8 +30,10 @@ from trainsys.optim.local import local_grad
 from trainsys.parallel.context.core import SequenceCut, apply_context_parallel
 from trainsys.parallel.fsdp import apply_fsdp
 from trainsys.parallel.mesh import Mesh
+from trainsys.parallel.pipeline.cut import keep_part, pass_hidden
 from trainsys.parallel.replicate import GradientBuckets
 from trainsys.parallel.tensor import apply_tensor_parallel, needs_tp_reduction
+from trainsys.schedules.partition import StagePart
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -79,16 +82,23 @@ class ParallelModel:
                 p.grad = None
 
 
-def parallelize(cfg: RunConfig, mesh: Mesh) -> ParallelModel:
-    """Build ``cfg.model`` as this rank's part under ``mesh``, initialised from ``cfg.train.seed``."""
+def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> ParallelModel:
+    """Build ``cfg.model`` as this rank's part under ``mesh``, initialised from ``cfg.train.seed``.
+
+    ``part``: one pipeline stage of it; None: the whole.
+    """
     layout, parallel = mesh.layout, cfg.parallel
     dtype = DTYPES[cfg.train.dtype]
     with torch.device("meta"):
-        model = Decoder(cfg.model, compute_dtype=dtype)
+        model = Decoder(cfg.model, compute_dtype=dtype, layer_ids=None if part is None else part.layers)
+    if part is not None:
+        keep_part(model, part)
     sequence_parallel = parallel.sequence_parallel and layout.tp > 1
     shards = apply_tensor_parallel(
         model, mesh["tp"], sequence_parallel=sequence_parallel, loss_parallel=parallel.loss_parallel
     )
+    if part is not None:
+        pass_hidden(model, part)
     apply_context_parallel(model, mesh, parallel.context, cfg.train.seq_len)
     apply_recompute(model, cfg.recompute)
     if cfg.train.compile:

@@ -61,12 +61,16 @@ class GradientBuckets:
     def _launch(self, bucket: _Bucket) -> None:
         bucket.work = dist.all_reduce(bucket.flat, group=self.group.group, async_op=True)
 
-    def wait(self) -> None:
-        """Block until every gradient is summed. A parameter that got no gradient counts as zero."""
-        g = self.group
+    def start(self) -> None:
+        """Start to sum whatever is not yet under way. A parameter that got no gradient counts as zero."""
         for bucket in self.buckets:
             if bucket.work is None:
                 self._launch(bucket)
+
+    def wait(self) -> None:
+        """Block until every gradient is summed."""
+        g = self.group
+        self.start()
         for bucket in self.buckets:
             assert bucket.work is not None
             with g.ledger.span(g.axis, "all_reduce", 2 * nbytes(bucket.flat) * (g.size - 1) // g.size):
