@@ -18,15 +18,15 @@ from trainsys.planner.memory_constants import MemoryConstants
 from trainsys.planner.runs_csv import Run
 from trainsys.planner.step_time import step_time
 
-UNSAID_ROOM = 1.4
+UNSAID_ROOM = 2.0
 MICRO_BATCHES = (1.0, 2.0, 4.0, 8.0)
 
 
 def _options(run: Run, c: Cases, i: int) -> list[dict[str, float]]:
     """Every filling of row ``i``: values by field."""
     micro = [float(c.micro_batch[i])]
-    # Where recomputation is not said either, nothing bounds memory: stay at the common choice, one sequence.
-    if not run.n("micro_batch") > 0 and run.text["recompute"]:
+    # A default known from the stack stays. Where recomputation is not said either, nothing bounds memory: stay at the common choice, one sequence.
+    if not run.n("micro_batch") > 0 and run.text["recompute"] and micro[0] == 1.0:
         per_rank = c.global_batch[i] / c.dp[i]
         micro = [b for b in MICRO_BATCHES if per_rank % b == 0] or micro
     chunks = [float(c.vpp[i])]
@@ -75,8 +75,10 @@ def fill(c: Cases, runs: Sequence[Run], k: Constants, m: MemoryConstants) -> Cas
     # Whoever does not mention recomputation seldom uses it, and the memory model is not exact: only far beyond the
     # device is it taken for granted.
     silent_rows = np.asarray([not r.text["recompute"] for r in runs])
-    over = peak_memory(c, m).total > UNSAID_ROOM * c.mem_bytes
-    return c.replace(recompute=np.where(silent_rows & over, float(RECOMPUTES.index("full")), c.recompute))
+    for policy in ("half", "full"):
+        over = peak_memory(c, m).total > UNSAID_ROOM * c.mem_bytes
+        c = c.replace(recompute=np.where(silent_rows & over, float(RECOMPUTES.index(policy)), c.recompute))
+    return c
 
 
 def at_best(c: Cases, runs: Sequence[Run]) -> Cases:

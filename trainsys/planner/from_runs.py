@@ -132,6 +132,9 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         return Refusal(run, f"layout: dp*tp*pp*cp = {dp * tp * pp * cp:g} is not n_gpus = {world:g}")
     batch = run.n("global_batch")
     micro = min(run.n("micro_batch", 1.0), max(batch / dp, 1e-9))
+    local = re.search(r"local_bs=(\d+)", run.text["flags"])
+    if local and pp > 1 and not run.n("micro_batch") > 0:
+        micro = max(float(int(local.group(1)) // int(pp)), 1.0)  # torchtitan's default: as many as stages
     experts = run.n("moe_n_experts", 0.0)
     vpp = run.n("vpp", 1.0)
     stack = stack_of(run)

@@ -86,7 +86,7 @@ def attention(c: Cases, k: Constants, rate16: Array) -> Pass:
     eff = np.where(kernel == ATTN_KERNELS.index("flash1"), np.where(hopper_up, k.attn_flash1 * 0.7, k.attn_flash1), flash2)
     modern = (kernel >= ATTN_KERNELS.index("cudnn")) & hopper_up
     eff = np.where(modern, k.attn_fused, eff)
-    ramp = c.seq / (c.seq + k.attn_seq_half) * np.where(c.head_dim < 128, 0.55 + 0.45 * c.head_dim / 128.0, 1.0)
+    ramp = c.seq / (c.seq + k.attn_seq_half) * np.where(c.head_dim < 128, 0.75 + 0.25 * c.head_dim / 128.0, 1.0)
     blocks = c.micro_batch * heads * np.ceil(c.seq / c.cp / 128.0) / c.sms
     fill = np.minimum(1.0, blocks)
     fused_f = 0.5 * c.attended * full / (c.peak_16 * eff * ramp * fill)

@@ -108,7 +108,8 @@ def _schedules(job: Job, pp: int, micro_batches: int) -> list[tuple[str, int]]:
         return []
     per_stage = job.model.n_layers / pp
     chunks = [v for v in (2, 4, 5, 8) if per_stage >= v and micro_batches % pp == 0]
-    zero_bubble = [("zb1", 1)] + ([("zbv", 2), ("dualpipev", 2)] if per_stage >= 2 and micro_batches >= 2 * pp else [])
+    zero_bubble = [("zb1", 1)] if micro_batches % max(1, micro_batches // pp) == 0 else []
+    zero_bubble += ([("zbv", 2), ("dualpipev", 2)] if per_stage >= 2 and micro_batches >= 2 * pp else [])
     return [("1f1b", 1), *(("interleaved", v) for v in chunks), *zero_bubble]
 
 

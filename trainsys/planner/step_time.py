@@ -67,9 +67,11 @@ def _fsdp(c: Cases, k: Constants, layer: Pass, dense: Array, experts: Array) -> 
     rail = np.where(c.single_rail > 0, k.nic_eff * c.nic_bw / c.domain, np.inf)
     g = replace(g, rate=np.where(g.n > g.local, np.minimum(g.rate, rail), g.rate))
     ge = group(c, k, np.maximum(c.fsdp_shard * c.tp / (c.ep * c.etp), 1.0), c.ep * c.etp)
-    gather = g.ring(2.0 * dense) + ge.ring(2.0 * experts)
+    # Weights quantised with one scale a tensor are gathered as FP8 bytes.
+    size = np.where(c.fp8 == 1, 1.0, 2.0)
+    gather = g.ring(size * dense) + ge.ring(size * experts)
     reduce = g.ring(c.grad_bytes * dense) + ge.ring(c.grad_bytes * experts)
-    moved_g = g.wire(2.0 * dense) + ge.wire(2.0 * experts)
+    moved_g = g.wire(size * dense) + ge.wire(size * experts)
     moved_r = g.wire(c.grad_bytes * dense) + ge.wire(c.grad_bytes * experts)
     # In a pipeline parameters stay gathered and gradients unreduced from the first micro-batch to the last.
     share = np.where(c.zero >= 3, np.where(c.pp > 1, 1.0 / c.micro_batches, 1.0), 0.0)
@@ -131,27 +133,58 @@ def bubble_and_steady(c: Cases, first: Pass, middle: Pass, last: Pass) -> tuple[
     return m * slowest, np.where(c.pp > 1, bubble, 0.0)
 
 
-def step_time(c: Cases, k: Constants) -> StepTime:
-    """Predict every case. All arrays broadcast to one shape."""
+@dataclass(frozen=True)
+class _Work:
+    """One micro-batch of each kind of stage, and what made it."""
+
+    layer: LayerTime
+    with_fsdp: Pass
+    first: Pass
+    middle: Pass
+    last: Pass
+    head: Pass
+    embed: Pass
+    dense_params: Array
+    expert_params: Array
+    stages: Stages
+    parts: Parts
+    hop: Array
+
+
+def _work(c: Cases, k: Constants) -> _Work:
     dense_layer = layer_time(c, k, moe=False)
     moe_layer = layer_time(c, k, moe=True) if np.any(c.n_experts > 0) else None
     layer = _mix(c, dense_layer, moe_layer)
     p = parts(c)
     dense_p, expert_p = _layer_params(c, p)
     with_fsdp = _fsdp(c, k, layer.total, dense_p, expert_p)
-    st: Stages = stages(c)
+    st = stages(c)
     embed, head = embedding_time(c, k), head_time(c, k)
-    first = with_fsdp.scaled(st.first) + embed
-    middle = with_fsdp.scaled(st.middle)
-    last = with_fsdp.scaled(st.last) + head
-    first = Pass(np.where(c.pp == 1, first.fwd + head.fwd, first.fwd), np.where(c.pp == 1, first.bwd + head.bwd, first.bwd))
     slow = np.where((c.ds_pipeline > 0) & (c.pp > 1), k.pipe_engine, 1.0)
-    steady, bubble = bubble_and_steady(c, first.scaled(slow), middle.scaled(slow), last.scaled(slow))
+    alone = np.where(c.pp == 1, 1.0, 0.0)
+    first = (with_fsdp.scaled(st.first) + embed + head.scaled(alone)).scaled(slow)
+    middle = with_fsdp.scaled(st.middle * slow)
+    last = (with_fsdp.scaled(st.last) + head).scaled(slow)
+    hop = send_recv(c, k, 2.0 * c.tokens * c.d_model / c.tp, c.tp * c.cp * c.dp)
+    return _Work(layer, with_fsdp, first, middle, last, head, embed, dense_p, expert_p, st, p, hop)
+
+
+def stage_times(c: Cases, k: Constants) -> tuple[Pass, Pass, Pass, Array]:
+    """(first, middle and last stage's forward and backward seconds of one micro-batch, seconds of one transfer)."""
+    w = _work(c, k)
+    return w.first, w.middle, w.last, w.hop
+
+
+def step_time(c: Cases, k: Constants) -> StepTime:
+    """Predict every case. All arrays broadcast to one shape."""
+    w = _work(c, k)
+    layer, with_fsdp, middle, st, p = w.layer, w.with_fsdp, w.middle, w.stages, w.parts
+    head, embed, dense_p, expert_p = w.head, w.embed, w.dense_params, w.expert_params
+    steady, bubble = bubble_and_steady(c, w.first, middle, w.last)
 
     m = c.micro_batches
-    hop = send_recv(c, k, 2.0 * c.tokens * c.d_model / c.tp, c.tp * c.cp * c.dp)
     piped = c.pp > 1
-    pp_comm = np.where(piped, 2.0 * hop * ((c.pp - 1.0) + m * c.vpp * k.pp_exposed), 0.0)
+    pp_comm = np.where(piped, 2.0 * w.hop * ((c.pp - 1.0) + m * c.vpp * k.pp_exposed), 0.0)
 
     per_stage_dense = dense_p * st.middle + np.where(piped, 0.5, 2.0 - c.tied) * p.embedding / c.tp
     per_stage_exp = expert_p * st.middle
