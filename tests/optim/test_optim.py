@@ -75,5 +75,5 @@ def test_adamw_is_torchs_and_spares_vectors_from_decay() -> None:
         theirs.step()
     for name in named:
         assert torch.equal(named[name], twins[name])
-        assert ours.moments(name)["exp_avg"].shape == named[name].shape
-    assert ours.moments("norm")["step"] == 3
+        assert ours.state(name)["exp_avg"].shape == named[name].shape
+    assert ours.updates == 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,10 @@ class StepResult:
 
     scalars: Tensor
     lr: float
+    stop: Tensor
+    """How many ranks were asked to stop: if any was, all do after this step."""
+    applied: bool = True
+    """False: ``judge`` turned the update down, weights and moments are those of before."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,20 @@ class LocalTensor:
     place: ShardSpec
 
 
+Judge = Callable[[float, float], bool]
+"""(loss, gradient norm), equal on all ranks -> whether to apply the update."""
+
+
 class Engine(Protocol):
     """One model under one layout on one rank. Parameter names are canonical in every engine."""
 
     device: torch.device
 
-    def train_step(self, step: int, data: StepData) -> StepResult:
-        """Forward, backward and update on this rank's part of the global batch of 0-based ``step``."""
+    def train_step(
+        self, step: int, data: StepData, judge: Judge | None = None, stop: bool = False
+    ) -> StepResult:
+        """Forward, backward and, if ``judge`` agrees, update on this rank's part of the global batch of the
+        0-based ``step``. ``stop``: this rank was asked to stop, and all are to know."""
         ...
 
     def parameters(self) -> Iterator[LocalTensor]:
@@ -49,4 +60,18 @@ class Engine(Protocol):
 
     def gradients(self) -> Iterator[LocalTensor]:
         """Gradients of the last step, after clipping."""
+        ...
+
+    def state(self) -> Iterator[LocalTensor]:
+        """All that a checkpoint holds, to be read or filled in place: master weights under their names, optimizer
+        moments as ``name@exp_avg``. The same names and places at every call."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer has made."""
+        ...
+
+    def resumed(self, updates: int) -> None:
+        """``state`` was filled from a checkpoint taken after ``updates`` updates."""
         ...

@@ -11,7 +11,7 @@ from trainsys.comm import ops
 from trainsys.config.run import RunConfig
 from trainsys.data.loader import StepData
 from trainsys.data.packing import Batch
-from trainsys.engines.base import LocalTensor, StepResult
+from trainsys.engines.base import Judge, LocalTensor, StepResult
 from trainsys.ops.loss import cross_entropy_sum
 from trainsys.optim.adamw import LocalAdamW
 from trainsys.optim.local import local, local_grad
@@ -40,7 +40,9 @@ class NativeEngine:
         self._vocab = mesh["tp"] if cfg.parallel.loss_parallel and mesh["tp"].size > 1 else None
         self._tokens_global = 0
 
-    def train_step(self, step: int, data: StepData) -> StepResult:
+    def train_step(
+        self, step: int, data: StepData, judge: Judge | None = None, stop: bool = False
+    ) -> StepResult:
         phase = self.recorder.phase
         self.model.zero_gradients()
         self._tokens_global = data.valid_tokens_global
@@ -52,9 +54,15 @@ class NativeEngine:
             self.model.finish_gradients()
         with phase("optimizer"):
             lr = learning_rate(self.cfg.optim, step, self.cfg.train.steps)
-            scalars = self._clip(nll_sum / data.valid_tokens_global)
-            self.optimizer.step(lr)
-        return StepResult(scalars, lr)
+            totals = self._clip(nll_sum / data.valid_tokens_global, stop)
+            applied = True
+            if judge is not None:
+                # Read back before the update rather than after the step: a wait either way.
+                totals = totals.cpu()
+                applied = judge(float(totals[0]), float(totals[1]))
+            if applied:
+                self.optimizer.step(lr)
+        return StepResult(totals[:2], lr, totals[2], applied)
 
     def _accumulate(self, model: ParallelModel, data: StepData) -> Tensor:
         """Forward and backward of each micro-batch in turn; the sum of nll."""
@@ -90,12 +98,13 @@ class NativeEngine:
         # gradient of the global mean whatever the layout.
         return loss / self._tokens_global, nll
 
-    def _clip(self, nll: Tensor) -> Tensor:
-        """Clip by the global norm; returns [loss, norm] summed over all ranks in one all-reduce."""
+    def _clip(self, nll: Tensor, stop: bool) -> Tensor:
+        """Clip by the global norm; returns [loss, norm, ranks that are to stop], over all in one all-reduce."""
         named = [(n, g) for n, p in self.model.named_parameters() if (g := local_grad(p)) is not None]
         squares = square_sum(((g, self.model.copies[n]) for n, g in named), self.device)
         # Every rank of a tp group has the same loss.
-        totals = ops.all_reduce_(torch.stack([nll / self.mesh.layout.tp, squares]), self.mesh["world"])
+        mine = torch.stack([nll / self.mesh.layout.tp, squares, torch.full_like(squares, stop)])
+        totals = ops.all_reduce_(mine, self.mesh["world"])
         totals[1].sqrt_()
         if self.cfg.optim.clip_norm:
             clip_([g for _, g in named], totals[1], self.cfg.optim.clip_norm)
@@ -111,3 +120,16 @@ class NativeEngine:
             yield LocalTensor(
                 name, torch.zeros_like(local(p)) if grad is None else grad, self.model.shards[name]
             )
+
+    def state(self) -> Iterator[LocalTensor]:
+        for weight in self.parameters():
+            yield weight
+            for moment, data in self.optimizer.state(weight.name).items():
+                yield LocalTensor(f"{weight.name}@{moment}", data, weight.place)
+
+    @property
+    def updates(self) -> int:
+        return self.optimizer.updates
+
+    def resumed(self, updates: int) -> None:
+        self.optimizer.resume(updates)
