@@ -64,13 +64,14 @@ def _linear(gradients: WeightGradients, x: Tensor, weight: nn.Parameter) -> Tens
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, gradients: WeightGradients) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.gradients = gradients
+        ctx.save_for_backward(x)
+        # Not saved as x is: recomputation would hand back a detached copy, whose gradient nobody reads.
+        ctx.weight, ctx.gradients = weight, gradients
         return x @ weight.to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         dx = grad @ weight.to(grad.dtype)
         owed = ctx.gradients.defer
         if owed is not None:
