@@ -172,6 +172,69 @@ class TelemetryConfig(Strict):
     prometheus_port: NonNegativeInt = Field(default=0, description="0: no endpoint")
 
 
+class CheckpointConfig(Strict):
+    """When and where the run's state is saved, and from where it goes on; see docs/checkpoint.md."""
+
+    every: NonNegativeInt = Field(
+        default=0, description="steps between saves, the last step included; 0: only when asked to stop"
+    )
+    folder: str | None = Field(
+        default=None, description="holds this run's checkpoints; None: <telemetry.out>/checkpoints/<name>"
+    )
+    mode: Literal["async", "sync"] = Field(
+        default="async", description="async: a step waits for a copy in memory, and the disk is behind"
+    )
+    keep_last: PositiveInt = 3
+    keep_every: NonNegativeInt = Field(
+        default=0, description="steps; checkpoints at multiples of it stay; 0: none"
+    )
+    keep_best: NonNegativeInt = Field(default=0, description="how many of the lowest loss stay")
+    local_dir: str | None = Field(
+        default=None, description="a node's own disk: written there first, then copied to folder"
+    )
+    memory_every: NonNegativeInt = Field(
+        default=0, description="steps between copies in the memory of two nodes; 0: none"
+    )
+    memory_dir: str = Field(default="/dev/shm", description="memory file system for these copies")
+    resume: str = Field(
+        default="auto", description="auto: the newest good one in folder; never; or one checkpoint's path"
+    )
+    changed_data: bool = Field(
+        default=False, description="go on although data, seed, length or batch are not the checkpoint's"
+    )
+
+
+class ResilienceConfig(Strict):
+    """What happens when something goes wrong; see docs/faults.md."""
+
+    grace_s: PositiveFloat = Field(
+        default=60.0, description="seconds from SIGTERM or SIGUSR1 until the process must be gone"
+    )
+    hang_timeout_s: NonNegativeFloat = Field(
+        default=300.0, description="longest step before the watchdog dumps and aborts; 0: no watchdog"
+    )
+    setup_timeout_s: PositiveFloat = Field(
+        default=1800.0, description="the same for all before the first step's end (compilation)"
+    )
+    nonfinite: Literal["skip", "rollback", "stop"] = Field(
+        default="skip", description="what a loss or gradient norm that is no number leads to"
+    )
+    spike: NonNegativeFloat = Field(
+        default=0.0, description="a loss this many robust deviations above the recent median spikes; 0: off"
+    )
+    on_spike: Literal["skip", "rollback", "stop"] = "skip"
+    max_anomalies: PositiveInt = Field(
+        default=10, description="this many within window steps end the run: it diverges"
+    )
+    window: PositiveInt = Field(default=64, description="losses that a spike is measured against")
+    max_restarts: NonNegativeInt = Field(
+        default=0, description="times that launch starts all ranks anew after one failed"
+    )
+    elastic: bool = Field(
+        default=False, description="where the layout does not fit the world, take the nearest that does"
+    )
+
+
 class RunConfig(Strict):
     """One training run, whole."""
 
@@ -185,6 +248,8 @@ class RunConfig(Strict):
     recompute: RecomputeConfig = RecomputeConfig()
     train: TrainConfig = TrainConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -194,3 +259,7 @@ class RunConfig(Strict):
                 f"model.max_seq_len={self.model.max_seq_len}"
             )
         return self
+
+    @property
+    def checkpoint_folder(self) -> str:
+        return self.checkpoint.folder or f"{self.telemetry.out}/checkpoints/{self.name}"
