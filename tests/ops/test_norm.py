@@ -28,13 +28,15 @@ def test_value_and_gradients_are_those_of_the_definition(shape):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_that_is_not_contiguous():
-    x = torch.randn(4, 6, 8, requires_grad=True)
-    weight = torch.randn(8)
-    dy = torch.randn(6, 4, 8)
-    (got,) = torch.autograd.grad(rms_norm(x, weight, 1e-5), x, dy.transpose(0, 1))
-    (want,) = torch.autograd.grad(by_definition(x, weight, 1e-5), x, dy.transpose(0, 1))
-    torch.testing.assert_close(got, want)
+def test_input_and_gradient_that_are_not_contiguous():
+    base = torch.randn(6, 4, 8, requires_grad=True)
+    weight, dy = torch.randn(8, requires_grad=True), torch.randn(8, 4, 6).permute(1, 2, 0)
+    x = base.transpose(0, 1)
+    assert not x.is_contiguous()
+    assert not dy.is_contiguous()
+    got, want = (torch.autograd.grad(f(x, weight, 1e-5), (x, weight), dy) for f in (rms_norm, by_definition))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_eps_counts_where_the_input_is_small():

@@ -41,7 +41,6 @@ class _CpuRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         dim = x.shape[-1]
-        dy = dy.contiguous()
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             dy, x, [dim], torch.zeros_like(rstd), rstd, weight, None, [True, True, False]
         )
