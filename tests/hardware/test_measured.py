@@ -15,7 +15,8 @@ from trainsys.hardware import (
     peak_for_run,
     store_measurement,
 )
-from trainsys.hardware.measured import cache_path, cpu_model, usable_cores
+from trainsys.hardware.machine import usable_cores
+from trainsys.hardware.measured import cache_path, cpu_model
 
 KEY = MeasurementKey(device="Some CPU", cores=2, torch="2.13.0", dtype="bf16", processes=4, threads=1)
 

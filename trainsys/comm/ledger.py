@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(slots=True)
@@ -28,6 +27,28 @@ class SpanRecorder(Protocol):
     def collective_span(self, axis: str, op: str, nbytes: int) -> AbstractContextManager[None]: ...
 
 
+class _Span:
+    """A plain class: a hundred of these a step must not be felt, and a generator would be."""
+
+    __slots__ = ("_began", "_bytes", "_entry", "_inner")
+
+    def __init__(self, entry: Traffic, sent_bytes: int, inner: AbstractContextManager[None] | None) -> None:
+        self._entry, self._bytes, self._inner = entry, sent_bytes, inner
+
+    def __enter__(self) -> None:
+        if self._inner is not None:
+            self._inner.__enter__()
+        self._began = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        entry = self._entry
+        entry.blocked_s += time.perf_counter() - self._began
+        entry.calls += 1
+        entry.sent_bytes += self._bytes
+        if self._inner is not None:
+            self._inner.__exit__(*error)
+
+
 class Ledger:
     """Counts every collective of this rank, and tells the recorder of the step, if there is one, about each."""
 
@@ -35,17 +56,14 @@ class Ledger:
         self.traffic: dict[tuple[str, str], Traffic] = {}
         self.recorder: SpanRecorder | None = None
 
-    @contextmanager
-    def span(self, axis: str, op: str, sent_bytes: int) -> Iterator[None]:
+    def span(self, axis: str, op: str, sent_bytes: int) -> _Span:
         """Around a blocking collective, or around the wait for one that was started earlier: one call."""
+        entry = self.traffic.get((axis, op))
+        if entry is None:
+            entry = self.traffic[axis, op] = Traffic()
         recorder = self.recorder
-        t0 = time.perf_counter()
-        with nullcontext() if recorder is None else recorder.collective_span(axis, op, sent_bytes):
-            yield
-        entry = self.traffic.setdefault((axis, op), Traffic())
-        entry.calls += 1
-        entry.sent_bytes += sent_bytes
-        entry.blocked_s += time.perf_counter() - t0
+        inner = None if recorder is None else recorder.collective_span(axis, op, sent_bytes)
+        return _Span(entry, sent_bytes, inner)
 
     def calls(self, axis: str) -> int:
         return sum(t.calls for (a, _), t in self.traffic.items() if a == axis)

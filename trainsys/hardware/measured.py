@@ -13,6 +13,7 @@ from pydantic import PositiveFloat, PositiveInt, ValidationError
 
 from trainsys.config.base import Strict
 from trainsys.hardware.catalogue import DType
+from trainsys.hardware.machine import usable_cores
 
 
 class MeasurementKey(Strict):
@@ -71,11 +72,6 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_path() -> Path:

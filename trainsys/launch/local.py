@@ -22,8 +22,8 @@ from typing import Any
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
+from trainsys.hardware.machine import cuda_devices, usable_cores
 from trainsys.launch.failure import EXIT_FAILED, FAILURE_FILE, read_failure
-from trainsys.launch.machine import cuda_devices, usable_cores
 from trainsys.layout import PLACED, Layout
 
 _TORCHRUN = "torch.distributed.run"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from trainsys.config.run import TrainConfig
 from trainsys.errors import UserError
-from trainsys.launch.machine import usable_cores
+from trainsys.hardware.machine import usable_cores
 
 
 @dataclass(frozen=True)

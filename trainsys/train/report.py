@@ -101,7 +101,7 @@ class Reporter:
             write_config(self.run_dir, cfg)
             write_environment(self.run_dir, {"data": dict(data)})
             self._sinks = build_sinks(
-                cfg.telemetry, self.warn, lambda text: self.recorder.message("info", text)
+                cfg.telemetry, self.warn, self.say
             )
             self._sinks.start(
                 RunInfo(
@@ -120,9 +120,16 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """A line for the user and the record; from any thread, shown once (rank 0)."""
-        self.recorder.message("warning", text)
+        self._tell("warning", text)
+
+    def say(self, text: str) -> None:
+        """The same, where nothing is wrong."""
+        self._tell("info", text)
+
+    def _tell(self, level: Literal["info", "warning"], text: str) -> None:
+        self.recorder.message(level, text)
         if self.proc.rank == 0:
-            self._sinks.message("warning", text)
+            self._sinks.message(level, text)
 
     def begin(self) -> None:
         """The loop starts now."""

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from trainsys.launch.machine import cuda_devices, usable_cores
+from trainsys.hardware.machine import cuda_devices, usable_cores
 
 
 @pytest.mark.parametrize(
