@@ -1,0 +1,161 @@
+"""Every pipeline schedule, alone and with the other axes, trains as one process does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from support.parity import check, train_on_this_rank
+from support.ranks import run_ranks
+from trainsys.config.model import ModelConfig
+from trainsys.config.run import (
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    PipelineConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrainConfig,
+)
+from trainsys.schedules import NAMES
+
+# Every trait that cutting could get wrong: grouped heads, norms of queries and keys, an odd vocabulary.
+MODEL: dict[str, Any] = {
+    "n_layers": 4, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "vocab": 72, "max_seq_len": 64,
+    "qk_norm": True, "init_std": 0.1,
+}  # fmt: skip
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    schedule: str
+    pp: int
+    other: dict[str, Any] = field(default_factory=dict)
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    recompute: str = "none"
+    train: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        said = {**self.other, **self.pipeline, **self.model, **self.train}
+        parts = [f"{self.schedule}-pp{self.pp}", *(f"{k}{v}" for k, v in said.items())]
+        return "-".join(parts + [self.recompute] * (self.recompute != "none"))
+
+    @property
+    def config(self) -> RunConfig:
+        train = {"seq_len": 16, "global_batch": 8, "dtype": "fp32", "device": "cpu", "steps": 10, **self.train}
+        return RunConfig(
+            model=ModelConfig(**{**MODEL, **self.model}),
+            parallel=ParallelConfig(
+                pp=self.pp,
+                **{"dp_shard": 1, **self.other},
+                pipeline=PipelineConfig(schedule=self.schedule, **self.pipeline),  # type: ignore[arg-type]
+            ),
+            data=DataConfig(source="synthetic", prefetch=0),
+            optim=OptimConfig(lr=2e-3, warmup_steps=2, z_loss=1e-3),
+            recompute=RecomputeConfig(policy=self.recompute),  # type: ignore[arg-type]
+            train=TrainConfig(**train),
+        )
+
+    @property
+    def world(self) -> int:
+        sizes = [size for axis, size in self.other.items() if axis in ("dp_replicate", "dp_shard", "cp", "tp")]
+        world = self.pp
+        for size in sizes:
+            world *= size
+        return world
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        names = {"dp_replicate": "dp_replicate", "dp_shard": "fsdp", "cp": "cp", "tp": "tp"}
+        return ("pp", *(names[axis] for axis in self.other if axis in names))
+
+
+def equal(case: Case, **options: Any) -> None:
+    check(case.config, case.world, axes=case.axes, steps=STEPS, **options)
+
+
+FSDP, DDP, TP, PLAIN_TP = (
+    {"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}, {"tp": 2, "sequence_parallel": False},
+)  # fmt: skip
+TIED = {"tied_embeddings": True}
+SPLITS = ("zero_bubble", "zbv", "dualpipev", "blockwise")
+EIGHT = {"n_layers": 8}
+CASES = [
+    *(Case(name, 2) for name in NAMES),
+    *(Case(name, 2, FSDP) for name in NAMES),
+    *(Case(name, 2, DDP) for name in NAMES),
+    *(Case(name, 2, TP) for name in NAMES),
+    *(Case(name, 4) for name in ("gpipe", "1f1b", "zero_bubble")),
+    *(Case(name, 4, model=EIGHT) for name in ("interleaved_1f1b", "zbv", "dualpipev", "blockwise")),
+    # More stages a rank, units, rounds that are no multiple of the ranks, fewer micro-batches than ranks.
+    Case("interleaved_1f1b", 2, pipeline={"virtual_stages": 4}, model=EIGHT),
+    Case("zero_bubble", 2, pipeline={"virtual_stages": 2}),
+    Case("blockwise", 2, FSDP, {"virtual_stages": 4, "unit": 2}, EIGHT),
+    Case("interleaved_1f1b", 2, FSDP, {"virtual_stages": 4}, EIGHT),
+    Case("1f1b", 4, train={"global_batch": 3}),
+    Case("zbv", 2, train={"global_batch": 1}),
+    Case("1f1b", 2, model={"n_layers": 3}, train={"micro_batch": 2}),
+    # Tied embeddings: over two ranks, on one, sharded, split.
+    Case("1f1b", 2, FSDP, model=TIED),
+    Case("zero_bubble", 4, model=TIED),
+    Case("zbv", 2, TP, model=TIED),
+    Case("zbv", 2, FSDP, model=TIED),
+    Case("dualpipev", 2, DDP, model=TIED),
+    # Recomputation, which must not meet the weight gradients twice.
+    *(Case("1f1b", 2, FSDP, recompute=policy) for policy in ("selective", "full")),
+    *(Case(name, 2, PLAIN_TP, recompute="full") for name in SPLITS),
+    Case("zbv", 2, TP, recompute="every_n"),
+    # Other models.
+    Case("zero_bubble", 2, model={"qkv_bias": True}),
+    Case("zbv", 2, TP, model={"ffn_kind": "gelu", "norm": "layernorm", "parallel_block": True}),
+    # Context, and three and four axes.
+    Case("1f1b", 2, {"cp": 2}),
+    Case("zbv", 2, {"cp": 2}),
+    Case("1f1b", 2, {"dp_replicate": 2, "dp_shard": 2}, model=TIED),
+    Case("zbv", 2, {"dp_shard": 2, "tp": 2}),
+    Case("zero_bubble", 2, {"dp_replicate": 2, "tp": 2}),
+    Case("dualpipev", 4, {"tp": 2}, model=EIGHT),
+    Case("interleaved_1f1b", 2, {"cp": 2, "tp": 2}),
+    Case("blockwise", 2, {"dp_shard": 2, "cp": 2}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_same_answer_as_one_process(case: Case) -> None:
+    equal(case)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_bf16_gradients_are_added_up_in_fp32(schedule: str) -> None:
+    # Under FSDP gathered weights and their gradients are bf16; 8 micro-batches added up in bf16 would be off by more.
+    equal(
+        Case(schedule, 2, FSDP, train={"dtype": "bf16", "global_batch": 16}),
+        tolerance=2e-3,
+        gradient_tolerance=6e-2,
+    )
+
+
+def gathers(case: Case) -> int:
+    """How often rank 0 used the fsdp axis in one step, whatever for."""
+    calls: int = run_ranks(case.world, train_on_this_rank, case.config, 1)[0].calls["fsdp"]
+    return calls
+
+
+def test_parameters_are_gathered_once_however_many_micro_batches() -> None:
+    few, many = (gathers(Case("1f1b", 2, FSDP, train={"global_batch": n})) for n in (4, 16))
+    assert few == many
+    # Two layers, and the embedding: each gathered once, reduced once.
+    assert few == 2 * 3
+
+
+def test_blockwise_gathers_once_a_unit_and_direction() -> None:
+    def case(schedule: str, **unit: int) -> Case:
+        return Case(schedule, 2, FSDP, {"virtual_stages": 4, **unit}, EIGHT, train={"global_batch": 16})
+
+    units = [gathers(case("blockwise", unit=unit)) for unit in (8, 4, 2)]
+    assert units[0] < units[1] < units[2] < gathers(case("interleaved_1f1b"))
