@@ -1,0 +1,156 @@
+"""The folder of a run's checkpoints: what is there, how one is added, which ones are dropped. No torch here.
+
+``ROOT/step_0000000040/`` holds tensor files and ``manifest.json``; ``ROOT/latest`` names the newest. A save in
+progress is ``ROOT/.saving-…``, which no reader looks at. A second checkpoint of the same step (after a fall
+back to an older one) is ``step_0000000040.1``: nothing complete is ever replaced.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from trainsys.checkpoint import manifest as manifests
+from trainsys.checkpoint.container import Damaged, hash_file
+from trainsys.checkpoint.durable import sync_dir, write_durable
+from trainsys.checkpoint.manifest import Manifest
+
+LATEST = "latest"
+_NAME = re.compile(r"^step_(\d+)(?:\.(\d+))?$")
+_SAVING, _DROPPED = ".saving-", ".dropped-"
+
+
+class Folder:
+    """A run's checkpoints under ``root``, which need not exist yet."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def names(self) -> list[str]:
+        """Names of checkpoint folders that have a manifest, by step."""
+        found = []
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for path in self.root.iterdir():
+                match = _NAME.match(path.name)
+                if match and (path / manifests.NAME).is_file():
+                    found.append((int(match[1]), int(match[2] or 0), path.name))
+        return [name for *_, name in sorted(found)]
+
+    def read_all(self) -> tuple[list[tuple[str, Manifest]], list[Damaged]]:
+        """(name, manifest) newest first, and what could not be read. UserError for a newer schema."""
+        good, bad = [], []
+        for name in self.names():
+            try:
+                good.append((name, manifests.read(self.root / name)))
+            except Damaged as error:
+                bad.append(error)
+        return sorted(good, key=lambda item: item[1].serial, reverse=True), bad
+
+    def lineage(self) -> str:
+        """A name for the run that saves here over all its attempts, made at the first call. By one process."""
+        path = self.root / "lineage"
+        with suppress(OSError):
+            return path.read_text(encoding="utf-8").strip()
+        self.root.mkdir(parents=True, exist_ok=True)
+        name = secrets.token_hex(8)
+        write_durable(path, f"{name}\n".encode())
+        return name
+
+    def latest(self) -> str | None:
+        """What the pointer ``latest`` says; for people and scripts, a resume reads the manifests instead."""
+        try:
+            return (self.root / LATEST).read_text(encoding="utf-8").strip() or None
+        except OSError:
+            return None
+
+    def saving(self, step: int, token: str) -> Path:
+        """The folder of a save in progress. Every rank may make it."""
+        path = self.root / f"{_SAVING}step_{step:010d}-{token}"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def commit(self, saving: Path, manifest: Manifest) -> str:
+        """Turn ``saving``, whose files are durable, into a checkpoint; its name. By one process.
+
+        The manifest is durable before the rename, the rename before ``latest`` moves.
+        """
+        before = self.names()
+        manifest.serial = 1 + max((_serial(self.root / name) for name in before), default=0)
+        manifests.write(manifest, saving)
+        sync_dir(saving)
+        name, n = f"step_{manifest.step:010d}", 0
+        while (self.root / name).exists():
+            n += 1
+            name = f"step_{manifest.step:010d}.{n}"
+        saving.rename(self.root / name)
+        sync_dir(self.root)
+        write_durable(self.root / LATEST, f"{name}\n".encode())
+        return name
+
+    def drop(self, name: str) -> None:
+        """Delete a checkpoint. It leaves the list in one step, so a kill cannot leave half of one in it."""
+        away = self.root / f"{_DROPPED}{name}"
+        (self.root / name).rename(away)
+        shutil.rmtree(away, ignore_errors=True)
+
+    def clean(self) -> list[str]:
+        """Delete what interrupted saves and drops have left; only where no other run saves here. The names."""
+        left = [p for p in _children(self.root) if p.name.startswith((_SAVING, _DROPPED))]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        return [p.name for p in left]
+
+    def retain(self, keep_last: int, keep_every: int, keep_best: int) -> list[str]:
+        """Drop all but the newest ``keep_last``, each multiple of ``keep_every`` steps (0: none) and the
+        ``keep_best`` lowest losses; returns what went.
+
+        Nothing goes unless a checkpoint that stays is whole: by the size of its files, and by their sha256
+        where it would be the only one.
+        """
+        found, _ = self.read_all()
+        keep = {name for name, _ in found[:keep_last]}
+        keep |= {name for name, m in found if keep_every and m.step % keep_every == 0}
+        scored = sorted((m.loss, name) for name, m in found if m.loss is not None and m.loss == m.loss)
+        keep |= {name for _, name in scored[:keep_best]}
+        doomed = [name for name, _ in found if name not in keep]
+        stays = {name: m for name, m in found if name in keep}
+        if not doomed or not any(
+            next(problems(self.root / name, m, hashes=len(stays) == 1), None) is None
+            for name, m in stays.items()
+        ):
+            return []
+        for name in doomed:
+            self.drop(name)
+        return doomed
+
+
+def problems(checkpoint: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, one line each, naming the file."""
+    for file in manifest.files:
+        path = checkpoint / file.name
+        try:
+            size = path.stat().st_size
+            if size != file.bytes:
+                yield f"{path}: {size} bytes instead of {file.bytes}"
+            elif hashes and hash_file(path) != file.sha256:
+                yield f"{path}: sha256 does not match the manifest"
+        except OSError as error:
+            yield f"{path}: {error.strerror}"
+
+
+def _serial(checkpoint: Path) -> int:
+    try:
+        return manifests.read(checkpoint).serial
+    except Damaged:
+        return 0
+
+
+def _children(root: Path) -> list[Path]:
+    try:
+        return list(root.iterdir())
+    except OSError:
+        return []

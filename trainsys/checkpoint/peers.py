@@ -1,0 +1,171 @@
+"""Copies of the state in the memory of two nodes, which outlive the processes: a lost node restores without
+the file system (Wang et al. 2023, Gemini, SOSP).
+
+Each rank's files are kept in a memory file system (``/dev/shm``) of its node and of a node half the world away,
+in the same format as on disk. After a restart the newest copy that is whole over all nodes is found, files
+are sent to the nodes that need and lack them, and reading goes on as from disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainsys.checkpoint import manifest as manifests
+from trainsys.checkpoint.container import Damaged, hash_file
+from trainsys.checkpoint.manifest import Manifest
+from trainsys.checkpoint.ranks import Ranks
+from trainsys.errors import UserError
+
+_CHUNK = 64 << 20
+
+
+def peer_of(rank: int, nodes: list[str]) -> int | None:
+    """The rank that keeps ``rank``'s copy: half the world away, or the next after it on another node; None
+    where there is one node only."""
+    world = len(nodes)
+    for shift in range(world):
+        other = (rank + world // 2 + shift) % world
+        if nodes[other] != nodes[rank]:
+            return other
+    return None
+
+
+class PeerMemory:
+    """This node's memory folder for one run. ``run``: what tells this run's copies from others', the same in
+    all of its attempts (the checkpoint folder's path)."""
+
+    def __init__(self, memory_dir: str, run: str, ranks: Ranks) -> None:
+        tag = hashlib.sha256(os.path.abspath(run).encode()).hexdigest()[:12]
+        self.root = Path(memory_dir) / f"trainsys-{os.getuid()}-{tag}"
+        self.rank = ranks.rank
+        # A node is a host and a memory folder on it: two folders on one host can stand for two nodes.
+        self.nodes = ranks.to_all(f"{socket.gethostname()}:{os.path.abspath(memory_dir)}")
+        self.leads = self.nodes.index(self.nodes[self.rank]) == self.rank
+        """This rank is the first of its node."""
+
+    @property
+    def alone(self) -> bool:
+        """One node only: its loss would take every copy with it."""
+        return peer_of(self.rank, self.nodes) is None
+
+    # ---- keeping ----
+
+    def keep(self, step: int, name: str, head: bytes, data: memoryview) -> str:
+        """Put one file of this rank into its node's memory; its sha256. OSError where it does not fit."""
+        folder = self._saving(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(head)
+        digest.update(data)
+        with open(folder / name, "wb", buffering=0) as file:
+            for part in (memoryview(head), data):
+                while len(part):
+                    part = part[file.write(part) :]
+        return digest.hexdigest()
+
+    def exchange(self, step: int, listed: list[list[tuple[str, int]]], ranks: Ranks) -> None:
+        """Send this rank's files to its peer and keep those of the ranks whose peer it is. ``listed``: the
+        (name, bytes) of every rank's files. All ranks call it."""
+        folder = self._saving(step)
+        for source, files in enumerate(listed):
+            target = peer_of(source, self.nodes)
+            for name, size in files if target is not None else ():
+                self._send(folder / name, size, source, target, ranks)
+
+    def discard(self, step: int) -> None:
+        """Give up a copy that could not be made whole."""
+        shutil.rmtree(self._saving(step), ignore_errors=True)
+
+    def commit(self, manifest: Manifest, ranks: Ranks) -> None:
+        """Every node now has its files: the copy counts, and older ones go once all nodes have it."""
+        new = self._kept(manifest.step)
+        if self.leads:
+            if new.exists():
+                shutil.rmtree(new)
+            manifests.write(manifest, self._saving(manifest.step))
+            self._saving(manifest.step).rename(new)
+        ranks.to_all(None)
+        if self.leads:
+            for path in self.root.iterdir():
+                if path != new:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def clear(self) -> None:
+        """The run is over: give the memory back."""
+        if self.leads:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    # ---- finding again ----
+
+    def newest(self, lineage: str, ranks: Ranks) -> tuple[Manifest, Path] | None:
+        """The newest copy of run ``lineage`` whose every file is whole on some node, and where this node has its
+        part of it; the same answer on every rank. All ranks call it."""
+        here: dict[bytes, list[str]] = {}
+        if self.leads and self.root.is_dir():
+            for path in self.root.iterdir():
+                here |= _inventory(path, lineage)
+        everywhere = ranks.to_all(here)
+        found = {data: manifests.decode(data, "memory") for held in everywhere for data in held}
+        for data, manifest in sorted(found.items(), key=lambda item: -item[1].step):
+            names = {name for held in everywhere for name in held.get(data, ())}
+            if names >= {f.name for f in manifest.files}:
+                folder = self._kept(manifest.step)
+                self._found = [set(held.get(data, ())) for held in everywhere]
+                if self.leads and not (folder / manifests.NAME).is_file():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    manifests.write(manifest, folder)
+                ranks.to_all(None)
+                return manifest, folder
+        return None
+
+    def bring(self, manifest: Manifest, needed: set[int], ranks: Ranks) -> None:
+        """Send the files that a node's ranks need and its memory lacks from a node that has them, after
+        :meth:`newest`. ``needed``: file numbers of this rank. All ranks call it."""
+        wanted = ranks.to_all(needed)
+        leaders = {node: self.nodes.index(node) for node in self.nodes}
+        folder = self._kept(manifest.step)
+        for number, file in enumerate(manifest.files):
+            holder = next(rank for rank, held in enumerate(self._found) if file.name in held)
+            targets = {leaders[self.nodes[rank]] for rank, numbers in enumerate(wanted) if number in numbers}
+            for target in sorted(targets):
+                if file.name not in self._found[target]:
+                    self._send(folder / file.name, file.bytes, holder, target, ranks)
+        ranks.to_all(None)
+
+    def _send(self, path: Path, size: int, source: int, target: int, ranks: Ranks) -> None:
+        if self.rank == source:
+            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            for start in range(0, size, _CHUNK):
+                dist.send(data[start : start + _CHUNK], target, group=ranks.group)
+        elif self.rank == target:
+            data = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+            for start in range(0, size, _CHUNK):
+                dist.recv(data[start : start + _CHUNK], source, group=ranks.group)
+
+    def _saving(self, step: int) -> Path:
+        return self.root / f".saving-{step:010d}"
+
+    def _kept(self, step: int) -> Path:
+        return self.root / f"step_{step:010d}"
+
+
+def _inventory(folder: Path, lineage: str) -> dict[bytes, list[str]]:
+    """{manifest as bytes: names of its files that are whole here} of one copy; empty if it is of another run."""
+    try:
+        manifest = manifests.read(folder)
+    except (Damaged, UserError):
+        return {}
+    if manifest.lineage != lineage or folder.name.startswith("."):
+        return {}
+    held = []
+    for file in manifest.files:
+        path = folder / file.name
+        if path.is_file() and path.stat().st_size == file.bytes and hash_file(path) == file.sha256:
+            held.append(file.name)
+    return {manifests.encode(manifest): held}

@@ -1,0 +1,182 @@
+"""From which checkpoint a run goes on, and bringing its state back under whatever layout the run has now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainsys.checkpoint import manifest as manifests
+from trainsys.checkpoint.atoms import AtomReader
+from trainsys.checkpoint.container import Damaged
+from trainsys.checkpoint.folder import Folder, problems
+from trainsys.checkpoint.manifest import File, Manifest
+from trainsys.checkpoint.peers import PeerMemory
+from trainsys.checkpoint.ranks import Ranks
+from trainsys.config.run import RunConfig
+from trainsys.engines.base import Engine, LocalTensor
+from trainsys.errors import UserError
+from trainsys.models.shards import ShardSpec
+
+_RNG = "@rng/"
+_SHAPE_FIELDS_FREE = {"name", "max_seq_len", "init_std"}
+"""Of a model's config: what may differ between a checkpoint and the run that reads it."""
+_ORDER_FIELDS = ("seed", "seq_len", "global_batch")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was checked and is good."""
+
+    path: Path
+    manifest: Manifest
+    notes: list[str] = field(default_factory=list)
+    """What was passed over on the way to it, and why."""
+    memory: PeerMemory | None = None
+    """Where it lies in the memory of the nodes rather than in ``path`` alone."""
+
+
+def find(
+    folder: Folder, resume: str, ranks: Ranks, *, restarted: bool = False, memory: PeerMemory | None = None
+) -> Found | None:
+    """The checkpoint to go on from, the same on every rank; None: start at step 0.
+
+    ``resume``: "auto", "never", or the path of one checkpoint; a run that ``restarted`` goes on from its own
+    even with "never" or a path. Every file is read and checked first, shared out over the ranks. UserError:
+    the path is no good checkpoint; "auto" and all that is there is damaged; "never" and there is something.
+    """
+    names = ranks.from_first(folder.names() if ranks.rank == 0 else [])
+    if resume not in ("auto", "never") and not (restarted and names):
+        return _only(Path(resume), ranks)
+    if resume == "never" and names and not restarted:
+        raise UserError(
+            f"{folder.root} holds checkpoints of an earlier run, which this one would mix with; set "
+            "checkpoint.resume=auto to go on from them, or another name or checkpoint.folder"
+        )
+    notes: list[str] = []
+    found = _newest_good(folder, ranks, notes) if names else None
+    if memory is not None and not (resume == "never" and not restarted):
+        kept = memory.newest(ranks.from_first(folder.lineage() if ranks.rank == 0 else ""), ranks)
+        if kept is not None and (found is None or kept[0].step >= found.manifest.step):
+            return Found(kept[1], kept[0], notes, memory)
+    if found is None and names:
+        raise UserError(
+            f"{folder.root}: no checkpoint is good ({'; '.join(notes)}); "
+            "name another folder or checkpoint.resume=PATH, or move these away to start anew"
+        )
+    return found
+
+
+def _newest_good(folder: Folder, ranks: Ranks, notes: list[str]) -> Found | None:
+    listed = ranks.from_first(_listing(folder) if ranks.rank == 0 else None)
+    if isinstance(listed, UserError):
+        raise listed
+    assert listed is not None
+    candidates, bad = listed
+    notes += bad
+    for name, manifest in candidates:
+        wrong = check(folder.root / name, manifest.files, ranks)
+        if not wrong:
+            return Found(folder.root / name, manifest, notes)
+        notes.append("; ".join(wrong))
+    return None
+
+
+def _listing(folder: Folder) -> tuple[list[tuple[str, Manifest]], list[str]] | UserError:
+    try:
+        good, bad = folder.read_all()
+    except UserError as error:
+        return error
+    return good, [str(b) for b in bad]
+
+
+def _only(path: Path, ranks: Ranks) -> Found:
+    answer: Manifest | UserError | None = None
+    if ranks.rank == 0:
+        try:
+            answer = manifests.read(path)
+        except Damaged as error:
+            answer = UserError(f"checkpoint.resume={path} is not a good checkpoint: {error}")
+        except UserError as error:
+            answer = error
+    answer = ranks.from_first(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    assert answer is not None
+    if wrong := check(path, answer.files, ranks):
+        raise UserError(f"checkpoint.resume={path} is damaged: {'; '.join(wrong)}")
+    return Found(path, answer)
+
+
+def check(checkpoint: Path, files: Sequence[File], ranks: Ranks) -> list[str]:
+    """What is wrong with ``files``, each read by one rank; the same lines on every rank."""
+    mine = list(files)[ranks.rank :: ranks.world]
+    share = Manifest(step=0, data_step=0, updates=0, world=1, files=mine, atoms={})
+    return [line for lines in ranks.to_all(list(problems(checkpoint, share))) for line in lines]
+
+
+def refuse_other_run(found: Found, cfg: RunConfig, data: dict[str, Any]) -> None:
+    """UserError where the checkpoint is of another model, or of other data than its cursor can go on in."""
+    old = found.manifest.config
+    for name, mine in cfg.model.model_dump(mode="json").items():
+        theirs = old.get("model", {}).get(name, mine)
+        if name not in _SHAPE_FIELDS_FREE and theirs != mine:
+            raise UserError(f"{found.path} has model.{name}={theirs}, this run {mine}: another model")
+    if cfg.checkpoint.changed_data or found.manifest.data_step == 0:
+        return
+    was = old.get("train", {})
+    differs = [
+        f"train.{name} {was[name]} -> {getattr(cfg.train, name)}"
+        for name in _ORDER_FIELDS
+        if name in was and was[name] != getattr(cfg.train, name)
+    ]
+    if (before := found.manifest.data.get("fingerprint")) != (now := data.get("fingerprint")):
+        differs.append(f"data {before} -> {now}")
+    if differs:
+        raise UserError(
+            f"{found.path}: the order of the data is not this run's ({', '.join(differs)}), so its place in "
+            "it means nothing; set these back, or checkpoint.changed_data=true to go on all the same"
+        )
+
+
+def load(found: Found, engine: Engine, ranks: Ranks) -> None:
+    """Fill the engine's state from a checkpoint of any layout. Where it has no moments (an imported one, before
+    any update), those stay zero. UserError where it is of another model; Damaged for a file that changed."""
+    manifest = found.manifest
+    reader = AtomReader(found.path, manifest)
+    state = [t for t in engine.state() if t.name in reader or "@" not in t.name or manifest.updates]
+    if found.memory is not None:
+        needed = {n for t in state if t.data.numel() for n in reader.files_of(t.name, t.place.bounds)}
+        found.memory.bring(manifest, needed, ranks)
+    with torch.no_grad():
+        for t in state:
+            if reader.atom(t.name).shape != t.place.full_shape:
+                raise UserError(
+                    f"{found.path}: {t.name} is {reader.atom(t.name).shape}, the run's is {t.place.full_shape}"
+                )
+            reader.read_into(t.data, t.name, t.place.bounds)
+        if found.memory is None:
+            _set_rng(reader, ranks)
+    engine.resumed(manifest.updates)
+
+
+def rng_state(rank: int) -> Iterator[LocalTensor]:
+    """This process's generators. Nothing that a layout shares depends on them, so they belong to the rank."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for device, state in states.items():
+        yield LocalTensor(f"{_RNG}{device}/{rank:05d}", state, ShardSpec.whole(state.shape))
+
+
+def _set_rng(reader: AtomReader, ranks: Ranks) -> None:
+    """A world of another size has other ranks: their generators keep what the run's start gave them."""
+    if reader.manifest.world != ranks.world:
+        return
+    for t in rng_state(ranks.rank):
+        if t.name in reader:
+            state = reader.read(t.name)
+            (torch.cuda.set_rng_state if "/cuda/" in t.name else torch.set_rng_state)(state)

@@ -1,0 +1,322 @@
+"""Saving: snapshot, write in the background, commit once every rank's files are durable."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainsys.checkpoint.atoms import DTYPES, Piece, assign, check_tiling, nbytes
+from trainsys.checkpoint.container import CHUNK, write_file
+from trainsys.checkpoint.durable import sync_dir
+from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
+from trainsys.checkpoint.peers import PeerMemory
+from trainsys.checkpoint.ranks import Ranks
+from trainsys.checkpoint.snapshot import FILE_BYTES, Planned, Snapshot, order, plan_files
+from trainsys.config.run import CheckpointConfig
+from trainsys.engines.base import LocalTensor
+from trainsys.errors import UserError
+
+WRITERS = 3
+"""Files of a rank that are hashed and written at once: more than one, since neither disk nor hash waits for
+the other."""
+RETRIES = 3
+T = TypeVar("T")
+
+
+@dataclass
+class Progress:
+    """Where a run is, besides its tensors."""
+
+    step: int
+    data_step: int
+    updates: int
+    loss: float | None = None
+    recent_losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed."""
+
+    name: str
+    step: int
+    seconds: float
+    """From the snapshot to the commit."""
+    dropped: list[str]
+
+
+@dataclass
+class _Part:
+    """What one rank tells rank 0 about its part of a save."""
+
+    files: list[tuple[str, int, str]] = field(default_factory=list)
+    parts: list[tuple[Piece, int, int]] = field(default_factory=list)
+    """(piece, number of the file within this rank, offset)."""
+    error: str = ""
+
+
+class Saver:
+    """Writes checkpoints of one run into ``folder``; every rank has one and calls it alike.
+
+    ``state``: every tensor of this rank with its place, the same names and places at each call.
+    ``header``: the manifest's fields that do not change during a run.
+    An error of a save is raised at the next one, at ``wait`` or at ``close``, on every rank.
+    """
+
+    def __init__(
+        self,
+        cfg: CheckpointConfig,
+        folder: Folder,
+        ranks: Ranks,
+        state: Callable[[], Sequence[LocalTensor]],
+        header: dict[str, Any],
+        *,
+        warn: Callable[[str], None] = lambda text: None,
+        pinned: bool = False,
+        file_bytes: int = FILE_BYTES,
+        retry_wait_s: float = 0.5,
+    ) -> None:
+        self.cfg, self.folder, self.ranks = cfg, folder, ranks
+        self._state, self._header, self._pinned = state, header, pinned
+        self._warn = warn
+        self._file_bytes, self._retry_wait_s = file_bytes, retry_wait_s
+        self._behind = ranks.beside()
+        self._writing = ThreadPoolExecutor(1, "trainsys-ckpt-write")
+        self._draining = ThreadPoolExecutor(1, "trainsys-ckpt-drain")
+        self._write: Future[_Part] | None = None
+        self._busy: Future[Any] | None = None
+        self._drains: list[Future[Saved | str | None]] = []
+        self._closing = threading.Event()
+        self._snapshot: Snapshot | None = None
+        self.saved: list[Saved] = []
+        """Every checkpoint that this run has committed, as far as it has been waited for."""
+        self.last_step: int | None = None
+        """The step of the newest save that was started."""
+        self.memory: PeerMemory | None = None
+        """Takes copies into the memory of two nodes, where the run wants them."""
+
+    def save(
+        self, progress: Progress, *, disk: bool = True, memory: bool = False, wait: bool = False
+    ) -> None:
+        """Take a snapshot now; write it to the folder (``disk``) and to two nodes' memory (``memory``) behind.
+
+        Waits for the save before it where that is still being written, and with ``wait`` (or mode sync) until
+        this one is committed. UserError where one has failed.
+        """
+        # Staged, one save may still drain to the shared file system while the next is written locally.
+        self._await(leave=1 if self.cfg.local_dir and not wait else 0)
+        began = time.perf_counter()
+        state = self._state()
+        if self._snapshot is None:
+            self._plan(state)
+        assert self._snapshot is not None
+        self._snapshot.fill([state[i].data for i in self._mine])
+        if memory and self.memory is not None:
+            self._drains.append(self._draining.submit(self._remember, progress))
+            self._busy = self._drains[-1]
+        if disk:
+            self.last_step = progress.step
+            token = self.ranks.from_first(f"{time.time_ns():x}")
+            write = self._writing.submit(self._write_part, progress.step, token)
+            self._write = write
+            self._drains.append(self._draining.submit(self._drain, write, progress, token, began))
+        if wait or self.cfg.mode == "sync":
+            self._await()
+
+    def wait(self) -> None:
+        """Until every save that was started is committed; UserError where one has failed."""
+        self._await()
+
+    def close(self, *, abandon: bool = False) -> None:
+        """End the background work: after it is done, or (``abandon``, on an error elsewhere) as soon as it can."""
+        if abandon:
+            self._closing.set()
+        try:
+            if not abandon:
+                self._await()
+        finally:
+            self._writing.shutdown(wait=not abandon, cancel_futures=abandon)
+            self._draining.shutdown(wait=not abandon, cancel_futures=abandon)
+
+    # ---- the step's thread ----
+
+    def _await(self, leave: int = 0) -> None:
+        for user in (self._write, self._busy):
+            if user is not None:
+                user.result()  # the snapshot's memory is free again
+        while len(self._drains) > leave:
+            outcome = self._drains.pop(0).result()
+            if isinstance(outcome, str):
+                raise UserError(outcome)
+            if outcome is not None:
+                self.saved.append(outcome)
+
+    def _plan(self, state: Sequence[LocalTensor]) -> None:
+        """Once a run: every rank learns what all hold, and so which boxes are its to write."""
+        pieces: list[Piece] = [
+            (t.name, DTYPES[t.data.dtype], t.place.full_shape, t.place.bounds) for t in state
+        ]
+        by_rank = self.ranks.to_all(pieces)
+        if self.ranks.rank == 0:
+            check_tiling(by_rank)
+        self._mine = order(pieces, assign(by_rank)[self.ranks.rank])
+        mine = [pieces[i] for i in self._mine]
+        self._files = plan_files(mine, self.ranks.rank, self._file_bytes)
+        self._snapshot = Snapshot(sum(map(nbytes, mine)), self._pinned)
+
+    # ---- the writing thread: no other rank is spoken to ----
+
+    def _write_part(self, step: int, token: str) -> _Part:
+        part = _Part()
+        try:
+            local = Path(self.cfg.local_dir) if self.cfg.local_dir else None
+            target = self._try(
+                lambda: Folder(local / f"rank_{self.ranks.rank:05d}" if local else self.folder.root).saving(
+                    step, token
+                )
+            )
+            with ThreadPoolExecutor(WRITERS, "trainsys-ckpt-file") as pool:
+                hashes = list(pool.map(lambda f: self._try(lambda: self._write_file(target, f)), self._files))
+        except (OSError, UserError) as error:
+            part.error = _tell(error)
+            return part
+        for number, (planned, sha256) in enumerate(zip(self._files, hashes, strict=True)):
+            part.files.append((planned.name, len(planned.head) + planned.stop - planned.start, sha256))
+            part.parts += [(piece, number, offset) for piece, offset in planned.parts]
+        return part
+
+    def _write_file(self, target: Path, planned: Planned) -> str:
+        assert self._snapshot is not None
+        data = self._snapshot.view(planned.start, planned.stop)
+        return write_file(target / planned.name, planned.head, [data], self._closing.is_set)
+
+    def _try(self, work: Callable[[], T]) -> T:
+        """``work`` again, up to three times with doubling waits, where the storage fails."""
+        for attempt in range(RETRIES + 1):
+            try:
+                return work()
+            except InterruptedError:
+                raise
+            except OSError:
+                if attempt == RETRIES or self._closing.wait(self._retry_wait_s * 2**attempt):
+                    raise
+        raise AssertionError("unreachable")
+
+    # ---- the draining thread: it alone speaks to the other ranks' draining threads ----
+
+    def _drain(self, write: Future[_Part], progress: Progress, token: str, began: float) -> Saved | str:
+        """Bring this rank's files to the shared folder, then commit together; an error as one line."""
+        part = write.result()
+        saving = self.folder.root / f".saving-step_{progress.step:010d}-{token}"
+        if self.cfg.local_dir and not part.error:
+            try:
+                self._try(lambda: self._copy_from_local(part, progress.step, token))
+            except (OSError, UserError) as error:
+                part.error = _tell(error)
+        parts = self._behind.to_first(part)
+        outcome: Saved | str = ""
+        if self.ranks.rank == 0:
+            try:
+                outcome = self._commit(parts, saving, progress, began)
+            except (OSError, UserError) as error:
+                outcome = f"checkpoint of step {progress.step} was not written: {_tell(error)}"
+            if isinstance(outcome, str):
+                shutil.rmtree(saving, ignore_errors=True)  # its room may be what the next one lacks
+        return self._behind.from_first(outcome)
+
+    def _copy_from_local(self, part: _Part, step: int, token: str) -> None:
+        assert self.cfg.local_dir is not None
+        target = self.folder.saving(step, token)
+        source = Folder(Path(self.cfg.local_dir) / f"rank_{self.ranks.rank:05d}").saving(step, token)
+        for name, _, sha256 in part.files:
+            copy_durable(source / name, target / name, sha256)
+        shutil.rmtree(source, ignore_errors=True)
+
+    def _commit(self, parts: list[_Part], saving: Path, progress: Progress, began: float) -> Saved | str:
+        failed = [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]
+        if failed:
+            newest = next(iter(self.folder.read_all()[0]), None)
+            rest = f"; the newest complete one is {newest[0]}" if newest else "; there is no complete one yet"
+            return f"checkpoint of step {progress.step} was not written ({'; '.join(failed)}){rest}"
+        manifest = self._manifest(parts, progress)
+        name = self._try(lambda: self.folder.commit(saving, manifest))
+        dropped: list[str] = []
+        with suppress(OSError):  # old checkpoints that cannot be deleted cost room, not the run
+            dropped = self.folder.retain(self.cfg.keep_last, self.cfg.keep_every, self.cfg.keep_best)
+        return Saved(name, progress.step, time.perf_counter() - began, dropped)
+
+    def _manifest(self, parts: list[_Part], progress: Progress) -> Manifest:
+        manifest = Manifest(
+            step=progress.step,
+            data_step=progress.data_step,
+            updates=progress.updates,
+            loss=progress.loss if progress.loss is not None and abs(progress.loss) < float("inf") else None,
+            recent_losses=progress.recent_losses,
+            created_s=time.time(),
+            world=self.ranks.world,
+            files=[],
+            atoms={},
+            **self._header,
+        )
+        for part in parts:
+            first = len(manifest.files)
+            manifest.files += [File(*file) for file in part.files]
+            for (name, dtype, shape, box), number, offset in part.parts:
+                atom = manifest.atoms.setdefault(name, Atom(dtype, shape, []))
+                atom.parts.append(Part(first + number, offset, box))
+        return manifest
+
+    def _remember(self, progress: Progress) -> None:
+        """The copy in memory: this rank's files here and on another node, then one manifest on every node."""
+        memory, snapshot = self.memory, self._snapshot
+        assert memory is not None
+        assert snapshot is not None
+        part = _Part()
+        try:
+            for number, planned in enumerate(self._files):
+                data = snapshot.view(planned.start, planned.stop)
+                sha256 = memory.keep(progress.step, planned.name, planned.head, data)
+                part.files.append((planned.name, len(planned.head) + len(data), sha256))
+                part.parts += [(piece, number, offset) for piece, offset in planned.parts]
+        except OSError as error:
+            part.error = _tell(error)
+        parts = self._behind.to_all(part)
+        if failed := [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]:
+            memory.discard(progress.step)
+            self._warn(f"no copy in memory of step {progress.step}: {'; '.join(failed)}")
+            return
+        memory.exchange(
+            progress.step, [[(name, size) for name, size, _ in p.files] for p in parts], self._behind
+        )
+        memory.commit(self._manifest(parts, progress), self._behind)
+
+
+def copy_durable(source: Path, target: Path, sha256: str) -> None:
+    """Copy a file, durably; OSError where what was read is not what ``sha256`` says."""
+    digest = hashlib.sha256()
+    with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
+        while chunk := read.read(CHUNK):
+            digest.update(chunk)
+            rest = memoryview(chunk)
+            while len(rest):
+                rest = rest[write.write(rest) :]
+        os.fsync(write.fileno())
+    if digest.hexdigest() != sha256:
+        raise OSError(f"{source}: was damaged on the local disk before it was copied")
+    sync_dir(target.parent)
+
+
+def _tell(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

@@ -1,0 +1,86 @@
+"""A copy of this rank's part of the state in host memory, laid out as the files it will become.
+
+The copy is all that a step waits for. The memory is taken once (pinned where there is a CUDA device, so that
+the copy runs at the bus's speed) and used again by every save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainsys.checkpoint.atoms import Piece, nbytes
+from trainsys.checkpoint.boxes import Box, shape_of
+from trainsys.checkpoint.container import ITEM_BYTES, Entry, arrange
+
+FILE_BYTES = 256 << 20
+"""A rank's part is cut into files of about this size, so that several are hashed and written at once."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One file of this rank: its head, which part of the snapshot it is, and where each box lies in it."""
+
+    name: str
+    head: bytes
+    start: int
+    stop: int
+    parts: list[tuple[Piece, int]]
+    """(piece, offset in the file)."""
+
+
+def key(name: str, box: Box) -> str:
+    """How a box is called inside a file."""
+    return f"{name}[{','.join(f'{a}:{b}' for a, b in box)}]"
+
+
+def plan_files(pieces: Sequence[Piece], rank: int, file_bytes: int = FILE_BYTES) -> list[Planned]:
+    """The files of ``pieces``, in their order, which must be by falling item size (see ``order``)."""
+    groups: list[list[Piece]] = []
+    size = 0
+    for piece in pieces:
+        if not groups or (size and size + nbytes(piece) > file_bytes):
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += nbytes(piece)
+    files, start = [], 0
+    for n, group in enumerate(groups):
+        head, entries = arrange([Entry(key(p[0], p[3]), p[1], shape_of(p[3])) for p in group])
+        stop = start + sum(map(nbytes, group))
+        parts = [(p, e.offset) for p, e in zip(group, entries, strict=True)]
+        files.append(Planned(f"rank_{rank:05d}_{n:03d}.safetensors", head, start, stop, parts))
+        start = stop
+    return files
+
+
+def order(pieces: Sequence[Piece], indices: Sequence[int]) -> list[int]:
+    """``indices`` by falling item size, so that every box is aligned in its file."""
+    return sorted(indices, key=lambda i: (-ITEM_BYTES[pieces[i][1]], i))
+
+
+class Snapshot:
+    """Host memory for the boxes that this rank writes."""
+
+    def __init__(self, size: int, pinned: bool) -> None:
+        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._pinned = pinned
+        self.memory.zero_()  # touched now: the first save does not pay for the pages
+
+    def fill(self, tensors: Sequence[Tensor]) -> None:
+        """Copy ``tensors`` one after the other, and return when they are here."""
+        at = 0
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            place = self.memory[at : at + size].view(tensor.dtype).view(tensor.shape)
+            place.copy_(tensor, non_blocking=self._pinned)
+            at += size
+        assert at == self.memory.numel(), "the state's size has changed since the plan was made"
+        if self._pinned:
+            torch.cuda.synchronize()
+
+    def view(self, start: int, stop: int) -> memoryview:
+        return memoryview(self.memory.numpy())[start:stop]
