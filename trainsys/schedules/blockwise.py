@@ -14,8 +14,9 @@ from trainsys.schedules.actions import Action, rank_of
 
 
 def blockwise(ranks: int, stages: int, micros: int, unit: int) -> list[list[Action]]:
-    """One order a rank. ``unit``: micro-batches that go through a stage at once; the last unit may have fewer."""
-    units = [range(start, min(start + unit, micros)) for start in range(0, micros, unit)]
+    """One order a rank. ``unit``: micro-batches that go through a stage at once at most; units are equal but for one."""
+    n = -(-micros // unit)
+    units = [range(micros * k // n, micros * (k + 1) // n) for k in range(n)]
     main = [
         [
             Action(op, stage, micro)

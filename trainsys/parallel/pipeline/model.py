@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainsys.config.run import RunConfig
 from trainsys.models.shards import ShardSpec
 from trainsys.parallel.mesh import Mesh
-from trainsys.parallel.parallelize import DTYPES, ParallelModel, parallelize
+from trainsys.parallel.parallelize import DTYPES, parallelize
 from trainsys.parallel.pipeline.runtime import Runtime
 from trainsys.parallel.pipeline.stage import Inputs, Loss, ModelStage
 from trainsys.parallel.pipeline.tied import NAME, TiedAcross, TiedWithin
