@@ -154,8 +154,11 @@ def check(
     else:
         got = whole([train_on_this_rank(cfg, steps)])
     assert abs(want.losses[0] - want.losses[-1]) > 1e-3, "the loss does not move: this compares dead models"
+    result = ParityResult(cfg, world, steps, got.ranks[0].sent_bytes)
     for step in range(steps):
-        assert abs(got.losses[step] / want.losses[step] - 1) < tolerance, (
+        gap = abs(got.losses[step] / want.losses[step] - 1)
+        result.loss = max(result.loss, gap)
+        assert gap < tolerance, (
             f"step {step}: loss {got.losses[step]:.7f}, one process {want.losses[step]:.7f}"
         )
         assert abs(got.norms[step] / want.norms[step] - 1) < 10 * tolerance, (
@@ -165,11 +168,97 @@ def check(
         for name, gradient in want.gradients[step].items():
             assert np.any(gradient), f"step {step}: the gradient of {name} is zero"
             gap = distance(got.gradients[step][name], gradient)
+            result.gradient = max(result.gradient, gap)
             assert gap < gradient_tolerance, f"step {step}: gradient of {name} is off by {gap:.1e}"
     for name, weight in want.parameters.items():
         gap = distance(got.parameters[name], weight)
+        result.weight = max(result.weight, gap)
         assert gap < gradient_tolerance, f"{name} after {steps} steps is off by {gap:.1e}"
     for rank, trace in enumerate(got.ranks):
         for axis in axes:
             assert trace.sent_bytes.get(axis, 0) > 0, f"rank {rank} sent nothing on {axis}"
+    RESULTS.append(result)
     return got
+
+
+@dataclass
+class ParityResult:
+    """How far a layout was from one process, at most: relative, gradients and weights in the 2-norm."""
+
+    cfg: RunConfig
+    world: int
+    steps: int
+    sent_bytes: dict[str, int]
+    """By rank 0, by axis, over all steps."""
+    loss: float = 0.0
+    gradient: float = 0.0
+    weight: float = 0.0
+
+
+RESULTS: list[ParityResult] = []
+"""Every comparison of this session that held; ``--parity-table`` makes a page of them."""
+
+
+def table() -> str:
+    """The page ``docs/parity.md`` from this session's results."""
+    lines = [
+        "# Parity",
+        "",
+        "Each row: a small model trained under the layout and in one process, from the same weights on the same",
+        "batches; the largest relative difference over the steps of the loss, of any gradient and of any updated",
+        "weight (2-norm), and the bytes rank 0 sent by axis. Made by",
+        "`launchers/test.sh tests/parallel --parity-table docs/parity.md`.",
+        "",
+        f"{len(RESULTS)} layouts.",
+        "",
+        "| layout | ranks | with | loss | gradient | weight | sent, KB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(RESULTS, key=lambda r: (r.world, _layout(r), _options(r))):
+        sent = ", ".join(
+            f"{axis} {n / 1e3:.0f}" for axis, n in sorted(r.sent_bytes.items()) if axis != "world"
+        )
+        lines.append(
+            f"| {_layout(r)} | {r.world} | {_options(r)} | {r.loss:.0e} | {r.gradient:.0e} | {r.weight:.0e} | {sent} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _layout(r: ParityResult) -> str:
+    return Layout.resolve(r.cfg.parallel, r.world).describe(r.cfg.parallel)
+
+
+def _options(r: ParityResult) -> str:
+    """What the run sets beside its layout, of the things that could change the answer."""
+    said: list[str] = []
+    plain, cfg = type(r.cfg.parallel)(), r.cfg
+    for section in ("context", "pipeline", "expert"):
+        ours, default = getattr(cfg.parallel, section, None), getattr(plain, section, None)
+        if ours is not None and ours != default:
+            said += [
+                f"{section}.{k}={v}"
+                for k, v in ours.model_dump(mode="json").items()
+                if v != getattr(default, k, None)
+            ]
+    if not cfg.parallel.fsdp.reshard_after_forward:
+        said.append("ZeRO-2")
+    if cfg.parallel.tp > 1 and not cfg.parallel.loss_parallel:
+        said.append("whole logits")
+    if cfg.recompute.policy != "none":
+        said.append(f"recompute {cfg.recompute.policy}")
+    if cfg.model.tied_embeddings:
+        said.append("tied")
+    if cfg.model.parallel_block:
+        said.append("parallel block")
+    if cfg.model.moe is not None:
+        said.append(f"MoE {cfg.model.moe.n_experts} experts")
+    if cfg.model.sliding_window:
+        said.append("window")
+    if cfg.data.document_mask:
+        said.append("documents")
+    if cfg.train.dtype != "fp32":
+        said.append(cfg.train.dtype)
+    if cfg.train.compile:
+        said.append("compiled")
+    said.append(f"micro-batch {cfg.train.micro_batch} of {cfg.train.global_batch}")
+    return ", ".join(said)
