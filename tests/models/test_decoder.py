@@ -9,8 +9,7 @@ import torch
 from models.reference import decoder as reference
 from torch import nn
 
-from trainsys.config.model import ModelConfig, MoEConfig, RopeConfig
-from trainsys.errors import UserError
+from trainsys.config.model import ModelConfig, RopeConfig
 from trainsys.models.decoder import Decoder
 from trainsys.models.init import init_weights
 
@@ -235,10 +234,3 @@ def test_built_on_meta_it_takes_no_memory_and_computes_shapes():
     assert all(p.is_meta for p in model.parameters())
     assert logits.is_meta
     assert logits.shape == (2, 9, 19)
-
-
-def test_a_mixture_of_experts_is_refused():
-    cfg = ModelConfig(**SHAPE, moe=MoEConfig(n_experts=4, top_k=2, d_ff=8))
-    with pytest.raises(UserError, match="mixture of experts") as caught:
-        Decoder(cfg)
-    assert "\n" not in str(caught.value)

@@ -36,15 +36,36 @@ class MoEConfig(Strict):
     score: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk: bool = True
     route_scale: PositiveFloat = 1.0
+    n_groups: PositiveInt = Field(
+        default=1, description="groups of experts, of which a token uses top_groups (DeepSeek-V3)"
+    )
+    top_groups: PositiveInt = 1
     balance: Literal["aux_loss", "bias", "none"] = "aux_loss"
-    aux_loss_coef: float = Field(default=1e-2, ge=0)
-    bias_update_rate: float = Field(default=1e-3, ge=0)
-    capacity_factor: PositiveFloat | None = Field(default=None, description="None: dropless")
+    aux_loss_coef: float = Field(
+        default=1e-2, ge=0, description="aux_loss: of the mean over rows and layers' sum"
+    )
+    bias_update_rate: float = Field(default=1e-3, ge=0, description="bias: how far it moves in a step")
+    capacity_factor: PositiveFloat | None = Field(
+        default=None, description="of each row: an expert takes this times its even share; None: dropless"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k} is more than n_experts={self.n_experts}")
+        if self.n_experts % self.n_groups:
+            raise ValueError(f"n_experts={self.n_experts} does not divide into n_groups={self.n_groups}")
+        if self.top_groups > self.n_groups:
+            raise ValueError(f"top_groups={self.top_groups} is more than n_groups={self.n_groups}")
+        reach = self.top_groups * (self.n_experts // self.n_groups)
+        if self.top_k > reach:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {reach} experts of top_groups={self.top_groups}"
+            )
+        for field, balance in (("aux_loss_coef", "aux_loss"), ("bias_update_rate", "bias")):
+            default = type(self).model_fields[field].default
+            if self.balance != balance and getattr(self, field) != default:
+                raise ValueError(f"{field} is for balance={balance}, not {self.balance}; leave it out")
         return self
 
     @property

@@ -40,7 +40,7 @@ class Decoder(nn.Module):
     or shard, ``to_empty``, then ``init_weights``.
 
     ``compute_dtype`` is that of every activation; parameters may be of another and are cast at use.
-    ``layer_ids`` are the layers this instance holds (None: all). It has no buffers.
+    ``layer_ids`` are the layers this instance holds (None: all). Its only buffers are those of routers.
     """
 
     def __init__(

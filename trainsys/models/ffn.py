@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainsys.config.model import ModelConfig
-from trainsys.errors import UserError
+from trainsys.flops.gemms import is_moe_layer
 from trainsys.models.layers import Linear
+from trainsys.models.moe import MoE
 
 
 class SwiGLU(nn.Module):
@@ -36,14 +37,10 @@ class Gelu(nn.Module):
 
 
 def build_ffn(cfg: ModelConfig, layer: int) -> nn.Module:
-    """The feed-forward of layer ``layer``: a module ``x [B, S, D] -> [B, S, D]``.
-
-    Raises UserError for a mixture of experts.
-    """
-    if cfg.moe is not None:
-        raise UserError(
-            f"model.moe: layer {layer} of '{cfg.name}' is a mixture of experts, which comes with expert "
-            "parallelism and is not built yet; remove model.moe for a dense feed-forward"
-        )
+    """The feed-forward of layer ``layer``: a module ``x [B, S, D] -> [B, S, D]``."""
     kind = {"swiglu": SwiGLU, "gelu": Gelu}[cfg.ffn_kind]
-    return kind(cfg.d_model, cfg.d_ff)
+    if not is_moe_layer(cfg, layer):
+        return kind(cfg.d_model, cfg.d_ff)
+    assert cfg.moe is not None
+    shared = kind(cfg.d_model, cfg.moe.shared_hidden) if cfg.moe.shared_hidden else None
+    return MoE(cfg, shared)

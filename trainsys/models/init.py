@@ -35,7 +35,7 @@ def init_weights(
     shards: Mapping[str, ShardSpec] | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Fill every parameter of ``model`` in place.
+    """Fill every parameter of ``model`` in place, and its buffers, which count or balance, with zeros.
 
     ``shards``: canonical name -> the part of the full parameter that the module's (tensor-parallel) parameter
     is; a name that is absent is whole. An FSDP2 parameter is a further shard of that, which is found from its
@@ -54,6 +54,8 @@ def init_weights(
                 _fill_normal(local, spec, seed, name, std)
             else:
                 local.fill_(constant)
+        for buffer in model.buffers():
+            buffer.zero_()
 
 
 def canonical_name(name: str) -> str:
@@ -67,13 +69,16 @@ def _distribution(name: str, cfg: ModelConfig) -> tuple[float, float]:
     """(mean, std): norms 1, biases 0, matrices N(0, init_std), and those that write to the residual stream
     N(0, init_std / sqrt(2 n_layers)) (Radford et al. 2019, GPT-2, section 2.3)."""
     module, kind = name.split(".")[-2:]
+    if module == "experts":  # stacked: the matrix itself has the name that a linear's module has
+        module = kind
     if kind == "bias":
         return 0.0, 0.0
     if module == "norm" or module.endswith("_norm"):
         return 1.0, 0.0
     if module in ("wo", "w_down"):
         return 0.0, cfg.init_std / math.sqrt(2 * cfg.n_layers)
-    assert module in ("embed", "head", "wq", "wk", "wv", "w_gate", "w_up"), f"no rule to initialise {name}"
+    known = ("embed", "head", "wq", "wk", "wv", "w_gate", "w_up", "router")
+    assert module in known, f"no rule to initialise {name}"
     return 0.0, cfg.init_std
 
 
