@@ -54,7 +54,9 @@ class Predictions:
 
 def group_key(run: Run) -> Hashable:
     """One model, cluster and batch, as one publication ran them."""
-    shape = tuple(run.num[n] for n in ("n_layers", "d_model", "n_heads", "d_ff", "vocab", "seq_len", "moe_n_experts"))
+    shape = tuple(
+        run.num[n] for n in ("n_layers", "d_model", "n_heads", "d_ff", "vocab", "seq_len", "moe_n_experts")
+    )
     shape = tuple(-1.0 if v != v else v for v in shape)
     return (run.source, shape, run.text["gpu"], run.num["n_gpus"], run.text["dtype"], run.num["global_batch"])
 
@@ -106,7 +108,9 @@ def predict(
     cases, kept, refused = build(runs)
     if cases is None:
         reasons = Counter(r.reason for r in refused).most_common(3)
-        raise UserError(f"none of {len(refused)} rows can be used: " + "; ".join(f"{n} x {r}" for r, n in reasons))
+        raise UserError(
+            f"none of {len(refused)} rows can be used: " + "; ".join(f"{n} x {r}" for r, n in reasons)
+        )
     n = len(kept)
     seconds, memory, called = np.empty(n), np.empty(n), np.zeros(n, bool)
     filled: dict[str, Array] = {}
@@ -206,7 +210,8 @@ def report(p: Predictions, anchor: str, fitted_on: Sequence[str]) -> dict[str, A
     return {
         "anchor": anchor,
         "constants_fitted_on": sorted(set(fitted_on) & set(names)),
-        "overall": _score(p, everything, p.refused) | {"mape_mean_of_sources_pct": float(np.mean(mapes)) if mapes else None},
+        "overall": _score(p, everything, p.refused)
+        | {"mape_mean_of_sources_pct": float(np.mean(mapes)) if mapes else None},
         "slices": {n: _score(p, rows, []) for n, rows in slices(p).items() if rows.any()},
         "sources": by_source,
     }
@@ -228,7 +233,15 @@ def _print(data: dict[str, Any], console: Console) -> None:
         cells = []
         for _, key in columns:
             v = s[key]
-            cells.append("-" if v is None else f"{v:.2f}" if key == "spearman" else f"{v:.1f}" if isinstance(v, float) else str(v))
+            cells.append(
+                "-"
+                if v is None
+                else f"{v:.2f}"
+                if key == "spearman"
+                else f"{v:.1f}"
+                if isinstance(v, float)
+                else str(v)
+            )
         table.add_row(name, *cells)
 
     for name, s in data["sources"].items():
@@ -243,11 +256,17 @@ def _print(data: dict[str, Any], console: Console) -> None:
         for reason, count in s["refused_reasons"].items():
             console.print(f"refused {count} of {name}: {reason}", highlight=False)
     if data["constants_fitted_on"]:
-        console.print(f"the shipped constants have seen: {', '.join(data['constants_fitted_on'])} (use --leave-out)")
+        console.print(
+            f"the shipped constants have seen: {', '.join(data['constants_fitted_on'])} (use --leave-out)"
+        )
 
 
 def run(
-    csv: str | Path, anchor: str = "none", json: bool = False, leave_out: bool = False, console: Console | None = None
+    csv: str | Path,
+    anchor: str = "none",
+    json: bool = False,
+    leave_out: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """The command: read, predict, print (or JSON on standard output), and return the scores.
 

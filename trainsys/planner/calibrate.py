@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 
 from trainsys.errors import UserError
-
 from trainsys.planner.cases import Array, Cases
 from trainsys.planner.constants import PRIORS, Constants, from_priors
 from trainsys.planner.fill import at_best, fill
@@ -40,9 +39,7 @@ def row_weights(sources: Sequence[str]) -> Array:
     return out
 
 
-def levenberg(
-    residual: Callable[[Array], Array], x0: Array, steps: int = 25, tol: float = 1e-3
-) -> Array:
+def levenberg(residual: Callable[[Array], Array], x0: Array, steps: int = 25, tol: float = 1e-3) -> Array:
     """Minimise sum(residual(x)^2) from ``x0``."""
     x, lam = x0.copy(), 1e-2
     r = residual(x)
@@ -68,7 +65,12 @@ def levenberg(
 
 
 def fit(
-    cases: Cases, measured_s: Array, weights: Array, *, start: Constants | None = None, only: Sequence[str] | None = None
+    cases: Cases,
+    measured_s: Array,
+    weights: Array,
+    *,
+    start: Constants | None = None,
+    only: Sequence[str] | None = None,
 ) -> Constants:
     """Constants that best explain ``measured_s`` (seconds, all finite) of ``cases``.
 
@@ -76,7 +78,11 @@ def fit(
     """
     base = start or from_priors()
     names = list(only) if only is not None else list(PRIORS)
-    mean = np.log([PRIORS[n].value for n in names]) if start is None else np.log([getattr(base, n) for n in names])
+    mean = (
+        np.log([PRIORS[n].value for n in names])
+        if start is None
+        else np.log([getattr(base, n) for n in names])
+    )
     sd = np.array([PRIORS[n].log_sd for n in names])
     log_y = np.log(measured_s)
     root_w = np.sqrt(weights) / NOISE
@@ -108,7 +114,10 @@ def fit_runs(runs: Sequence[Run]) -> tuple[Constants, MemoryConstants]:
     peak = np.where(np.asarray(["memory_only" in r.text["quality"] for r in kept]), np.nan, peak)
     noisy = np.asarray([r.text["quality"] not in ("", "ok", "derived_step_time") for r in kept])
     weights = row_weights(sources) * np.where(noisy, 0.1, 1.0)
-    timed, sized = np.flatnonzero(np.isfinite(seconds)), np.flatnonzero(np.isfinite(seconds) | (oom > 0) | np.isfinite(peak))
+    timed, sized = (
+        np.flatnonzero(np.isfinite(seconds)),
+        np.flatnonzero(np.isfinite(seconds) | (oom > 0) | np.isfinite(peak)),
+    )
     k, m = from_priors(), memory_from_priors()
     for _ in range(2):
         full = fill(cases, kept, k, m)
@@ -123,8 +132,6 @@ def leave_one_out(runs: Sequence[Run]) -> dict[str, tuple[Constants, MemoryConst
     """Constants for each source, fitted without any of its rows."""
     names = sorted({r.source for r in runs})
     return {name: fit_runs([r for r in runs if r.source != name]) for name in names}
-
-
 
 
 def fit_memory(cases: Cases, measured: Array, oom: Array, weights: Array) -> MemoryConstants:

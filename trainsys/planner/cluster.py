@@ -20,12 +20,17 @@ class Cluster(Strict):
     name: str
     device: str = Field(description="catalogue name")
     gpus_per_node: PositiveInt
-    nic_gbit_per_gpu: NonNegativeFloat = Field(description="network of one GPU; a node's is shared by its GPUs")
-    nvlink_domain: PositiveInt | None = Field(None, description="GPUs of one scale-up domain, if not one node")
+    nic_gbit_per_gpu: NonNegativeFloat = Field(
+        description="network of one GPU; a node's is shared by its GPUs"
+    )
+    nvlink_domain: PositiveInt | None = Field(
+        None, description="GPUs of one scale-up domain, if not one node"
+    )
     usable_gib: PositiveFloat | None = Field(None, description="device memory, if not the catalogue's")
     nodes: PositiveInt | None = Field(None, description="size of the cluster; --gpus overrides it")
     mtbf_hours_per_node: PositiveFloat = Field(
-        17_000.0, description="mean time between interruptions of one node; Llama 3 saw one in 17,000 node-hours"
+        17_000.0,
+        description="mean time between interruptions of one node; Llama 3 saw one in 17,000 node-hours",
     )
     checkpoint_gb_s: PositiveFloat = Field(2.0, description="GB/s of checkpoint written by one node")
     restart_s: PositiveFloat = Field(600.0, description="seconds from failure to the first new step")

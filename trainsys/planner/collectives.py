@@ -50,11 +50,15 @@ def group(c: Cases, k: Constants, n: Array, stride: Array) -> Group:
     local = np.clip(np.floor(c.domain / stride), 1.0, n)
     crosses = n > local
     pair = np.where(local <= 2.0, np.minimum(c.link_bw, c.pair_bw), c.link_bw)
-    mesh = np.where(c.pair_bw < c.link_bw, np.minimum(c.link_bw, c.pair_bw * np.maximum(local - 1.0, 1.0)), pair)
+    mesh = np.where(
+        c.pair_bw < c.link_bw, np.minimum(c.link_bw, c.pair_bw * np.maximum(local - 1.0, 1.0)), pair
+    )
     inside = k.link_eff * mesh
     outside = np.minimum(inside, k.nic_eff * c.nic_bw * local / c.domain)
     rate = np.where(crosses, outside, inside)
-    hop = np.where(crosses, k.hop_inter_s * (1.0 / local) + k.hop_intra_s * (1.0 - 1.0 / local), k.hop_intra_s)
+    hop = np.where(
+        crosses, k.hop_inter_s * (1.0 / local) + k.hop_intra_s * (1.0 - 1.0 / local), k.hop_intra_s
+    )
     return Group(n, local, rate, hop)
 
 

@@ -38,7 +38,9 @@ PRIORS: dict[str, Prior] = {
     "fp8_mx": Prior(1.6, 0.4, "the same with block scales (MX)"),
     "fp8_row": Prior(4.0, 0.5, "the same with one scale a row, unfused"),
     "gemm_odd": Prior(0.25, 0.4, "rate of attention matmuls whose head dimension is no multiple of 8"),
-    "accumulate": Prior(8.0, 0.3, "bytes a parameter to add a micro-batch's gradient where the matmul does not"),
+    "accumulate": Prior(
+        8.0, 0.3, "bytes a parameter to add a micro-batch's gradient where the matmul does not"
+    ),
     # attention, forward, fraction of the 16-bit peak on long sequences
     "attn_flash1": Prior(0.38, 0.15, "Dao et al. 2022 on A100"),
     "attn_flash2": Prior(0.58, 0.12, "Dao 2023 on A100"),
@@ -54,7 +56,9 @@ PRIORS: dict[str, Prior] = {
     "eager_extra": Prior(16.0, 0.5, "extra D-sized reads/writes of a layer in eager PyTorch, forward"),
     "modern_save": Prior(1.0, 0.25, "element-wise bytes of fused modern stacks over classic ones"),
     "loss_bytes": Prior(16.0, 0.4, "bytes per logit moved by loss and its backward"),
-    "loss_gathered": Prior(16.0, 0.4, "the same where every tensor-parallel rank computes the whole vocabulary's"),
+    "loss_gathered": Prior(
+        16.0, 0.4, "the same where every tensor-parallel rank computes the whole vocabulary's"
+    ),
     # host
     "layer_host_s": Prior(4e-4, 0.5, "host time to launch one layer's forward, classic stack"),
     "host_modern": Prior(0.7, 0.3, "the same in modern stacks, relative"),
@@ -73,7 +77,9 @@ PRIORS: dict[str, Prior] = {
     "dp_window_modern": Prior(0.8, 0.4, "the same in stacks that overlap by bucket"),
     "fsdp_contention": Prior(0.15, 0.4, "compute slowed while gathering: fraction of the hidden time"),
     "pp_exposed": Prior(0.5, 0.5, "of stage-to-stage transfers, in steady state"),
-    "pipe_engine": Prior(1.06, 0.04, "work of a stage under DeepSpeed's pipeline engine, which sends synchronously"),
+    "pipe_engine": Prior(
+        1.06, 0.04, "work of a stage under DeepSpeed's pipeline engine, which sends synchronously"
+    ),
     "jitter": Prior(0.004, 0.35, "slowdown per doubling of nodes"),
     "opt_bytes": Prior(30, 0.2, "bytes moved per parameter by the optimizer step"),
     "moe_bytes": Prior(1.0, 0.4, "scale on bytes of permuting tokens to experts and back"),

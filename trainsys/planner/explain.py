@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-
-
 import numpy as np
 
 from trainsys.errors import UserError
@@ -12,7 +10,7 @@ from trainsys.planner.constants import Constants
 from trainsys.planner.memory import GIB, peak_memory
 from trainsys.planner.memory_constants import MemoryConstants
 from trainsys.planner.search import Found
-from trainsys.planner.space import KEYS, Job, enumerate_layouts, to_cases
+from trainsys.planner.space import KEYS, enumerate_layouts, to_cases
 from trainsys.planner.step_time import StepTime, step_time
 
 PARTS = {
@@ -49,25 +47,32 @@ def differences(time: StepTime, a: int, other: StepTime, b: int, most: int = 3) 
     worse = sorted((p for p in deltas if deltas[p] > 0.003), key=lambda p: -deltas[p])[:most]
     better = sorted((p for p in deltas if deltas[p] < -0.003), key=lambda p: deltas[p])[:1]
     text = ", ".join(f"{PARTS[p]} +{100 * deltas[p]:.1f}%" for p in worse) or "nothing much"
-    return text + ("; gains " + ", ".join(f"{PARTS[p]} {100 * deltas[p]:.1f}%" for p in better) if better else "")
+    return text + (
+        "; gains " + ", ".join(f"{PARTS[p]} {100 * deltas[p]:.1f}%" for p in better) if better else ""
+    )
 
 
 def why_first(found: Found) -> str:
     """The winner against the best layout that differs in its degrees."""
-    axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+    axes = ("pp", "cp", "tp", "ep")
     first = tuple(found.layouts[a][0] for a in axes)
     for i in range(1, found.count):
         if tuple(found.layouts[a][i] for a in axes) != first:
             gap = 100.0 * (float(found.time.total[i] / found.time.total[0]) - 1.0)
-            return f"next other degrees ({short(found, i)}) are {gap:.1f}% slower: {differences(found.time, 0, found.time, i)}"
+            where = differences(found.time, 0, found.time, i)
+            return f"next other degrees ({short(found, i)}) are {gap:.1f}% slower: {where}"
     return "no other degrees fit"
 
 
 def short(found: Found, i: int) -> str:
     """One line for a layout: what is not 1, then the rest."""
     lay = found.layout(i)
-    degrees = " ".join(f"{a}={lay[a]}" for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep") if lay[a] != 1)
-    return f"{degrees or 'one device'} mb={lay['micro_batch']}" + (f" recompute={lay['recompute']}" if lay["recompute"] != "none" else "")
+    degrees = " ".join(
+        f"{a}={lay[a]}" for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep") if lay[a] != 1
+    )
+    return f"{degrees or 'one device'} mb={lay['micro_batch']}" + (
+        f" recompute={lay['recompute']}" if lay["recompute"] != "none" else ""
+    )
 
 
 def parse_favourite(text: str) -> dict[str, float]:
@@ -104,7 +109,9 @@ def why_not(found: Found, text: str, k: Constants, m: MemoryConstants) -> str:
     time = step_time(cases, k)
     best = int(np.argmin(np.where(fits, time.total, np.inf)))
     gap = 100.0 * (float(time.total[best] / found.time.total[0]) - 1.0)
-    whole = StepTime(*(np.broadcast_to(getattr(time, f), time.total.shape) for f in StepTime.__dataclass_fields__))
+    whole = StepTime(
+        *(np.broadcast_to(getattr(time, f), time.total.shape) for f in StepTime.__dataclass_fields__)
+    )
     if gap < 1e-6:
         return f"{text}: is the first pick"
     return f"{text}: {gap:.1f}% slower than the first pick: {differences(found.time, 0, whole, best)}"
@@ -128,5 +135,3 @@ def sensitivity(found: Found, k: Constants) -> list[tuple[str, float]]:
         work = 2.0 if name == "twice the global batch" else 1.0
         out.append((name, 100.0 * (work * t0 / t - 1.0)))
     return out
-
-

@@ -25,7 +25,8 @@ MICRO_BATCHES = (1.0, 2.0, 4.0, 8.0)
 def _options(run: Run, c: Cases, i: int) -> list[dict[str, float]]:
     """Every filling of row ``i``: values by field."""
     micro = [float(c.micro_batch[i])]
-    # A default known from the stack stays. Where recomputation is not said either, nothing bounds memory: stay at the common choice, one sequence.
+    # A default known from the stack stays. Where recomputation is not said either, nothing bounds memory: stay at
+    # the common choice, one sequence.
     if not run.n("micro_batch") > 0 and run.text["recompute"] and micro[0] == 1.0:
         per_rank = c.global_batch[i] / c.dp[i]
         micro = [b for b in MICRO_BATCHES if per_rank % b == 0] or micro
@@ -39,7 +40,9 @@ def _options(run: Run, c: Cases, i: int) -> list[dict[str, float]]:
         {
             "micro_batch": b,
             "vpp": v,
-            "schedule": float(SCHEDULES.index("interleaved")) if v > 1 and c.schedule[i] <= 0 else float(c.schedule[i]),
+            "schedule": float(SCHEDULES.index("interleaved"))
+            if v > 1 and c.schedule[i] <= 0
+            else float(c.schedule[i]),
         }
         for b, v in product(micro, chunks)
     ]

@@ -62,7 +62,13 @@ def _attention_params(run: Run, heads: float, kv: float, dim: float) -> float:
     for name, (q_rank, kv_rank, rope) in _LATENT.items():
         if name in run.text["model_name"].lower():
             up = heads * (dim + rope)
-            return d * q_rank + q_rank * up + d * (kv_rank + rope) + kv_rank * heads * 2.0 * dim + heads * dim * d
+            return (
+                d * q_rank
+                + q_rank * up
+                + d * (kv_rank + rope)
+                + kv_rank * heads * 2.0 * dim
+                + heads * dim * d
+            )
     return d * dim * (2.0 * heads + 2.0 * kv)
 
 
@@ -231,7 +237,9 @@ def build(runs: Sequence[Run]) -> tuple[Cases | None, list[Run], list[Refusal]]:
             refused.append(found)
             continue
         if any(math.isnan(v) for v in found.values()):
-            refused.append(Refusal(run, "a number is missing: " + next(k for k, v in found.items() if math.isnan(v))))
+            refused.append(
+                Refusal(run, "a number is missing: " + next(k for k, v in found.items() if math.isnan(v)))
+            )
             continue
         kept.append(run)
         for name, value in found.items():

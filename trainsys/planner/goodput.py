@@ -27,7 +27,9 @@ def young_daly(checkpoint_s: float, mtbf_s: float) -> float:
     if checkpoint_s >= 2.0 * mtbf_s:
         return mtbf_s
     ratio = checkpoint_s / (2.0 * mtbf_s)
-    return math.sqrt(2.0 * checkpoint_s * mtbf_s) * (1.0 + math.sqrt(ratio) / 3.0 + ratio / 9.0) - checkpoint_s
+    return (
+        math.sqrt(2.0 * checkpoint_s * mtbf_s) * (1.0 + math.sqrt(ratio) / 3.0 + ratio / 9.0) - checkpoint_s
+    )
 
 
 def goodput(

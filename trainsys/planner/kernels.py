@@ -13,7 +13,15 @@ TILE = 128.0
 
 
 def matmul_s(
-    m: Array, n: Array, k_dim: Array, rate: Array, c: Cases, k: Constants, *, count: Array | float = 1.0, out_bytes: float = 2.0
+    m: Array,
+    n: Array,
+    k_dim: Array,
+    rate: Array,
+    c: Cases,
+    k: Constants,
+    *,
+    count: Array | float = 1.0,
+    out_bytes: float = 2.0,
 ) -> Array:
     """Seconds of ``count`` matmuls [m,k]x[k,n].
 
@@ -23,7 +31,13 @@ def matmul_s(
     """
     tm, tn = np.ceil(m / TILE), np.ceil(n / TILE)
     waves = tm * tn * count / c.sms
-    eff = (m * n) / (tm * tn * TILE * TILE) * (waves / np.ceil(waves)) ** k.gemm_wave * k_dim / (k_dim + k.gemm_k_half)
+    eff = (
+        (m * n)
+        / (tm * tn * TILE * TILE)
+        * (waves / np.ceil(waves)) ** k.gemm_wave
+        * k_dim
+        / (k_dim + k.gemm_k_half)
+    )
     compute = 2.0 * m * n * k_dim / (rate * eff)
     memory = (2.0 * (m * k_dim + k_dim * n) + out_bytes * m * n) / (k.hbm_eff * c.hbm_bw)
     out: Array = count * np.maximum(compute, memory)
@@ -68,7 +82,9 @@ def misaligned(c: Cases) -> Array:
 def falls_back(c: Cases) -> Array:
     """True where Megatron's fused softmax refuses the shape and plain kernels run: it works on four attention
     matrices at once, so micro_batch * heads / tp must divide by 4."""
-    out: Array = (c.attn_kernel == ATTN_KERNELS.index("fused_softmax")) & ((c.micro_batch * c.n_heads / c.tp) % 4 != 0)
+    out: Array = (c.attn_kernel == ATTN_KERNELS.index("fused_softmax")) & (
+        (c.micro_batch * c.n_heads / c.tp) % 4 != 0
+    )
     return out
 
 
@@ -83,10 +99,16 @@ def attention(c: Cases, k: Constants, rate16: Array) -> Pass:
     kernel, arch = c.attn_kernel, c.arch
     hopper_up = arch >= ARCHS.index("hopper")
     flash2 = np.where(hopper_up, k.attn_flash2_hopper, k.attn_flash2)
-    eff = np.where(kernel == ATTN_KERNELS.index("flash1"), np.where(hopper_up, k.attn_flash1 * 0.7, k.attn_flash1), flash2)
+    eff = np.where(
+        kernel == ATTN_KERNELS.index("flash1"),
+        np.where(hopper_up, k.attn_flash1 * 0.7, k.attn_flash1),
+        flash2,
+    )
     modern = (kernel >= ATTN_KERNELS.index("cudnn")) & hopper_up
     eff = np.where(modern, k.attn_fused, eff)
-    ramp = c.seq / (c.seq + k.attn_seq_half) * np.where(c.head_dim < 128, 0.75 + 0.25 * c.head_dim / 128.0, 1.0)
+    ramp = (
+        c.seq / (c.seq + k.attn_seq_half) * np.where(c.head_dim < 128, 0.75 + 0.25 * c.head_dim / 128.0, 1.0)
+    )
     blocks = c.micro_batch * heads * np.ceil(c.seq / c.cp / 128.0) / c.sms
     fill = np.minimum(1.0, blocks)
     fused_f = 0.5 * c.attended * full / (c.peak_16 * eff * ramp * fill)
@@ -127,7 +149,10 @@ def fp8_casts(c: Cases, k: Constants) -> Pass:
     """Quantising inputs and gradients of the layer's matmuls: read 2 bytes, write 1, both ways round."""
     kind = c.fp8
     scale = np.where(kind == 1, k.fp8_cast, np.where(kind == 3, k.fp8_row, k.fp8_mx))
-    width = 2.0 * c.d_model + (c.n_heads * c.head_dim + np.where(c.n_experts > 0, c.d_expert * c.top_k, c.d_ff)) / c.tp
+    width = (
+        2.0 * c.d_model
+        + (c.n_heads * c.head_dim + np.where(c.n_experts > 0, c.d_expert * c.top_k, c.d_ff)) / c.tp
+    )
     fwd = np.where(kind > 0, _moved(4.0 * c.tokens * width * scale, c, k), 0.0)
     return Pass(fwd, 1.5 * fwd)
 

@@ -31,7 +31,8 @@ class LayerTime:
 def matmul_rate(c: Cases, k: Constants) -> tuple[Array, Array]:
     """FLOP/s of large matmuls at the run's matmul dtype and at 16 bits."""
     power = np.where(
-        c.arch == ARCHS.index("hopper"), k.power_hopper,
+        c.arch == ARCHS.index("hopper"),
+        k.power_hopper,
         np.where(c.arch == ARCHS.index("blackwell"), k.power_blackwell, 1.0),
     )
     power = power * np.where(c.attn_kernel == ATTN_KERNELS.index("fused_softmax"), k.gemm_classic, 1.0)
@@ -103,38 +104,61 @@ def layer_time(c: Cases, k: Constants, moe: bool) -> LayerTime:
     rate, r16 = matmul_rate(c, k)
     h = c.n_heads * c.head_dim
     low_rank = c.attn_params / (c.d_model * (2.0 * h + 2.0 * c.n_kv_heads * c.head_dim))
-    mm = kernels.linear(c.tokens, c.d_model, (h + 2.0 * c.n_kv_heads * c.head_dim) / c.tp, rate, c, k).scaled(low_rank)
+    mm = kernels.linear(c.tokens, c.d_model, (h + 2.0 * c.n_kv_heads * c.head_dim) / c.tp, rate, c, k).scaled(
+        low_rank
+    )
     mm = mm + kernels.linear(c.tokens, h / c.tp, c.d_model, rate, c, k).scaled(low_rank)
     core = kernels.attention(c, k, r16)
     moved = kernels.elementwise(c, k)
     host = k.layer_host_s * np.where((c.modern > 0) | (c.compiled > 0), k.host_modern, 1.0)
-    host = host * np.where(kernels.falls_back(c), 1.3, 1.0) + np.where(c.tp > 1, 2.0 * k.collective_host_s, 0.0)
+    host = host * np.where(kernels.falls_back(c), 1.3, 1.0) + np.where(
+        c.tp > 1, 2.0 * k.collective_host_s, 0.0
+    )
     ep = Pass(np.asarray(0.0), np.asarray(0.0))
     if moe:
         experts, permute = expert_ffn(c, k, rate)
-        mm = mm + experts + dense_ffn(c, k, rate, np.maximum(c.d_shared, 1.0)).scaled(c.d_shared > 0)
+        mm = (
+            mm
+            + experts
+            + dense_ffn(c, k, rate, np.maximum(c.d_shared, 1.0)).scaled(np.where(c.d_shared > 0, 1.0, 0.0))
+        )
         moved = moved + permute
         ep = expert_comm(c, k)
         host = host * (1.0 + k.moe_host)
     else:
         mm = mm + dense_ffn(c, k, rate, c.d_ff)
     moved = moved + kernels.fp8_casts(c, k)
-    moved = moved + Pass(np.asarray(0.0), accumulation(c, k, c.attn_params + (2.0 + c.glu) * c.d_model * c.d_ff))
+    moved = moved + Pass(
+        np.asarray(0.0), accumulation(c, k, c.attn_params + (2.0 + c.glu) * c.d_model * c.d_ff)
+    )
     tp = tensor_comm(c, k)
     cp = context_comm(c, k, core)
     busy = kernels.floor_by_launch(mm + core + moved, host)
     forward = busy + tp + cp + ep
     kind = c.recompute
     unfused = c.attn_kernel <= 1
-    again = np.select(
-        [kind == RECOMPUTES.index("full"), kind == RECOMPUTES.index("half"), kind == RECOMPUTES.index("selective")],
-        [forward.fwd, 0.45 * busy.fwd, np.where(unfused, core.fwd, 0.0)],
-        0.0,
-    ) * k.recompute_extra
+    again = (
+        np.select(
+            [
+                kind == RECOMPUTES.index("full"),
+                kind == RECOMPUTES.index("half"),
+                kind == RECOMPUTES.index("selective"),
+            ],
+            [forward.fwd, 0.45 * busy.fwd, np.where(unfused, core.fwd, 0.0)],
+            0.0,
+        )
+        * k.recompute_extra
+    )
     total = Pass(forward.fwd, forward.bwd + again)
     return LayerTime(
-        total, mm.fwd + mm.bwd, core.fwd + core.bwd, moved.fwd + moved.bwd, tp.fwd + tp.bwd, cp.fwd + cp.bwd,
-        ep.fwd + ep.bwd, again,
+        total,
+        mm.fwd + mm.bwd,
+        core.fwd + core.bwd,
+        moved.fwd + moved.bwd,
+        tp.fwd + tp.bwd,
+        cp.fwd + cp.bwd,
+        ep.fwd + ep.bwd,
+        again,
     )
 
 

@@ -11,7 +11,14 @@ from trainsys.hardware import Device, devices, lookup
 from trainsys.planner.cases import ARCHS
 
 # Best matmul over dense peak where nobody's measurement is catalogued: the mean of that architecture's others.
-_MATMUL_OF_PEAK = {"volta": 0.80, "ampere": 0.87, "hopper": 0.80, "blackwell": 0.75, "cdna": 0.56, "other": 0.80}
+_MATMUL_OF_PEAK = {
+    "volta": 0.80,
+    "ampere": 0.87,
+    "hopper": 0.80,
+    "blackwell": 0.75,
+    "cdna": 0.56,
+    "other": 0.80,
+}
 _FP8_MATMUL_OF_PEAK = {"hopper": 0.71, "blackwell": 0.74, "cdna": 0.50, "other": 0.70}
 # Parts that run off their sibling's power, in watts: sustained clocks go with about the square root of power.
 _POWER_OF_SIBLING = {"H100-SXM-96-HBM2e": 500 / 700, "H100-PCIe-80": 350 / 700, "GB300-NVL72": 1400 / 1200}
@@ -64,16 +71,30 @@ def from_device(device: Device, *, nodes_domain: int | None = None, nic_gb_s: fl
     power = _POWER_OF_SIBLING.get(device.name, 1.0) ** 0.5
     gemm = device.achieved("bf16") or device.achieved("fp16") or peak * _MATMUL_OF_PEAK[arch] * power
     peak8 = device.peak("fp8")
-    gemm8 = None if peak8 is None else (device.achieved("fp8") or peak8 * _FP8_MATMUL_OF_PEAK.get(arch, 0.7) * power)
+    gemm8 = (
+        None
+        if peak8 is None
+        else (device.achieved("fp8") or peak8 * _FP8_MATMUL_OF_PEAK.get(arch, 0.7) * power)
+    )
     peak4 = device.peak("fp4")
     domain = float(nodes_domain or device.scale_up.domain)
     nic = (nic_gb_s if nic_gb_s is not None else device.network_gb_s) * 1e9
     link = max(device.scale_up.gb_s, 8.0) * 1e9
     pair = (device.scale_up.p2p_gb_s or device.scale_up.gb_s or 8.0) * 1e9
     return Machine(
-        device.name, ARCHS.index(arch), peak, gemm, gemm8, peak4 and min(peak4, 2.0 * (peak8 or peak4)),
-        float(device.sms or _FALLBACK_SMS), device.memory.bandwidth_gb_s * 1e9, device.memory.usable_gib * GIB,
-        link, pair, domain, nic * domain,
+        device.name,
+        ARCHS.index(arch),
+        peak,
+        gemm,
+        gemm8,
+        peak4 and min(peak4, 2.0 * (peak8 or peak4)),
+        float(device.sms or _FALLBACK_SMS),
+        device.memory.bandwidth_gb_s * 1e9,
+        device.memory.usable_gib * GIB,
+        link,
+        pair,
+        domain,
+        nic * domain,
     )
 
 
@@ -107,7 +128,15 @@ _FABRIC = re.compile(
     r"\bib\b|infiniband|omnipath|opa|roce|rdma|efa|ethernet|slingshot|\bcx\d|connectx|\bndr\b|\bhdr\b|\bedr\b|nic|gpudirect",
     re.I,
 )
-_GENERATION = {"hdr": 200.0, "ndr": 400.0, "edr": 100.0, "xdr": 800.0, "cx7": 400.0, "cx8": 800.0, "efa": 400.0}
+_GENERATION = {
+    "hdr": 200.0,
+    "ndr": 400.0,
+    "edr": 100.0,
+    "xdr": 800.0,
+    "cx7": 400.0,
+    "cx8": 800.0,
+    "efa": 400.0,
+}
 
 
 def network_from_text(text: str, per_node: int) -> float | None:

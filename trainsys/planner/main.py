@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Sequence
-
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from trainsys.config.loader import load_run, read_tree
-from trainsys.config.run import ParallelConfig
 from trainsys.config.text import dump
 from trainsys.errors import UserError
 from trainsys.flops import param_counts
@@ -23,9 +21,9 @@ from trainsys.planner.goodput import checkpoint_seconds, goodput
 from trainsys.planner.memory import GIB
 from trainsys.planner.memory_constants import shipped_memory
 from trainsys.planner.search import Found, search
-from trainsys.planner.space import Job, parse_limits
+from trainsys.planner.space import Job, config_name, parse_limits
 
-_DAY = 86_400.0
+_MEMORY = ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
 def _world(cluster: Cluster, gpus: int | None) -> int:
@@ -44,8 +42,11 @@ def winner(found: Found, i: int = 0) -> dict[str, Any]:
     parallel: dict[str, Any] = {a: lay[a] for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
     parallel["sequence_parallel"] = True
     parallel["fsdp"] = {"reshard_after_forward": bool(lay["reshard"])}
-    pipeline = {"schedule": lay["schedule"], "chunks": lay["vpp"]}
-    parallel.update({k: v for k, v in pipeline.items() if k in ParallelConfig.model_fields and lay["pp"] != 1})
+    if lay["pp"] != 1:
+        parallel["pipeline"] = {
+            "schedule": config_name(str(lay["schedule"])),
+            "virtual_stages": lay["vpp"],
+        }
     return {
         "parallel": parallel,
         "train": {"micro_batch": lay["micro_batch"]},
@@ -75,10 +76,7 @@ def entry(found: Found, i: int) -> dict[str, Any]:
         "step_time_s": total,
         "mfu": float(found.mfu[i]),
         "tokens_per_s_per_gpu": job.global_batch * job.seq_len / total / job.world,
-        "memory_gib": {
-            p: float(getattr(mem, p)[i]) / GIB
-            for p in ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")
-        },
+        "memory_gib": {p: float(getattr(mem, p)[i]) / GIB for p in _MEMORY},
         "time_s": {p: float(getattr(found.time, p)[i]) for p in explain.PARTS},
         "bottleneck": explain.bottleneck(found.time, i),
     }
@@ -100,8 +98,9 @@ def result(found: Found, cluster: Cluster, top: int, why: str | None) -> dict[st
         "considered": found.considered,
         "refused_memory": found.over_memory,
         "memory_margin": found.margin,
-        "mfu_definition": f"exact FLOPs (causal, no recomputation) over {found.job.machine.peak_16 / 1e12:g} TFLOP/s dense 16-bit",
-        "ranked": [entry(found, i) for i in range(min(top, found.count))],
+        "mfu_definition": "exact FLOPs (causal, no recomputation) over "
+        f"{found.job.machine.peak_16 / 1e12:g} TFLOP/s dense 16-bit",
+        "ranked": [entry(found, i) for i in found.distinct(top)],
         "pareto": [entry(found, i) for i in found.pareto()[:top]],
         "why_first": explain.why_first(found),
         "why_not": explain.why_not(found, why, k, shipped_memory()) if why else None,
@@ -120,30 +119,61 @@ def result(found: Found, cluster: Cluster, top: int, why: str | None) -> dict[st
 def confidence(found: Found) -> str:
     """How far to trust the numbers, from what the constants were fitted to."""
     arch = found.job.machine.arch
-    known = {0: "few, noisy V100 runs", 1: "A100 runs of many sources", 2: "H100 runs of many sources", 3: "few Blackwell runs"}
+    known = {
+        0: "few, noisy V100 runs",
+        1: "A100 runs of many sources",
+        2: "H100 runs of many sources",
+        3: "few Blackwell runs",
+    }
     base = known.get(arch, "no run of this device: catalogue figures alone")
-    return f"constants fitted to published runs ({len(shipped_sources())} sources; {base}); see docs/planner.md for errors"
+    sources = f"{len(shipped_sources())} sources; {base}"
+    return f"constants fitted to published runs ({sources}); see docs/planner.md for errors"
 
 
 def _render(data: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{data['model']} on {data['devices']} GPUs of {data['cluster']}", caption=data["mfu_definition"])
-    for name in ("#", "layout", "schedule", "recompute", "MFU %", "step s", "tok/s/GPU", "GiB", "= params", "grads", "optim", "activ", "logits", "other", "lost most to"):
-        table.add_column(name, justify="left" if name in ("layout", "schedule", "recompute", "lost most to") else "right")
+    table = Table(
+        title=f"{data['model']} on {data['devices']} GPUs of {data['cluster']}",
+        caption=data["mfu_definition"],
+    )
+    for name in (
+        "#",
+        "layout",
+        "schedule",
+        "recompute",
+        "MFU %",
+        "step s",
+        "tok/s/GPU",
+        "GiB",
+        "= params",
+        "grads",
+        "optim",
+        "activ",
+        "logits",
+        "other",
+        "lost most to",
+    ):
+        table.add_column(
+            name, justify="left" if name in ("layout", "schedule", "recompute", "lost most to") else "right"
+        )
     for rank, e in enumerate(data["ranked"], 1):
         lay, mem = e["layout"], e["memory_gib"]
-        degrees = " ".join(f"{a}{lay[a]}" for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep") if lay[a] != 1)
+        degrees = " ".join(
+            f"{a}{lay[a]}" for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep") if lay[a] != 1
+        )
         degrees = degrees.replace("dp_replicate", "rep").replace("dp_shard", "shard")
         schedule = "-" if lay["pp"] == 1 else lay["schedule"] + (f" x{lay['vpp']}" if lay["vpp"] > 1 else "")
         table.add_row(
             str(rank), f"{degrees or 'one GPU'} mb{lay['micro_batch']}" + ("" if lay["reshard"] else " keep"), schedule,
             lay["recompute"], f"{100 * e['mfu']:.1f}", f"{e['step_time_s']:.3g}", f"{e['tokens_per_s_per_gpu']:,.0f}",
-            *(f"{mem[p]:.1f}" for p in ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")),
+            *(f"{mem[p]:.1f}" for p in _MEMORY),
             e["bottleneck"],
         )  # fmt: skip
     console.print(table)
     console.print(
         f"{data['considered']:,} layouts divide; {data['refused_memory']:,} refused: more than "
-        f"{100 * (1 - data['memory_margin']):.0f}% of usable memory", highlight=False,
+        f"{100 * (1 - data['memory_margin']):.0f}% of usable memory. "
+        "Shown: the best of each pp, cp, tp, ep and micro-batch (mb); shard and rep: data parallelism",
+        highlight=False,
     )  # fmt: skip
     console.print(f"why the first wins: {data['why_first']}", highlight=False)
     if data["why_not"]:
@@ -207,5 +237,3 @@ def plan(
 
         show_winner(found, show_schedule, screen)
     return data
-
-

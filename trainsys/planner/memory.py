@@ -39,8 +39,9 @@ def layer_activation_bytes(c: Cases, m: MemoryConstants) -> tuple[Array, Array]:
     """(bytes one layer keeps for backward without recomputation, bytes of its input alone) for one micro-batch.
 
     Per token, 16-bit: D-sized inputs of both norms and their outputs, kept whole on every tp rank unless sequence
-    parallel; q, k, v, attention output; the feed-forward's intermediates, split by tp. Dropout masks (models
-    of the time before fused attention) cost a byte. An unfused attention also keeps scores, softmax and dropout mask: 5 bytes x heads x S.
+    parallel; q, k, v, attention output; the feed-forward's intermediates, split by tp. Dropout masks (models of
+    the time before fused attention) cost a byte. An unfused attention also keeps scores, softmax and dropout mask:
+    5 bytes x heads x S.
     """
     kept_whole = 8.0 * c.d_model
     ungated = c.glu == 0
@@ -75,8 +76,11 @@ def in_flight(c: Cases, stage_from_front: Array) -> Array:
     inter = (2.0 * (p - i - 1.0) + (v - 1.0) * p + 1.0) / v
     out = np.select(
         [
-            s == SCHEDULES.index("gpipe"), s == SCHEDULES.index("interleaved"), s == SCHEDULES.index("zb2"),
-            s == SCHEDULES.index("zbv"), s == SCHEDULES.index("dualpipev"),
+            s == SCHEDULES.index("gpipe"),
+            s == SCHEDULES.index("interleaved"),
+            s == SCHEDULES.index("zb2"),
+            s == SCHEDULES.index("zbv"),
+            s == SCHEDULES.index("dualpipev"),
         ],
         [m, inter, np.minimum(2.0 * base, 2.0 * p - 1.0), p, p + 0.5],
         base,
@@ -101,7 +105,9 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
     full, entry = layer_activation_bytes(c, m)
     kind = c.recompute
     kept = np.select(
-        [kind == RECOMPUTES.index("full"), kind == RECOMPUTES.index("half")], [entry, entry + m.half_kept * (full - entry)], full
+        [kind == RECOMPUTES.index("full"), kind == RECOMPUTES.index("half")],
+        [entry, entry + m.half_kept * (full - entry)],
+        full,
     )
     transient = np.where(kind == RECOMPUTES.index("full"), full, 0.0)
 
@@ -114,7 +120,9 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
         # In a pipeline the whole stage stays gathered, with whole gradients, until its last micro-batch.
         units = np.where(c.pp > 1, count, 2.0 * (dense_layer + expert_layer) + (2.0 - c.tied) * embed)
         gathered = 2.0 * units
-        params = np.where(zero3, 4.0 * dense / c.fsdp_shard + 4.0 * experts / expert_data + gathered, 2.0 * count)
+        params = np.where(
+            zero3, 4.0 * dense / c.fsdp_shard + 4.0 * experts / expert_data + gathered, 2.0 * count
+        )
         shard_grads = c.zero == 2
         grads_plain = c.grad_bytes * np.where(shard_grads, dense / c.opt_shard + experts / expert_data, count)
         loose = np.where(c.pp > 1, count, m.grad_units * (dense_layer + expert_layer))

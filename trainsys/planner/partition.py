@@ -36,7 +36,10 @@ def total_params(c: Cases) -> Array:
     p = parts(c)
     n_moe = np.where(c.n_experts > 0, c.n_layers - c.dense_layers, 0.0)
     out: Array = (
-        (c.n_layers - n_moe) * p.dense_layer + n_moe * (p.moe_dense + p.experts) + p.embedding * (2.0 - c.tied) + c.d_model
+        (c.n_layers - n_moe) * p.dense_layer
+        + n_moe * (p.moe_dense + p.experts)
+        + p.embedding * (2.0 - c.tied)
+        + c.d_model
     )
     return out
 
@@ -59,4 +62,6 @@ def stages(c: Cases) -> Stages:
     last = np.maximum(full - fewer - np.where(spare > 0, 1.0, 0.0), 0.0)
     first = np.maximum(full - fewer - np.where(spare > 1, 1.0, 0.0), 0.0)
     one = c.pp == 1
-    return Stages(np.where(one, c.n_layers, first), np.where(one, c.n_layers, full), np.where(one, c.n_layers, last))
+    return Stages(
+        np.where(one, c.n_layers, first), np.where(one, c.n_layers, full), np.where(one, c.n_layers, last)
+    )

@@ -120,7 +120,9 @@ def read(path: str | Path) -> list[Run]:
             names = set(reader.fieldnames or ())
             missing = {"n_layers", "d_model", "gpu", "n_gpus"} - names
             if missing:
-                raise UserError(f"{path}: no column {', '.join(sorted(missing))}; columns are listed in docs/planner.md")
+                raise UserError(
+                    f"{path}: no column {', '.join(sorted(missing))}; columns are listed in docs/planner.md"
+                )
             return parse(reader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error

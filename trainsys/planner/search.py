@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainsys.errors import UserError
 from trainsys.flops import train_flops_per_token
@@ -50,6 +51,19 @@ class Found:
         out["recompute"] = policy(int(self.layouts["recompute"][i]))
         return out
 
+    def distinct(self, most: int) -> list[int]:
+        """The best layout of each (pp, cp, tp, ep, micro-batch), fastest first: close cousins are left out."""
+        seen: set[tuple[float, ...]] = set()
+        out = []
+        for i in range(self.count):
+            key = tuple(float(self.layouts[k][i]) for k in ("pp", "cp", "tp", "ep", "micro_batch"))
+            if key not in seen:
+                seen.add(key)
+                out.append(i)
+                if len(out) == most:
+                    break
+        return out
+
     def pareto(self) -> list[int]:
         """Layouts that no other beats in both time and memory, fastest first."""
         front, least = [], np.inf
@@ -65,11 +79,21 @@ def policy(code: int) -> str:
     return {"half": "selective"}.get(RECOMPUTES[code], RECOMPUTES[code])
 
 
-def _join(parts: Sequence[StepTime | Memory], cls: type, order: Array) -> dict[str, Array]:
-    return {f.name: np.concatenate([np.atleast_1d(getattr(p, f.name)) for p in parts])[order.astype(int)] for f in fields(cls)}
+Index = NDArray[np.signedinteger]
 
 
-def predict_all(c: Cases, k: Constants, m: MemoryConstants, room: float) -> tuple[Array, StepTime, Memory]:
+def _join(parts: Sequence[StepTime | Memory], cls: type, order: Index) -> dict[str, Array]:
+    names = [f.name for f in fields(cls)]
+    return {n: np.concatenate([np.atleast_1d(getattr(p, n)) for p in parts])[order] for n in names}
+
+
+def _row(part: StepTime | Memory, keep: Index | slice) -> dict[str, Array]:
+    """Fields broadcast to one length, then the rows to keep."""
+    shape = part.total.shape
+    return {f.name: np.broadcast_to(getattr(part, f.name), shape)[keep] for f in fields(part)}
+
+
+def predict_all(c: Cases, k: Constants, m: MemoryConstants, room: float) -> tuple[Index, StepTime, Memory]:
     """(indices of layouts within ``room`` of usable memory, their times and memory), fastest first.
 
     Memory is cheap and goes first; time is predicted only for what fits.
@@ -80,16 +104,16 @@ def predict_all(c: Cases, k: Constants, m: MemoryConstants, room: float) -> tupl
         mem = peak_memory(part, m)
         fits = np.flatnonzero(mem.total <= room * m.usable * c.mem_bytes)
         kept.append(fits + start)
-        memories.append(Memory(**{f.name: np.broadcast_to(getattr(mem, f.name), mem.total.shape)[fits] for f in fields(Memory)}))
-    index = np.concatenate(kept) if kept else np.zeros(0, int)
+        memories.append(Memory(**_row(mem, fits)))
+    index: Index = np.concatenate(kept) if kept else np.zeros(0, np.int64)
     times = []
     for start in range(0, len(index), CHUNK):
         part = c.take(index[start : start + CHUNK])
         t = step_time(part, k)
-        times.append(StepTime(**{f.name: np.broadcast_to(getattr(t, f.name), t.total.shape) for f in fields(StepTime)}))
+        times.append(StepTime(**_row(t, slice(None))))
     if not len(index):
         empty = np.zeros(0)
-        return empty, StepTime(*[empty] * len(fields(StepTime))), Memory(*[empty] * len(fields(Memory)))
+        return index, StepTime(*[empty] * len(fields(StepTime))), Memory(*[empty] * len(fields(Memory)))
     total = np.concatenate([t.total for t in times])
     order = np.argsort(total, kind="stable")
     return index[order], StepTime(**_join(times, StepTime, order)), Memory(**_join(memories, Memory, order))
@@ -116,7 +140,7 @@ def search(
     index, time, memory = predict_all(cases, k, m, 1.0 - margin)
     if not len(index):
         raise UserError(_nothing_fits(job, limits, cases, layouts, m, margin))
-    chosen = {key: v[index.astype(int)] for key, v in layouts.items()}
+    chosen = {key: v[index] for key, v in layouts.items()}
     return Found(job, chosen, time, memory, n, n - len(index), margin)
 
 
@@ -125,7 +149,8 @@ def _nothing_divides(job: Job, limits: Sequence[Limit]) -> str:
     if limits and len(enumerate_layouts(job)["pp"]):
         told = ", ".join(f"{lim.key}{lim.op}{lim.value:g}" for lim in limits)
         return f"no layout of {world} devices obeys {told}; without these limits there are some: drop one"
-    near = [w for w in sorted(range(max(world // 2, 1), world * 2 + 1), key=lambda w: abs(w - world)) if batch % w == 0 or w % batch == 0]
+    sizes = sorted(range(max(world // 2, 1), world * 2 + 1), key=lambda w: abs(w - world))
+    near = [w for w in sizes if batch % w == 0 or w % batch == 0]
     say = f"global_batch={batch} does not spread over {world} devices: no data-parallel size divides both"
     if near:
         return f"{say}; {near[0]} devices would work, or global_batch={max(batch // world, 1) * world}"
@@ -133,32 +158,39 @@ def _nothing_divides(job: Job, limits: Sequence[Limit]) -> str:
 
 
 def _nothing_fits(
-    job: Job, limits: Sequence[Limit], cases: Cases, layouts: dict[str, Array], m: MemoryConstants, margin: float
+    job: Job,
+    limits: Sequence[Limit],
+    cases: Cases,
+    layouts: dict[str, Array],
+    m: MemoryConstants,
+    margin: float,
 ) -> str:
     mem = peak_memory(cases, m)
     i = int(np.argmin(mem.total))
     least, room = float(mem.total[i]), (1.0 - margin) * m.usable * job.machine.mem_bytes
-    shape = " ".join(f"{key}={int(layouts[key][i])}" for key in ("pp", "dp_shard", "cp", "tp") if layouts[key][i] > 1)
+    shape = " ".join(
+        f"{key}={int(layouts[key][i])}" for key in ("pp", "dp_shard", "cp", "tp") if layouts[key][i] > 1
+    )
     say = (
         f"{job.model.name} fits on no layout of {job.world} x {job.machine.name}: the smallest "
         f"({shape or 'one device'}, full recomputation) needs {least / GIB:.1f} GiB of {room / GIB:.1f} usable"
     )
     if limits:
-        from dataclasses import replace
-
         try:
-            free = search(replace(job), (), margin, m=m)
+            free = search(job, (), margin, m=m)
         except UserError:
             free = None
         if free is not None:
             return f"{say}; without the limits {free.count} layouts fit"
-    from dataclasses import replace
-
     for factor in (2, 4, 8, 16, 32, 64):
-        bigger = replace(job, world=job.world * factor, global_batch=max(job.global_batch, job.world * factor))
+        bigger = replace(
+            job, world=job.world * factor, global_batch=max(job.global_batch, job.world * factor)
+        )
         trial = enumerate_layouts(bigger)
         if len(trial["pp"]) and np.any(peak_memory(to_cases(bigger, trial), m).total <= room):
-            extra = "" if bigger.global_batch == job.global_batch else f" with global_batch={bigger.global_batch}"
+            extra = (
+                "" if bigger.global_batch == job.global_batch else f" with global_batch={bigger.global_batch}"
+            )
             return f"{say}; {bigger.world} devices{extra} would work"
     shorter = [s for s in divisors(job.seq_len) if 256 <= s < job.seq_len]
     for seq in reversed(shorter):

@@ -17,6 +17,7 @@ from trainsys.flops import layer_params
 from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
 from trainsys.planner.machine import Machine
 from trainsys.planner.stacks import STACKS, Stack
+from trainsys.schedules.build import problems, splits_backward
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 KEYS = (*AXES, "micro_batch", "vpp", "schedule", "recompute", "reshard")
@@ -49,7 +50,9 @@ def parse_limits(texts: Iterable[str]) -> list[Limit]:
     for text in texts:
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|==|=|<|>)\s*(\w+)\s*", text)
         if not match or match[1] not in KEYS:
-            raise UserError(f"--limit {text!r}: write KEY<=N, KEY>=N or KEY=N with KEY one of {', '.join(KEYS)}")
+            raise UserError(
+                f"--limit {text!r}: write KEY<=N, KEY>=N or KEY=N with KEY one of {', '.join(KEYS)}"
+            )
         names = {"schedule": SCHEDULES, "recompute": RECOMPUTES}.get(match[1])
         if names is not None:
             if match[3] not in names:
@@ -80,7 +83,9 @@ class Job:
     ulysses: bool = False
 
     @staticmethod
-    def of(run: RunConfig, machine: Machine, world: int, stack: str = "native", dtype: str | None = None) -> Job:
+    def of(
+        run: RunConfig, machine: Machine, world: int, stack: str = "native", dtype: str | None = None
+    ) -> Job:
         """Raises UserError for a stack or dtype that is not known."""
         if stack not in STACKS:
             raise UserError(f"--stack {stack}: known are {', '.join(STACKS)}")
@@ -100,20 +105,36 @@ def _tp_choices(model: ModelConfig, most: int) -> list[int]:
     return [t for t in divisors(model.kv_heads) if t <= most and all(s % t == 0 for s in sizes)]
 
 
+_CONFIG_NAMES = {"interleaved": "interleaved_1f1b", "zb1": "zero_bubble"}
+
+
+def config_name(schedule: str) -> str:
+    """What ``parallel.pipeline.schedule`` calls it."""
+    return _CONFIG_NAMES.get(schedule, schedule)
+
+
 def _schedules(job: Job, pp: int, micro_batches: int) -> list[tuple[str, int]]:
-    """(schedule, chunks a stage) that make sense: fewer micro-batches than stages never do."""
+    """(schedule, stages a rank) that can run; fewer micro-batches than ranks never pay."""
     if pp == 1:
         return [("1f1b", 1)]
     if micro_batches < pp:
         return []
-    per_stage = job.model.n_layers / pp
-    chunks = [v for v in (2, 4, 5, 8) if per_stage >= v and micro_batches % pp == 0]
-    zero_bubble = [("zb1", 1)] if micro_batches % max(1, micro_batches // pp) == 0 else []
-    zero_bubble += ([("zbv", 2), ("dualpipev", 2)] if per_stage >= 2 and micro_batches >= 2 * pp else [])
-    return [("1f1b", 1), *(("interleaved", v) for v in chunks), *zero_bubble]
+    found = [("1f1b", 1), ("zb1", 1), ("zbv", 2), ("dualpipev", 2)]
+    found += [("interleaved", v) for v in (2, 4, 5, 8)]
+    return [
+        (name, v)
+        for name, v in found
+        if pp * v <= job.model.n_layers
+        and not (
+            job.compiled and splits_backward(config_name(name))
+        )  # compiled blocks cannot put off weights
+        and not any(problems(config_name(name), pp, v, micro_batches))
+    ]
 
 
-def enumerate_layouts(job: Job, limits: Sequence[Limit] = ()) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+def enumerate_layouts(
+    job: Job, limits: Sequence[Limit] = ()
+) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
     """Columns of every layout that divides and obeys ``limits``; empty arrays where none does.
 
     tp stays in the fast domain; replicated data parallelism is tried across domains only (inside one, sharding costs
@@ -131,7 +152,9 @@ def enumerate_layouts(job: Job, limits: Sequence[Limit] = ()) -> dict[str, np.nd
     recomputes = keep("recompute", [RECOMPUTES.index(r) for r in ("none", _selective(job), "full")])
     rows: list[tuple[float, ...]] = []
     for tp in keep("tp", _tp_choices(model, domain)):
-        for pp in keep("pp", [p for p in divisors(world // tp) if p <= model.n_layers]) if world % tp == 0 else []:
+        for pp in (
+            keep("pp", [p for p in divisors(world // tp) if p <= model.n_layers]) if world % tp == 0 else []
+        ):
             rest = world // tp // pp
             for cp in keep("cp", [c for c in divisors(rest) if c == 1 or job.seq_len // (2 * c * tp) >= 256]):
                 if job.seq_len % (2 * cp * tp) and cp * tp > 1:
@@ -139,7 +162,9 @@ def enumerate_layouts(job: Job, limits: Sequence[Limit] = ()) -> dict[str, np.nd
                 dp = rest // cp
                 if job.global_batch % dp:
                     continue
-                shards = [d for d in divisors(dp) if d == dp or (d * cp * tp) % domain == 0 or d * cp * tp == domain]
+                shards = [
+                    d for d in divisors(dp) if d == dp or (d * cp * tp) % domain == 0 or d * cp * tp == domain
+                ]
                 for shard in keep("dp_shard", shards):
                     if not keep("dp_replicate", [dp // shard]):
                         continue
@@ -152,8 +177,10 @@ def enumerate_layouts(job: Job, limits: Sequence[Limit] = ()) -> dict[str, np.nd
                             if not keep("schedule", [code]) or not keep("vpp", [vpp]):
                                 continue
                             for rc in recomputes:
-                                for reshard in keep("reshard", [1, 0] if pp == 1 and shard > 1 else [1]):
-                                    rows.append((pp, dp // shard, shard, cp, tp, ep, mb, vpp, code, rc, reshard))
+                                kept = keep("reshard", [1, 0] if pp == 1 and shard > 1 else [1])
+                                rows += [
+                                    (pp, dp // shard, shard, cp, tp, ep, mb, vpp, code, rc, r) for r in kept
+                                ]
     table = np.asarray(rows, float).reshape(-1, len(KEYS))
     return {key: table[:, i] for i, key in enumerate(KEYS)}
 

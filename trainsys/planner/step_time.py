@@ -48,8 +48,13 @@ def _mix(c: Cases, dense: LayerTime, moe: LayerTime | None) -> LayerTime:
     d, m = dense, moe
     return LayerTime(
         Pass(mix(d.total.fwd, m.total.fwd), mix(d.total.bwd, m.total.bwd)),
-        mix(d.matmul, m.matmul), mix(d.attention, m.attention), mix(d.memory_bound, m.memory_bound),
-        mix(d.tp_comm, m.tp_comm), mix(d.cp_comm, m.cp_comm), mix(d.ep_comm, m.ep_comm), mix(d.recompute, m.recompute),
+        mix(d.matmul, m.matmul),
+        mix(d.attention, m.attention),
+        mix(d.memory_bound, m.memory_bound),
+        mix(d.tp_comm, m.tp_comm),
+        mix(d.cp_comm, m.cp_comm),
+        mix(d.ep_comm, m.ep_comm),
+        mix(d.recompute, m.recompute),
     )
 
 
@@ -81,7 +86,9 @@ def _fsdp(c: Cases, k: Constants, layer: Pass, dense: Array, experts: Array) -> 
         out: Array = soft_max(compute, share * comm) + k.fsdp_contention * np.minimum(compute, share * wire)
         return out
 
-    return Pass(hide(layer.fwd, gather, moved_g), hide(layer.bwd, again * gather + reduce, again * moved_g + moved_r))
+    return Pass(
+        hide(layer.fwd, gather, moved_g), hide(layer.bwd, again * gather + reduce, again * moved_g + moved_r)
+    )
 
 
 def _data_parallel(c: Cases, k: Constants, dense: Array, experts: Array, window: Array) -> Array:
@@ -95,8 +102,10 @@ def _data_parallel(c: Cases, k: Constants, dense: Array, experts: Array, window:
     replicated = g.all_reduce(grads) + ge.all_reduce(c.grad_bytes * experts)
     hybrid = c.opt_shard < n
     sharded = (
-        np.where(hybrid, g.all_reduce(grads), g.ring(grads)) + ge.ring(c.grad_bytes * experts)
-        + small.ring(2.0 * dense) + ge.ring(2.0 * experts)
+        np.where(hybrid, g.all_reduce(grads), g.ring(grads))
+        + ge.ring(c.grad_bytes * experts)
+        + small.ring(2.0 * dense)
+        + ge.ring(2.0 * experts)
     )
     comm = np.where(c.zero == 0, replicated, np.where(c.zero < 3, sharded, 0.0))
     comm = np.where((c.zero >= 3) & (c.fsdp_shard < n), g.all_reduce(grads / c.fsdp_shard), comm)
@@ -124,10 +133,19 @@ def bubble_and_steady(c: Cases, first: Pass, middle: Pass, last: Pass) -> tuple[
     s = c.schedule
     bubble = np.select(
         [
-            s == SCHEDULES.index("interleaved"), s == SCHEDULES.index("zb1"), s == SCHEDULES.index("zb2"),
-            s == SCHEDULES.index("zbv"), s == SCHEDULES.index("dualpipev"),
+            s == SCHEDULES.index("interleaved"),
+            s == SCHEDULES.index("zb1"),
+            s == SCHEDULES.index("zb2"),
+            s == SCHEDULES.index("zbv"),
+            s == SCHEDULES.index("dualpipev"),
         ],
-        [others / c.vpp, np.maximum(others - 2.0 * weight_grad, 0.0), 0.1 * others, 0.15 * others, 0.2 * others],
+        [
+            others / c.vpp,
+            np.maximum(others - 2.0 * weight_grad, 0.0),
+            0.1 * others,
+            0.15 * others,
+            0.2 * others,
+        ],
         others,
     )
     return m * slowest, np.where(c.pp > 1, bubble, 0.0)
@@ -190,7 +208,8 @@ def step_time(c: Cases, k: Constants) -> StepTime:
     per_stage_exp = expert_p * st.middle
     window = middle.fwd + middle.bwd
     dp_comm = _data_parallel(c, k, per_stage_dense, per_stage_exp, window)
-    owned = (per_stage_dense + per_stage_exp) / np.where(c.zero > 0, np.where(c.zero >= 3, c.fsdp_shard, c.opt_shard), 1.0)
+    shards = np.where(c.zero >= 3, c.fsdp_shard, np.where(c.zero > 0, c.opt_shard, 1.0))
+    owned = (per_stage_dense + per_stage_exp) / shards
     optimizer = k.opt_bytes * owned / (k.hbm_eff * c.hbm_bw)
 
     nodes = np.maximum(c.world / np.minimum(c.domain, 8.0), 1.0)
@@ -201,8 +220,15 @@ def step_time(c: Cases, k: Constants) -> StepTime:
     n_slow = np.where(piped, st.middle, st.first) * m
     head_s = np.where(piped, 0.0, (head.fwd + head.bwd + embed.fwd + embed.bwd) * m)
     mm, at, mb = layer.matmul * n_slow, layer.attention * n_slow, layer.memory_bound * n_slow
-    tp, cp, ep, rc = layer.tp_comm * n_slow, layer.cp_comm * n_slow, layer.ep_comm * n_slow, layer.recompute * n_slow
+    tp, cp, ep, rc = (
+        layer.tp_comm * n_slow,
+        layer.cp_comm * n_slow,
+        layer.ep_comm * n_slow,
+        layer.recompute * n_slow,
+    )
     fsdp = (with_fsdp.fwd + with_fsdp.bwd - layer.total.fwd - layer.total.bwd) * n_slow
     named = mm + at + mb + tp + cp + ep + rc + fsdp + head_s
     other = total - named - bubble - pp_comm - dp_comm - optimizer
-    return StepTime(total, mm, at, mb, rc, tp, cp, ep, fsdp, head_s, bubble, pp_comm, dp_comm, optimizer, other)
+    return StepTime(
+        total, mm, at, mb, rc, tp, cp, ep, fsdp, head_s, bubble, pp_comm, dp_comm, optimizer, other
+    )

@@ -1,0 +1,183 @@
+"""Search, explanations, refusals and the plan command, end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from trainsys.config.loader import load_run
+from trainsys.config.run import RunConfig
+from trainsys.errors import UserError
+from trainsys.layout import Layout
+from trainsys.planner import explain
+from trainsys.planner.cluster import Cluster, known_clusters, load_cluster
+from trainsys.planner.constants import shipped
+from trainsys.planner.main import plan, winner
+from trainsys.planner.memory_constants import shipped_memory
+from trainsys.planner.schedule_view import of_layout, svg, text
+from trainsys.planner.search import Found, search
+from trainsys.planner.space import Job, enumerate_layouts, parse_limits
+
+RUN = "train/llama3-8b"
+
+
+def job(run: str = RUN, gpus: int = 64, cluster: str = "dgx-h100", *overrides: str) -> Job:
+    return Job.of(load_run(run, overrides), load_cluster(cluster).machine(), gpus)
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return search(job())
+
+
+def test_every_listed_layout_is_one_that_the_engine_accepts() -> None:
+    run = load_run(RUN)
+    here = job(RUN, 32)
+    layouts = enumerate_layouts(here)
+    n = len(layouts["pp"])
+    assert n > 50
+    for i in range(0, n, max(n // 60, 1)):
+        f = Found(here, {k: v[i : i + 1] for k, v in layouts.items()}, None, None, 1, 0, 0.0)  # type: ignore[arg-type]
+        changed = run.model_dump()
+        for section, values in winner(f).items():
+            changed[section] = {**changed[section], **values}
+        cfg = RunConfig.model_validate_json(json.dumps(changed))
+        layout = Layout.resolve(cfg.parallel, 32)
+        layout.validate(cfg.model, cfg.train, cfg.parallel, load_cluster("dgx-h100"))
+
+
+def test_ranking_is_by_time_and_within_memory(found: Found) -> None:
+    assert np.all(np.diff(found.time.total) >= 0)
+    limit = 0.95 * shipped_memory().usable * found.job.machine.mem_bytes
+    assert np.all(found.memory.total <= limit)
+    assert found.considered == found.count + found.over_memory
+    assert 0.3 < found.mfu[0] < 0.65
+
+
+def test_pareto_front_trades_time_for_memory(found: Found) -> None:
+    front = found.pareto()
+    assert front[0] == 0
+    assert np.all(np.diff(found.time.total[front]) >= 0)
+    assert np.all(np.diff(found.memory.total[front]) < 0)
+
+
+def test_limits_are_obeyed_and_bad_ones_refused() -> None:
+    some = search(job(), parse_limits(["tp=4", "recompute=full", "micro_batch<=2"]))
+    assert set(some.layouts["tp"]) == {4.0}
+    assert some.layouts["micro_batch"].max() <= 2
+    assert some.layout(0)["recompute"] == "full"
+    for bad, says in (
+        ("tp", "write KEY"),
+        ("gpus<=4", "KEY one of"),
+        ("tp<=x", "not a number"),
+        ("schedule=zz", "one of"),
+    ):
+        with pytest.raises(UserError, match=says):
+            parse_limits([bad])
+
+
+def test_impossible_asks_name_what_would_work() -> None:
+    with pytest.raises(UserError, match=r"fits on no layout of 8 x H100.*devices.* would work"):
+        search(job("train/llama3-70b", 8))
+    with pytest.raises(UserError, match=r"global_batch=\d+ does not spread over 63 devices.*would work"):
+        search(job(RUN, 63))
+    with pytest.raises(UserError, match="without these limits there are some"):
+        search(job(), parse_limits(["tp=3"]))
+    with pytest.raises(UserError, match="there are aws-p4d"):
+        load_cluster("my-basement")
+    with pytest.raises(UserError, match="has no fp8 matmul"):
+        plan(RUN, "dgx-a100", gpus=8, dtype="fp8")
+    with pytest.raises(UserError, match="give --gpus"):
+        plan(RUN, "dgx-a100")
+
+
+def test_what_would_work_does_work() -> None:
+    with pytest.raises(UserError) as error:
+        search(job("train/llama3-70b", 8))
+    devices = int(re.search(r"; (\d+) devices", str(error.value))[1])  # type: ignore[index]
+    assert search(job("train/llama3-70b", devices)).count
+
+
+def test_explanations_are_about_the_right_part(found: Found) -> None:
+    k, m = shipped(), shipped_memory()
+    assert "slower" in explain.why_first(found)
+    assert re.match(
+        r"tp=8,pp=1: \d+\.\d% slower .*tensor-parallel communication",
+        explain.why_not(found, "tp=8,pp=1", k, m),
+    )
+    assert "out of memory" in explain.why_not(found, "micro_batch=8,recompute=none,tp=1,pp=1,cp=1", k, m)
+    assert "divides neither" in explain.why_not(found, "tp=3", k, m)
+    with pytest.raises(UserError, match="not one of"):
+        explain.why_not(found, "colour=red", k, m)
+    gains = dict(explain.sensitivity(found, k))
+    assert gains["half the network"] <= 0 <= gains["twice the network"]
+    assert 1 < gains["10% faster matmuls"] < 10
+
+
+def test_slow_network_moves_the_winner_away_from_sharding_over_it() -> None:
+    fast = search(job("train/llama3-70b", 64, "dgx-h100", "train.global_batch=256"))
+    cluster = load_cluster("dgx-h100").model_copy(update={"nic_gbit_per_gpu": 10.0})
+    slow = search(Job.of(load_run("train/llama3-70b", ["train.global_batch=256"]), cluster.machine(), 64))
+
+    def crossing(f: Found) -> float:
+        return float(f.layouts["dp_shard"][0] * f.layouts["cp"][0] * f.layouts["tp"][0])
+
+    assert slow.time.total[0] > fast.time.total[0]
+    assert crossing(slow) < crossing(fast)
+
+
+def test_command_prints_ranks_and_writes_a_config_that_loads(tmp_path: Path) -> None:
+    out = StringIO()
+    path = tmp_path / "planned.yaml"
+    data = plan(
+        RUN, "dgx-h100", ["train.global_batch=256"], gpus=64, top=4, write=path, why="tp=8",
+        console=Console(file=out, width=220),
+    )  # fmt: skip
+    shown = out.getvalue()
+    for word in ("MFU", "why the first wins", "why not tp=8", "sensitivity", "effective MFU", "confidence"):
+        assert word in shown
+    cfg = load_run(path)
+    first = data["ranked"][0]["layout"]
+    assert cfg.train.global_batch == 256
+    assert (cfg.parallel.tp, cfg.parallel.pp, cfg.train.micro_batch) == (
+        first["tp"],
+        first["pp"],
+        first["micro_batch"],
+    )
+    assert Layout.resolve(cfg.parallel, 64).world == 64
+
+
+def test_json_is_the_same_data(capsys: pytest.CaptureFixture[str]) -> None:
+    data = plan(RUN, "gb200-nvl72", gpus=16, json=True, top=2)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(data))
+    e = data["ranked"][0]
+    assert sum(e["time_s"].values()) == pytest.approx(e["step_time_s"])
+    memory = dict(e["memory_gib"])
+    assert memory.pop("total") == pytest.approx(sum(memory.values()))
+
+
+def test_winners_pipeline_can_be_drawn() -> None:
+    piped = search(
+        job(RUN, 64, "dgx-h100", "train.global_batch=256"), parse_limits(["pp=4", "schedule=1f1b"])
+    )
+    sim = of_layout(piped)
+    assert len(sim.ranks) == 4
+    assert svg(sim).count("<rect") >= len(sim.schedule.actions)
+    assert text(sim, 60).count("\n") == 4
+    steady = float(piped.time.total[0])
+    assert sim.step_time == pytest.approx(steady, rel=0.25)
+
+
+@pytest.mark.parametrize("name", known_clusters())
+def test_every_cluster_can_be_planned_for(name: str) -> None:
+    cluster = load_cluster(name)
+    assert isinstance(cluster, Cluster)
+    machine = cluster.machine()
+    assert machine.nic_bw == pytest.approx(cluster.nic_gbit_per_gpu / 8 * 1e9 * cluster.domain)
+    assert search(job("train/qwen3-0.6b", cluster.gpus_per_node, name)).count

@@ -1,0 +1,117 @@
+"""Tables as they come: odd cells, missing columns, unknown machines."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainsys.errors import UserError
+from trainsys.planner.from_runs import build, case_of
+from trainsys.planner.machine import device_named, network_from_text
+from trainsys.planner.runs_csv import Refusal, parse, read
+
+ROW = {
+    "row_id": "1", "source": "me", "model_name": "m", "n_layers": "32.0", "d_model": "4096", "n_heads": "32",
+    "n_kv_heads": "8", "head_dim": "128", "d_ff": "14336", "ffn_kind": "swiglu", "vocab": "128256",
+    "tied_emb": "False", "seq_len": "8192", "n_params": "8.03e9", "gpu": "H100-SXM", "n_gpus": "64",
+    "gpus_per_node": "8", "interconnect": "NVLink4 900GB/s; IB NDR 400G", "dtype": "bf16", "dp": "32", "tp": "2",
+    "pp": "1", "cp": "1", "ep": "1", "zero_stage": "1", "fsdp": "0", "sp": "True", "micro_batch": "1",
+    "global_batch": "256", "recompute": "none", "attention_kernel": "flash2", "step_time_s": "4.0", "oom": "False",
+}  # fmt: skip
+
+
+def row(**changes: str) -> dict[str, str | None]:
+    return {**ROW, **changes}
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("H100-SXM", "H100-SXM-80"),
+    ("A100-80", "A100-SXM-80"),
+    ("V100-16", "V100-SXM2-16"),
+    ("NVIDIA A100-SXM4-80GB", "A100-SXM-80"),
+    ("GB300", "GB300-NVL72"),
+    ("H100-96-HBM2e", "H100-SXM-96-HBM2e"),
+    ("mi300x", "MI300X"),
+    ("H200", "H200-SXM"),
+])  # fmt: skip
+def test_gpu_names_as_people_write_them(text: str, name: str) -> None:
+    assert device_named(text).name == name
+
+
+@pytest.mark.parametrize(("text", "per_node", "gb_s"), [
+    ("NVLink3; 4x OmniPath 100Gb/s per node (JeanZay)", 8, 6.25),
+    ("NVLink2; 4x OmniPath 100Gb/s per node", 4, 12.5),
+    ("NVLink3 600GB/s/GPU; IB HDR 200Gb/s per GPU (DGX A100)", 8, 25.0),
+    ("NVLink; RoCE 1600Gb/s per node", 8, 25.0),
+    ("NVLink2; IB 100Gb/s per node", 8, 1.5625),
+    ("NVLink3 600GB/s; 8x HDR IB 200Gb/s (Selene)", 8, 25.0),
+    ("NVLink5 1.8TB/s; IB 800G", 8, 100.0),
+    ("EFA 3200Gbps per node", 8, 50.0),
+    ("NVLink3; RoCE (bandwidth not stated)", 8, None),
+    ("Selene", 8, None),
+    ("", 8, None),
+])  # fmt: skip
+def test_network_out_of_prose(text: str, per_node: int, gb_s: float | None) -> None:
+    assert network_from_text(text, per_node) == gb_s
+
+
+def test_step_time_from_throughput_and_never_from_an_oom_row() -> None:
+    (run,) = parse([row(step_time_s="", tokens_per_s_per_gpu="1,000")])
+    assert run.step_s == pytest.approx(256 * 8192 / (1000 * 64))
+    (lost,) = parse([row(oom="True")])
+    assert math.isnan(lost.step_s)
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"n_layers": ""}, "no n_layers"),
+    ({"gpu": "Cerebras WSE"}, "unknown GPU"),
+    ({"quality": "layout_unknown"}, "layout unknown"),
+    ({"tp": "4"}, "is not n_gpus"),
+    ({"global_batch": "nan"}, "no global_batch"),
+    ({"dp": "", "tp": ""}, "two of tp, pp, dp"),
+    ({"dtype": "fp8", "gpu": "A100-80"}, "no fp8"),
+])  # fmt: skip
+def test_refusals_give_the_reason(changes: dict[str, str], reason: str) -> None:
+    (run,) = parse([row(**changes)])
+    found = case_of(run)
+    assert isinstance(found, Refusal)
+    assert reason in found.reason
+
+
+def test_defaults_for_what_a_row_leaves_out() -> None:
+    (run,) = parse([row(dp="", n_kv_heads="", head_dim="", zero_stage="", vpp="", gpus_per_node="")])
+    found = case_of(run)
+    assert isinstance(found, dict)
+    assert (found["dp"], found["n_kv_heads"], found["head_dim"], found["zero"], found["vpp"]) == (
+        32,
+        32,
+        128,
+        1,
+        1,
+    )
+
+
+def test_the_source_name_and_the_measurements_change_nothing() -> None:
+    (a, b) = parse([row(), row(source="aleph-alpha", step_time_s="9", mfu="0.1", peak_mem_gb="3")])
+    assert case_of(a) == case_of(b)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(ROW)), st.text(max_size=12), max_size=8))
+def test_any_damage_is_a_case_or_a_refusal(damage: dict[str, str]) -> None:
+    cases, kept, refused = build(parse([row(**damage)]))
+    assert len(kept) + len(refused) == 1
+    assert (cases is None) == (len(kept) == 0)
+
+
+def test_read_refuses_what_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read(tmp_path / "none.csv")
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="no column d_model"):
+        read(other)

@@ -1,0 +1,113 @@
+"""Laws of the time model: what must grow, what must sum, what must not matter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support_cases import case
+
+from trainsys.planner.constants import Constants, from_priors, shipped
+from trainsys.planner.partition import stages, total_params
+from trainsys.planner.step_time import StepTime, step_time
+
+K = shipped()
+
+
+def seconds(**changes: float | list[float]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    return step_time(case(**changes), K).total
+
+
+@pytest.mark.parametrize("k", [from_priors(), shipped()], ids=["priors", "shipped"])
+def test_parts_sum_to_the_step(k: Constants) -> None:
+    c = case(
+        pp=[1, 4, 4],
+        dp=[64, 16, 4],
+        tp=[1, 1, 4],
+        zero=[3, 1, 1],
+        fsdp_shard=[64, 1, 1],
+        opt_shard=[64, 16, 4],
+    )
+    t = step_time(c, k)
+    parts = sum(np.asarray(getattr(t, f)) for f in StepTime.__dataclass_fields__ if f != "total")
+    np.testing.assert_allclose(parts, t.total, rtol=1e-9)
+    assert (np.asarray(t.bubble) >= 0).all()
+
+
+def test_llama3_8b_on_64_h100_is_plausible() -> None:
+    """torchtitan and NeMo publish 35 to 60% of 989 TFLOP/s for this model."""
+    flops = 6 * 8.03e9 + 6 * 32 * 4096 * 8192
+    mfu = flops * 128 * 8192 / (float(seconds()) * 64 * 989.4e12)
+    assert 0.33 < mfu < 0.62
+
+
+def test_more_work_takes_longer() -> None:
+    assert np.all(np.diff(seconds(global_batch=[64, 128, 256, 1024])) > 0)
+    assert np.all(np.diff(seconds(n_layers=[16, 32, 64])) > 0)
+    assert seconds(recompute=2.0) > seconds()
+    assert seconds(seq=16384.0, global_batch=64.0) > seconds()
+
+
+def test_slower_parts_never_help() -> None:
+    fast = seconds(tp=8.0, dp=8.0, zero=1.0, fsdp_shard=1.0, opt_shard=8.0)
+    for change in (
+        {"link_bw": 150e9, "pair_bw": 150e9},
+        {"nic_bw": 50e9},
+        {"hbm_bw": 1e12},
+        {"gemm_rate_16": 3e14},
+    ):
+        assert seconds(tp=8.0, dp=8.0, zero=1.0, fsdp_shard=1.0, opt_shard=8.0, **change) > fast, change
+
+
+def test_slow_network_shows_in_fsdp_only_where_it_crosses_nodes() -> None:
+    assert seconds(nic_bw=20e9) > 1.5 * seconds()
+    one_node = {"world": 8.0, "dp": 8.0, "fsdp_shard": 8.0, "opt_shard": 8.0, "global_batch": 16.0}
+    assert seconds(nic_bw=20e9, **one_node) == pytest.approx(float(seconds(**one_node)))
+
+
+def test_bubble_by_schedule_follows_the_papers() -> None:
+    """Fill and drain pass the other stages once; interleaving divides, zero bubble fills with weight gradients."""
+    base = {"pp": 8.0, "dp": 8.0, "zero": 1.0, "fsdp_shard": 1.0, "opt_shard": 8.0, "vocab": 1000.0}
+    plain = step_time(case(**base), K)
+    inter = step_time(case(**base, schedule=2.0, vpp=4.0), K)
+    zb = step_time(case(**base, schedule=3.0), K)
+    m = 128 / 8
+    assert float(plain.bubble) == pytest.approx(float(plain.total - plain.bubble) / m * 7, rel=0.15)
+    assert float(inter.bubble) == pytest.approx(float(plain.bubble) / 4)
+    assert 0.2 * float(plain.bubble) < float(zb.bubble) < 0.5 * float(plain.bubble)
+
+
+def test_head_on_the_last_stage_slows_a_pipeline_of_even_layers() -> None:
+    few = seconds(pp=8.0, dp=8.0, zero=1.0, opt_shard=8.0, fsdp_shard=1.0, vocab=1000.0)
+    many = seconds(pp=8.0, dp=8.0, zero=1.0, opt_shard=8.0, fsdp_shard=1.0, vocab=256_000.0)
+    assert many > 1.2 * few
+
+
+def test_stages_hold_every_layer() -> None:
+    c = case(n_layers=[80, 126, 61, 32], pp=[8, 16, 4, 1], ends_fewer=[0, 1, 0, 0])
+    s = stages(c)
+    inner = np.maximum(c.pp - 2, 0)
+    held = s.first + np.where(c.pp > 1, s.last, 0) + inner * s.middle
+    assert np.all(held >= c.n_layers)
+    assert held[0] == 80
+    assert held[1] == 126
+
+
+def test_total_parameters_are_those_of_llama3() -> None:
+    assert float(total_params(case())) == pytest.approx(8_030_261_248, rel=1e-6)
+
+
+def test_sequence_parallelism_and_fp8_help_and_moe_works() -> None:
+    tp = {"tp": 8.0, "dp": 8.0, "zero": 1.0, "opt_shard": 8.0, "fsdp_shard": 1.0}
+    assert seconds(**tp, sp=1.0) < seconds(**tp)
+    assert seconds(fp8=1.0, gemm_rate=1402e12) < seconds()
+    moe = {"n_experts": 8.0, "top_k": 2.0, "d_expert": 14336.0, "zero": 1.0, "fsdp_shard": 1.0}
+    spread = seconds(**moe, ep=8.0)
+    assert np.isfinite(spread)
+    assert step_time(case(**moe, ep=8.0), K).ep_comm > 0
+    assert step_time(case(**moe, ep=1.0), K).ep_comm == 0
+
+
+def test_arrays_and_single_cases_agree() -> None:
+    many = seconds(tp=[1, 2, 4], dp=[64, 32, 16])
+    for i, (tp, dp) in enumerate([(1, 64), (2, 32), (4, 16)]):
+        assert float(seconds(tp=float(tp), dp=float(dp))) == pytest.approx(float(many[i]))
