@@ -9,6 +9,7 @@ else merely waits, however long their own timeouts say they have.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from trainsys.errors import UserError
 from trainsys.profiler.hang.dumps import Dump, Operation, load_content, parse_dump
 from trainsys.profiler.hang.report import HangReport, Mismatch, Root, Waiter
 
-_SIZES_MAY_DIFFER = ("all_to_all", "alltoall", "gather", "scatter", "send", "recv", "allgatherv", "coalesced")
+# A root's part of a gather or scatter is not its peers'; an all-gather's or reduce-scatter's is.
+_SIZES_MAY_DIFFER = re.compile(r"all_?to_?all|(?<!all_)(?<!all)gather|(?<!reduce_)(?<!reduce)scatter|send|recv|coalesced")
 
 
 def analyse_dumps(paths: list[Path]) -> HangReport:
@@ -159,7 +161,7 @@ def _mismatches(dumps: dict[int, Dump], wait: Wait) -> list[Mismatch]:
         for o in dump.operations:
             if o.p2p or len(wait.groups.get(o.group, ("", ()))[1]) < 2:
                 continue
-            loose = any(word in o.name for word in _SIZES_MAY_DIFFER)
+            loose = _SIZES_MAY_DIFFER.search(o.name)
             text = o.name.split(":", 1)[-1] + ("" if loose else f" {o.shape}")
             seen.setdefault((o.group, o.sequence), {}).setdefault(text, []).append(rank)
     found = [Mismatch(g, s, v) for (g, s), v in sorted(seen.items()) if len(v) > 1]

@@ -8,8 +8,7 @@ from typing import Any
 _LIBRARY = re.compile(
     r"site-packages|dist-packages|/torch/|<frozen|<string>|importlib|/usr/local/src/|/croot/|/lib/python3\.\d+/(?!site)"
 )
-_BACKWARD = re.compile(r"(\w+Backward\w*)::apply")
-_C_FILE = (".c", ".cpp", ".h", ".o", ".cc")
+_BACKWARD = re.compile(r"(\w+)::apply")
 
 
 class Stacks:
@@ -34,7 +33,7 @@ def _name(frames: list[dict[str, Any]]) -> tuple[str, str, str]:
     files = [str(f.get("filename", "")) for f in frames]
     names = [str(f.get("name", "")) for f in frames]
     own = next((i for i, f in enumerate(files) if f.endswith(".py") and not _LIBRARY.search(f)), None)
-    backward = next((m[1] for n in names if (m := _BACKWARD.search(n))), "")
+    backward = next((m[1] for n in names if "Backward" in n and (m := _BACKWARD.search(n))), "")
     optimizer = any("/optim/" in f or "optimizer" in f.lower() for f in files)
     if own is not None:
         where = f"{_short(files[own])}:{frames[own].get('line')} in {names[own]}"

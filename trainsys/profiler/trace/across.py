@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainsys.hardware import Device
 from trainsys.profiler.straggler import Straggler, find_stragglers
 from trainsys.profiler.trace.commlist import CommList
 from trainsys.profiler.trace.matching import SYNCHRONISING, Matched, align_clocks, match
+
+if TYPE_CHECKING:
+    from trainsys.hardware import Device
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -29,8 +28,8 @@ KINDS = {
 for _name in ("kernel", "memcpy", "memset", "runtime", "operator"):
     KINDS[_name.capitalize()] = KINDS[_name]
 
+_ACTIVITY = {"kernel": col.KERNEL, "Kernel": col.KERNEL, "gpu_memset": col.MEMSET, "memset": col.MEMSET, "Memset": col.MEMSET}
 _NOTE_PREFIXES = ("ProfilerStep", "enumerate(DataLoader)", "nccl:", "gloo:", "mpi:", "ucc:", "c10d::", "Optimizer.")
-_RECOMPUTE = ("recompute_fn", "CheckpointFunctionBackward", "checkpoint.py")
 
 
 class Args(Struct, gc=False):
@@ -56,6 +55,22 @@ class Args(Struct, gc=False):
     sequence: int = key(name="Seq", default=-1)
 
 
+class CallArgs(Struct, gc=False):
+    """All that is read of a runtime call's arguments: there are more of these than of anything else kept."""
+
+    correlation: int = -1
+
+
+class _Flags(dict[str, int]):
+    """Whether an operator is counted (1) or noted (2), worked out once a name."""
+
+    def __missing__(self, name: str) -> int:
+        noted = name.startswith(_NOTE_PREFIXES)
+        self[name] = flag = 1 if name in COUNTED else 2 if noted else 0
+        return flag
+
+
+_CALL_ARGS = msgspec.json.Decoder(list[CallArgs])
 _ARGS = msgspec.json.Decoder(list[Args])
 _ARGS_LAX = msgspec.json.Decoder(Args, strict=False)
 _NO_ARGS = Args()
@@ -74,7 +89,7 @@ class Collector:
         self._busy: list[Spans] = []
         self._low, self._high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
         self._per_unit = 0
-        self._skipped: Counter[str] = Counter()
+        self._flags = _Flags()
 
     def add(self, events: list[AnyEvent]) -> bool:
         """Keep what matters of a chunk. False where its times need decoding as decimals first."""
@@ -152,15 +167,17 @@ class Collector:
         if not bucket:
             return
         args = self._args(bucket)
-        kinds = {"kernel": col.KERNEL, "Kernel": col.KERNEL, "gpu_memset": col.MEMSET, "memset": col.MEMSET,
-                 "Memset": col.MEMSET}  # fmt: skip
-        device = [a.device if a.device >= 0 else _number(e.pid) for a, e in zip(args, bucket, strict=True)]
-        stream = [a.stream if a.stream >= 0 else _number(e.tid) for a, e in zip(args, bucket, strict=True)]
+        kinds = _ACTIVITY
+        device, stream = [a.device for a in args], [a.stream for a in args]
+        if min(device) < 0:
+            device = [d if d >= 0 else _number(e.pid) for d, e in zip(device, bucket, strict=True)]
+        if min(stream) < 0:
+            stream = [s if s >= 0 else _number(e.tid) for s, e in zip(stream, bucket, strict=True)]
         columns = [
             [kinds.get(e.cat, col.MEMCPY) for e in bucket], device, stream,
             [a.correlation for a in args],
             [a.external if a.external >= 0 else a.external_old for a in args],
-            [a.bytes for a in args], [a.graph for a in args], [self._comm_meta(a) for a in args],
+            [a.bytes for a in args], [a.graph for a in args], [-1 if a.op is None and a.group is None and a.group_size < 0 else self._comm_meta(a) for a in args],
         ]  # fmt: skip
         self._parts["device"].append(
             [start, end, self._name_ids(bucket), *(np.array(c, np.int64) for c in columns)]
@@ -181,8 +198,11 @@ class Collector:
 
     def _runtime(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
         if bucket:
-            correlation = np.array([a.correlation for a in self._args(bucket)], np.int64)
-            self._keep("runtime", bucket, start, end, correlation)
+            try:
+                args = _CALL_ARGS.decode(b"[" + b",".join([e.args or b"{}" for e in bucket]) + b"]")
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                args = self._args(bucket)
+            self._keep("runtime", bucket, start, end, np.array([a.correlation for a in args], np.int64))
 
     def _keep(self, part: str, bucket: list[AnyEvent], start: Ints, end: Ints, extra: Ints | None = None) -> None:
         if extra is None:
@@ -195,11 +215,12 @@ class Collector:
         self._busy.append(union(start, end))
         if len(self._busy) == _MERGE_EVERY:
             self._busy = [merge(*self._busy)]
-        names = [e.name for e in bucket]
-        counted = [i for i, name in enumerate(names) if name in COUNTED]
+        flags = self._flags
+        kept = [(i, flag) for i, e in enumerate(bucket) if (flag := flags[e.name])]
+        counted = [i for i, flag in kept if flag == 1]
         if counted:
             self._counted([bucket[i] for i in counted], start[counted], end[counted])
-        noted = [i for i, name in enumerate(names) if name.startswith(_NOTE_PREFIXES) or name in _RECOMPUTE]
+        noted = [i for i, flag in kept if flag == 2]
         if noted:
             self._keep("notes", [bucket[i] for i in noted], start[noted], end[noted])
 

@@ -135,6 +135,10 @@ class EventDecoder:
         return None
 
 
+DEEPEST = 500
+"""Nesting past which text is taken for damage; the decoder gives up at about a thousand."""
+
+
 @dataclass(slots=True)
 class Separated:
     """Whole ``{...}`` objects from the begin of a text, and how far they go."""
@@ -159,6 +163,9 @@ def separate(text: bytes) -> Separated:
             if not opened:
                 begin = token.start()
             opened.append(c)
+            if len(opened) > DEEPEST:
+                out.damaged = True
+                return out
         elif c == 0x7D or c == 0x5D:
             if not opened:
                 out.close, out.damaged = token.start(), c == 0x7D

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainsys.errors import UserError
-from trainsys.hardware import Device, lookup
 from trainsys.profiler.hang import analyse_dumps
 from trainsys.profiler.memory_snapshot import analyse_snapshot
 from trainsys.profiler.trace.across import compare_ranks, waits_by_start
 from trainsys.profiler.trace.analyse import Analysed, Options, analyse_file, load, waits_of
+from trainsys.profiler.trace.commlist import CommList
 from trainsys.profiler.trace.critical import critical_path
 from trainsys.profiler.trace.kinds import Inputs, sort_inputs
 from trainsys.profiler.trace.report import Report, Unread, to_json
@@ -32,6 +32,7 @@ def analyse(
     workers: int | None = None,
     options: Options | None = None,
     critical: bool = True,
+    device: str | None = None,
     model: ModelConfig | None = None,
     seq_len: int | None = None,
     tokens_per_step: int | None = None,
@@ -44,26 +45,32 @@ def analyse(
     options = options or Options()
     inputs = sort_inputs(paths)
     report = Report(unread=[Unread(str(p), why) for p, why in inputs.unread])
-    comms = {}
+    comms: dict[int, CommList] = {}
+    memory: dict[int, int] = {}
     for result in _each(inputs.traces, options, workers):
         if isinstance(result, Unread):
             report.unread.append(result)
             continue
         rank = _free_rank(result, set(comms))
-        comms[rank] = result.comms
+        comms[rank], memory[rank] = result.comms, result.device_memory
         report.ranks.append(result.report)
     report.ranks.sort(key=lambda r: r.rank)
+    # The catalogue is imported after the workers are done: it would be copied into each of them.
+    from trainsys.profiler.trace.rates import add_model_mfu, add_peaks, common_device
+
+    for r in report.ranks:
+        add_peaks(r, memory[r.rank], device)
     if len(comms) > 1:
-        report.across = compare_ranks(comms, {r.rank: r.host for r in report.ranks}, _device(report, options))
+        report.across = compare_ranks(comms, {r.rank: r.host for r in report.ranks}, common_device(report))
     if critical and report.ranks:
         _critical(report, options, waits_by_start(comms) if len(comms) > 1 else {})
     _others(inputs, report)
     if not (report.ranks or report.hang or report.memory):
         raise UserError(_nothing(paths, report))
     if model is not None:
-        from trainsys.profiler.trace.modelmfu import add_model_mfu
-
-        add_model_mfu(report, model, seq_len, tokens_per_step, options)
+        if seq_len is None or tokens_per_step is None:
+            raise UserError("MFU by a model needs its sequence length and tokens a step: give --seq-len and --tokens")
+        add_model_mfu(report, model, seq_len, tokens_per_step)
     report.verdicts = judge(report)
     return report
 
@@ -101,12 +108,10 @@ def run(
     Raises:
         UserError: nothing could be read, or options that do not fit; one line.
     """
-    if model is not None and (seq_len is None or tokens_per_step is None):
-        raise UserError("MFU by a model needs its sequence length and tokens a step too: give --seq-len and --tokens")
     limits = Limits(total_bytes=max_bytes) if max_bytes is not None else None
-    options = Options(limits, keep_truncated, lookup(device) if device else None)
-    report = analyse(paths, workers=workers, options=options, critical=critical, model=model, seq_len=seq_len,
-                     tokens_per_step=tokens_per_step)  # fmt: skip
+    options = Options(limits, keep_truncated)
+    report = analyse(paths, workers=workers, options=options, critical=critical, device=device, model=model,
+                     seq_len=seq_len, tokens_per_step=tokens_per_step)  # fmt: skip
     text = render(report)
     diff = None
     if against:
@@ -164,15 +169,6 @@ def _free_rank(result: Analysed, taken: set[int]) -> int:
         rank = next(r for r in range(len(taken) + 1) if r not in taken)
         result.report.rank = rank
     return rank
-
-
-def _device(report: Report, options: Options) -> Device | None:
-    """The device of all ranks, if they have one in common."""
-    names = {r.peak_device for r in report.ranks}
-    if options.device is not None or len(names) != 1:
-        return options.device
-    name = names.pop()
-    return lookup(name) if name else None
 
 
 def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]) -> None:

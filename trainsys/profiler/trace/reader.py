@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from typing import TypeVar
@@ -39,9 +40,16 @@ def _read(path: Path, limits: Limits | None, keep_truncated: bool, *, exact: boo
     splitter = Splitter(source, keep_truncated=keep_truncated)
     splitter.decoder.exact = exact
     collector = Collector(path, splitter.decoder)
-    for events in splitter:
-        if not collector.add(events):
-            return None
+    # Nothing here makes cycles, and hundreds of thousands of new objects a second keep the collector busy.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for events in splitter:
+            if not collector.add(events):
+                return None
+    finally:
+        if collecting:
+            gc.enable()
     trace = collector.finish()
     trace.n_events, trace.size_bytes = splitter.n_events, source.offset
     _header(trace, splitter.meta)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainsys.hardware import Device
-from trainsys.hardware.catalogue import DType
 from trainsys.profiler.trace.classify import COMM
 from trainsys.profiler.trace.columns import RankTrace
 from trainsys.profiler.trace.intervals import Ints
 from trainsys.profiler.trace.link import Launches, enclosing
 from trainsys.profiler.trace.opflops import ELEMENT_BYTES, MATMUL, flops, moved_bytes
+
+if TYPE_CHECKING:
+    from trainsys.hardware import Device
+    from trainsys.hardware.catalogue import DType
 
 _DTYPES: dict[str, DType] = {
     "c10::BFloat16": "bf16", "BFloat16": "bf16", "c10::Half": "fp16", "Half": "fp16", "float": "tf32",
@@ -63,9 +66,12 @@ def peak_of(device: Device | None, dtype: str) -> float | None:
 
 
 def products(
-    trace: RankTrace, kinds: Ints, launches: Launches, device: Device | None
+    trace: RankTrace, kinds: Ints, launches: Launches
 ) -> tuple[list[ProductRow], Work]:
-    """Group the counted operators by shape, with the time of the kernels they launched. Longest first."""
+    """Group the counted operators by shape, with the time of the kernels they launched. Longest first.
+
+    ``reachable`` and ``bound`` are left to :func:`with_roofline`, which needs the catalogue of devices.
+    """
     ops, activity = trace.ops, trace.device
     if not len(ops):
         return [], Work()
@@ -89,13 +95,20 @@ def products(
             continue
         moved = moved_bytes(name, dims, ELEMENT_BYTES.get(dtype, 0))  # type: ignore[arg-type]
         intensity = once / moved if moved else 0.0
-        peak = peak_of(device, dtype)
-        reachable = bound = None
-        if peak is not None and device is not None:
-            by_memory = intensity * device.memory.bandwidth_gb_s * 1e9 if moved else peak
-            reachable, bound = (by_memory, "memory") if by_memory < peak else (peak, "compute")
         text = " x ".join(str(list(d)) for d in dims if d)  # type: ignore[attr-defined]
         rows.append(ProductRow(name, text, dtype, len(members), once * len(members), ns, round(intensity, 2),
-                               reachable, bound))  # fmt: skip
+                               None, None))  # fmt: skip
     rows.sort(key=lambda r: (-r.time_ns, r.op, r.dims))
     return rows[:KEEP_SHAPES], Work(totals[True], totals[False], unlinked)
+
+
+def with_roofline(rows: list[ProductRow], device: Device) -> list[ProductRow]:
+    """The rows with what the device allows at each one's intensity; a dtype without a known peak is left as it is."""
+    out = []
+    for row in rows:
+        peak = peak_of(device, row.dtype)
+        if peak is not None:
+            by_memory = row.intensity * device.memory.bandwidth_gb_s * 1e9 if row.intensity else peak
+            row = replace(row, reachable=min(by_memory, peak), bound="memory" if by_memory < peak else "compute")
+        out.append(row)
+    return out
