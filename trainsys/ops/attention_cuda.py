@@ -72,7 +72,8 @@ def _flash_backward(
         unused,
         unused,
     )
-    return _collect(*grads, q.shape[2] // k.shape[2])
+    dq, dk, dv = grads
+    return _collect(dq, dk, dv, q.shape[2] // k.shape[2])
 
 
 def _bias(visible: Visible, q: Tensor, k_len: int) -> Tensor | None:
