@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -9,42 +10,67 @@ from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.data import Loader, build_source
 from trainsys.engines.native import NativeEngine
+from trainsys.launch.replan import replan
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
+from trainsys.resilience.drain import Drain
+from trainsys.resilience.session import Session
 from trainsys.train.process import Process, process
 from trainsys.train.report import Reporter
 
 
 def train(path: str, overrides: Sequence[str] = ()) -> int:
-    """Train ``path`` with ``overrides`` on the ranks the environment describes; 0 once all steps are done.
+    """Train ``path`` with ``overrides`` on the ranks the environment describes; 0 once all steps are done, or
+    once a run that was asked to stop is saved.
 
     Raises UserError for what the config, the data or the machine cannot serve.
     """
     cfg = load_run(path, overrides)
-    with process(cfg.train) as proc:
-        run(cfg, proc)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.resilience.elastic:
+        cfg = replan(cfg, world)
+    with Drain(cfg.checkpoint_folder, cfg.resilience.grace_s, rank) as drain:
+        try:
+            with process(cfg.train) as proc:
+                run(cfg, proc, drain)
+        except Exception as error:
+            drain.lost_peer(error)
+            raise
     return 0
 
 
-def run(cfg: RunConfig, proc: Process) -> None:
+def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
     """Set up and loop. The same global batches and the same loss whatever the layout."""
     started = time.perf_counter(), time.time()
     layout = Layout.resolve(cfg.parallel, proc.world)
     warnings = layout.validate(cfg.model, cfg.train, cfg.parallel)
     source = build_source(cfg)
+    session = Session(cfg, source, drain)
+    if session.complete:
+        return session.say_complete()
     mesh = Mesh(layout, proc.device)
     with (
-        Reporter(cfg, proc, layout, started, source.describe()) as reporter,
-        Loader(source, layout, proc.rank, cfg.train.micro_batch, prefetch=cfg.data.prefetch) as loader,
+        Reporter(cfg, proc, layout, started, session.data, session.first_step, session.attempt) as reporter,
+        session,
+        Loader(
+            source,
+            layout,
+            proc.rank,
+            cfg.train.micro_batch,
+            start_step=session.data_step,
+            prefetch=cfg.data.prefetch,
+        ) as loader,
     ):
         for text in warnings:
             reporter.warn(text)
         mesh.ledger.recorder = reporter.recorder
         engine = NativeEngine(cfg, mesh, reporter.recorder)
+        session.attach(engine, mesh, reporter)
         reporter.begin()
-        for step in range(cfg.train.steps):
+        while not session.over:
             with reporter.recorder.phase("data"):
                 data = next(loader)
-            result = engine.train_step(step, data)
-            reporter.end_step(step, data, result)
-        reporter.done()
+            result = engine.train_step(session.step, data, session.guard.judge, drain.requested)
+            reporter.end_step(session.step, data, result)
+            session.after(data, result)
+        reporter.done(session.stopped)

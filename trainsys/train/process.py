@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,20 @@ def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def agent_store(rank: int, world: int) -> dict[str, Any]:
+    """Arguments of ``init_process_group`` in the restarts of a torchrun that keeps its store for the ranks.
+
+    torch 2.13 finds in it what the attempt before has left there, and never connects; a prefix for each attempt
+    keeps them apart.
+    """
+    env = os.environ
+    count = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, is_master=False)
+    return {"store": dist.PrefixStore(f"trainsys/attempt{count}", store), "rank": rank, "world_size": world}
+
+
 @contextmanager
 def process(cfg: TrainConfig, timeout_s: float = 600.0) -> Iterator[Process]:
     """Join the world that torchrun describes in the environment; one process needs none."""
@@ -53,10 +68,13 @@ def process(cfg: TrainConfig, timeout_s: float = 600.0) -> Iterator[Process]:
     else:
         torch.set_num_threads(cfg.threads or max(1, usable_cores() // local_world))
     if world > 1:
+        # PyTorch's own record of collectives, which the watchdog dumps; it must be on before the first group.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         dist.init_process_group(
             # Telemetry gathers on the host even where training communicates on the device.
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_s),
+            **agent_store(rank, world),
             device_id=device if device.type == "cuda" else None,
         )
     yield Process(rank, world, local_rank, local_world, device)

@@ -41,6 +41,7 @@ class Reporter:
     """Owns the run's folder, recorder and sinks. Enter it before the engine is built.
 
     ``started``: (monotonic, wall) clocks at the start of the process's work, so that set-up is accounted for.
+    ``first_step``: where a resumed run goes on; ``attempt``: how often the job was started before.
     ``data``: what the source says of itself, for the run's record.
     """
 
@@ -51,6 +52,8 @@ class Reporter:
         layout: Layout,
         started: tuple[float, float],
         data: Mapping[str, Any],
+        first_step: int = 0,
+        attempt: int = 0,
     ) -> None:
         self.cfg, self.proc, self.layout = cfg, proc, layout
         self.run_dir = Path(
@@ -76,6 +79,8 @@ class Reporter:
             parameters=param_counts(cfg.model).total,
             dtype=cfg.train.dtype,
             steps=cfg.train.steps,
+            first_step=first_step,
+            attempt=attempt,
             seq_len=cfg.train.seq_len,
             global_batch=cfg.train.global_batch,
             micro_batch=cfg.train.micro_batch,
@@ -178,9 +183,11 @@ class Reporter:
                 self._shown.step, step_metrics(self._shown, window, tokens_seen=self._tokens_seen)
             )
 
-    def done(self) -> None:
-        """All steps are done: end the files, then print what they say."""
-        self._finish("done")
+    def done(self, stopped: str = "") -> None:
+        """The loop is over, before its last step if ``stopped`` says why: end the files, print what they say."""
+        if stopped:
+            self.warn(stopped)
+        self._finish("stopped" if stopped else "done", stopped)
 
     def __enter__(self) -> Reporter:
         return self

@@ -1,0 +1,230 @@
+"""One attempt of a run: from which step it goes on, when it saves, what it does about a bad step, when it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from trainsys import __version__
+from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.peers import PeerMemory
+from trainsys.checkpoint.ranks import Ranks
+from trainsys.checkpoint.resume import Found, find, load, refuse_other_run, rng_state
+from trainsys.checkpoint.saver import Progress, Saver
+from trainsys.config.run import RunConfig
+from trainsys.data import Source, StepData
+from trainsys.engines.base import Engine, StepResult
+from trainsys.layout import PLACED
+from trainsys.parallel.mesh import AXES, Mesh
+from trainsys.resilience.anomalies import Guard
+from trainsys.resilience.drain import Drain
+from trainsys.resilience.watchdog import Watchdog
+from trainsys.telemetry.recorder import Recorder
+
+
+def attempt() -> int:
+    """How often this job was started before: by torchrun after a failure, by Slurm after a requeue."""
+    env = os.environ
+    return int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(env.get("SLURM_RESTART_COUNT", 0))
+
+
+class Run(Protocol):
+    """What a session needs of the run's reporter."""
+
+    run_dir: Path
+    recorder: Recorder
+
+    def warn(self, text: str) -> None: ...
+
+
+class Session:
+    """What the loop asks: ``step`` and ``data_step`` come next, ``over`` ends it, ``after`` each step.
+
+    Made before the engine: it looks for a checkpoint to go on from and checks it whole. All ranks act alike.
+    """
+
+    def __init__(self, cfg: RunConfig, source: Source, drain: Drain) -> None:
+        self.cfg, self.drain, self.source = cfg, drain, source
+        self.ranks = Ranks()
+        self.folder = Folder(cfg.checkpoint_folder)
+        self.attempt = attempt()
+        self.data = source.describe()
+        self._memory = (
+            PeerMemory(cfg.checkpoint.memory_dir, cfg.checkpoint_folder, self.ranks)
+            if cfg.checkpoint.memory_every
+            else None
+        )
+        self.found: Found | None = find(
+            self.folder, cfg.checkpoint.resume, self.ranks, restarted=self.attempt > 0, memory=self._memory
+        )
+        self.step = self.data_step = 0
+        if self.found is not None:
+            refuse_other_run(self.found, cfg, self.data)
+            self.step, self.data_step = self.found.manifest.step, self.found.manifest.data_step
+        self.first_step = self.step
+        self.over = self.step >= cfg.train.steps
+        self.stopped = ""
+        """Why the run ends before its last step; empty: it does not."""
+        self.guard = Guard(cfg.resilience)
+        self.guard.at(self.step, self.data_step)
+        self.drain.saved_step = self.step if self.found else None
+        self._saver: Saver | None = None
+        self._dog: Watchdog | None = None
+
+    @property
+    def complete(self) -> bool:
+        """There was nothing left to do from the start."""
+        return self.first_step >= self.cfg.train.steps
+
+    def attach(self, engine: Engine, mesh: Mesh, run: Run) -> None:
+        """Bring the state back, and start what watches over the loop."""
+        self._engine, self._recorder, self._warn = engine, run.recorder, run.warn
+        run_dir = run.run_dir
+        cfg = self.cfg
+        if self.ranks.rank == 0:
+            self.folder.clean()
+            self.guard.file = run_dir / "anomalies.jsonl"
+        lineage = self.ranks.from_first(self.folder.lineage() if self._saves and self.ranks.rank == 0 else "")
+        self._saver = Saver(
+            cfg.checkpoint,
+            self.folder,
+            self.ranks,
+            lambda: [*engine.state(), *rng_state(self.ranks.rank)],
+            {
+                "lineage": lineage,
+                "run_id": run_dir.name,
+                "attempt": self.attempt,
+                "resumed_from": str(self.found.path) if self.found else "",
+                "engine": cfg.engine,
+                "layout": {axis: mesh.layout.size(axis) for axis in (*PLACED, "ep")},
+                "config": cfg.model_dump(mode="json"),
+                "data": self.data,
+                "versions": {"trainsys": __version__},
+            },
+            pinned=mesh.device.type == "cuda",
+            warn=run.warn,
+        )
+        self._saver.memory = self._memory
+        if self._memory is not None and self._memory.alone:
+            run.warn(
+                "checkpoint.memory_every: there is one node only, so copies in memory survive processes, not it"
+            )
+        if cfg.resilience.hang_timeout_s:
+            groups = {axis: mesh[axis].ranks for axis in AXES}
+            limits = cfg.resilience.hang_timeout_s, cfg.resilience.setup_timeout_s
+            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits)
+            mesh.ledger.recorder = self._dog.watch(run.recorder)
+            self._dog.start()
+        if self.found is not None:
+            self._restore(self.found)
+            self._saver.last_step = self.step
+
+    @property
+    def _saves(self) -> bool:
+        return bool(self.cfg.checkpoint.every or self.cfg.checkpoint.memory_every)
+
+    def say_complete(self) -> None:
+        """Tell that the run needs no more steps: a restart that came after the last save."""
+        if self.ranks.rank == 0:
+            print(
+                f"trainsys: {self.cfg.name} is complete: step {self.step} is in {self.folder.root}, and train.steps "
+                f"is {self.cfg.train.steps}; raise it to train on, or choose another name to start anew"
+            )
+
+    def after(self, data: StepData, result: StepResult) -> None:
+        """The step is done: act on what was wrong with it, save where that is due, stop where that was asked."""
+        self.drain.begin()
+        if self._dog is not None:
+            self._dog.beat(self.step)
+        self.data_step = data.step + 1
+        self.step += 1
+        loss = float(result.scalars[0])
+        if self.guard.last is not None:
+            self._act()
+        self.guard.at(self.step, self.data_step)
+        stop, last = bool(result.stop), self.step >= self.cfg.train.steps
+        self._save(loss, final=stop or last, forced=stop)
+        if stop and not last:
+            self.stopped = f"asked to stop at step {self.step}; it is saved"
+            self.drain.mark()
+        self.over = stop or last
+
+    def _act(self) -> None:
+        """An update was turned down: say so with its batch, end the run, or go back before it."""
+        bad = self.guard.last
+        assert bad is not None
+        samples = self.source.samples(bad.data_step, range(self.cfg.train.global_batch)).tolist()
+        self.guard.record(samples)
+        self.guard.check()
+        back = bad.action == "rollback" and self._roll_back()
+        done = (
+            f"back to step {self.step}, and on with batch {self.data_step}"
+            if back
+            else "its update is skipped"
+        )
+        self._warn(f"step {bad.step}: {bad.reason}; {done}")
+
+    def _roll_back(self) -> bool:
+        """State, step and history of the newest good checkpoint; the data goes on. False: there is none."""
+        assert self._saver is not None
+        with self._pause("rollback"):
+            self._saver.wait()
+            found = find(self.folder, "auto", self.ranks, restarted=True) if self._saver.last_step else None
+            if found is not None:
+                self._restore(found)
+                self.step = found.manifest.step
+        return found is not None
+
+    def _save(self, loss: float, *, final: bool, forced: bool) -> None:
+        assert self._saver is not None
+        every, memory_every = self.cfg.checkpoint.every, self.cfg.checkpoint.memory_every
+        disk = forced or bool(every and (final or self.step % every == 0))
+        disk = disk and self._saver.last_step != self.step
+        memory = bool(memory_every and self.step % memory_every == 0 and not final)
+        if disk or memory:
+            progress = Progress(
+                self.step, self.data_step, self._engine.updates, loss, list(self.guard.losses)
+            )
+            with self._pause("checkpoint"):
+                self._saver.save(progress, disk=disk, memory=memory)
+        if final:
+            with self._pause("checkpoint"):
+                self._saver.wait()
+        if self._saver.saved:
+            self.drain.saved_step = self._saver.saved[-1].step
+
+    def _restore(self, found: Found) -> None:
+        with self._patient():
+            load(found, self._engine, self.ranks)
+        self.guard.resume(found.manifest.recent_losses)
+        for note in found.notes:
+            self._warn(f"passed over a damaged checkpoint: {note}")
+        where = "memory of the nodes" if found.memory else str(found.path)
+        if self.ranks.rank == 0:
+            self._recorder.message("info", f"resumed from step {found.manifest.step} in {where}")
+
+    @contextmanager
+    def _pause(self, kind: str) -> Iterator[None]:
+        with self._recorder.stall(kind), self._patient():
+            yield
+
+    def _patient(self) -> AbstractContextManager[None]:
+        limit = self.cfg.resilience.setup_timeout_s
+        return nullcontext() if self._dog is None else self._dog.patient(limit)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._dog is not None:
+            self._dog.stop()
+        if self._saver is not None:
+            self._saver.close(abandon=error is not None)
+        if self._memory is not None and error is None and not self.stopped:
+            self._memory.clear()
