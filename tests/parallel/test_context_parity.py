@@ -114,7 +114,9 @@ def test_same_answer_as_one_process(case: Case, text: Path) -> None:
 def test_validate_refuses_by_flavour() -> None:
     """The table itself is tested in tests/context; here, that a run is refused by it, and warned."""
     cfg = Case("ulysses", 3).config(Path())
-    with pytest.raises(UserError, match=r"cp=3 ranks cannot share the 4 query heads.*\n.*seq_len=32 does not"):
+    with pytest.raises(
+        UserError, match=r"cp=3 ranks cannot share the 4 query heads.*\n.*seq_len=32 does not"
+    ):
         Layout(cp=3).validate(cfg.model, cfg.train, cfg.parallel)
     with pytest.raises(UserError, match="cannot share the 1 query heads"):  # what tp leaves
         Layout(cp=2, tp=4).validate(cfg.model.model_copy(update={"n_kv_heads": 4}), cfg.train, cfg.parallel)
