@@ -46,7 +46,7 @@ def test_help_lists_every_command_and_only_commands_that_exist(capsys: pytest.Ca
         ("launch R a.b=1 --on local --nproc 3 c.d=2 --dry-run", "trainsys.launch.local.launch",
          ["R", ["a.b=1", "c.d=2"], 3, True], {}),
         ("launch --on local R", "trainsys.launch.local.launch", ["R", [], None, False], {}),
-        ("explain D", "trainsys.telemetry.report.print_report", ["D"], {}),
+        ("explain D --html F", "trainsys.profiler.main.run_cli", ["D", "F", False], {}),
         ("bench matmul --dtype bf16 --processes 1 4", "trainsys.bench.matmul.run_cli",
          [["bf16"], [1, 4], 1.0, "cpu", None, False], {}),
         ("bench memory --json", "trainsys.bench.memory.run_cli", [[1], 1.0, "cpu", None, True], {}),
@@ -103,13 +103,13 @@ def test_several_mistakes_are_a_line_each(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("no"), 2)])
 def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with mock.patch("trainsys.telemetry.report.print_report", side_effect=error):
+    with mock.patch("trainsys.profiler.main.run_cli", side_effect=error):
         assert cli.main(["explain", "x"]) == code
 
 
 def test_a_defect_keeps_its_traceback() -> None:
     with (
-        mock.patch("trainsys.telemetry.report.print_report", side_effect=RuntimeError("defect")),
+        mock.patch("trainsys.profiler.main.run_cli", side_effect=RuntimeError("defect")),
         pytest.raises(RuntimeError, match="defect"),
     ):
         cli.main(["explain", "x"])

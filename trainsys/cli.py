@@ -84,11 +84,17 @@ def _flops(args: argparse.Namespace) -> None:
     run_cli(args.run, args.overrides, args.json)
 
 
-@command("explain", "report on a run from its files", arg("run_dir", metavar="RUN_DIR"))
+@command(
+    "explain",
+    "where each percent of a run's time went, who lost it, what to change; from its files",
+    arg("run_dir", metavar="RUN_DIR"),
+    arg("--html", metavar="FILE", help="also write a page that needs no network"),
+    arg("--json", action="store_true", help="print as JSON"),
+)
 def _explain(args: argparse.Namespace) -> None:
-    from trainsys.telemetry.report import print_report
+    from trainsys.profiler.main import run_cli
 
-    print_report(args.run_dir)
+    run_cli(args.run_dir, args.html, args.json)
 
 
 BENCH = (

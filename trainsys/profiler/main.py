@@ -1,0 +1,38 @@
+"""``trainsys explain``: a run folder in; terminal, JSON and HTML out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from trainsys.errors import UserError
+from trainsys.profiler.explain import explain_table, to_json
+from trainsys.profiler.page import page
+from trainsys.profiler.steps import load_steps
+from trainsys.profiler.terminal import print_explanation
+from trainsys.telemetry.report import final_report
+from trainsys.telemetry.run_data import load_run
+
+
+def run_cli(run_dir: str | Path, html: str | None = None, json: bool = False) -> None:
+    """Print the report of ``run_dir`` (``json``: as JSON instead), and write it to ``html`` if that is given.
+
+    Raises UserError where there is no run, or ``html`` cannot be written.
+    """
+    run = load_run(run_dir)
+    explanation = explain_table(run, load_steps(run_dir, run.start, run.ranks))
+    if json:
+        print(to_json(explanation).decode())
+    else:
+        final_report(run)
+        console = Console(highlight=False)
+        print_explanation(explanation, console if console.is_terminal else None)
+    if html is None:
+        return
+    try:
+        Path(html).write_text(page(explanation), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html {html}: {error.strerror or error}") from error
+    if not json:
+        print(f"wrote {html}")

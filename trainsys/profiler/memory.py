@@ -1,0 +1,152 @@
+"""Memory by part: what the planner's model predicts beside what the run measured, and the parts sum to the peak.
+
+An allocator tells two totals that a prediction can be held against. What is allocated when a step has ended is
+resident: parameters, gradients, optimizer state. What the peak adds is transient: activations, logits, buffers,
+gathered parameters. What is reserved beyond the peak is fragmentation. On CPU there is the resident set alone, of
+which interpreter and libraries are a part that no formula gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from trainsys.config.run import RunConfig
+from trainsys.errors import UserError
+from trainsys.hardware import lookup
+from trainsys.planner.cases import RECOMPUTES, SCHEDULES
+from trainsys.planner.machine import from_device
+from trainsys.planner.memory import peak_memory
+from trainsys.planner.memory_constants import MemoryConstants, shipped_memory
+from trainsys.planner.space import KEYS, Job, config_name, to_cases
+from trainsys.profiler.steps import StepTable
+from trainsys.telemetry.events import RunStart
+
+RESIDENT = ("parameters", "gradients", "optimizer")
+TRANSIENT = ("activations", "logits", "buffers")
+# The arithmetic needs the shape of no particular device; this one's name is only a key of the catalogue.
+_ANY_DEVICE = "H100-SXM-80"
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """Bytes on the fullest rank. ``measured`` None: no counter tells this part alone."""
+
+    name: str
+    predicted: float | None
+    measured: float | None
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """``parts`` sum to ``peak``: ``shown(part)`` is measured where that is known, else predicted, and the last part,
+    ``other``, is what is left."""
+
+    rank: int
+    peak: float
+    predicted_total: float | None
+    capacity: float | None
+    parts: list[tuple[str, float]]
+    compared: list[MemoryPart]
+    reserved: float
+    leak_bytes_per_step: float
+    """Slope of memory at the ends of steps, 0 unless it grows beyond doubt."""
+    by_stage: dict[int, float]
+    """Highest peak of each pipeline stage."""
+    over_time: list[tuple[int, float, float]]
+    """(step, resident bytes, peak bytes) of the fullest rank, thinned."""
+    notes: list[str] = field(default_factory=list)
+
+
+def predict(cfg: RunConfig, start: RunStart) -> dict[str, float] | None:
+    """Bytes by part on the fullest rank (``planner.memory``); None where the planner does not know such a run."""
+    try:
+        machine = from_device(lookup(start.hardware or _ANY_DEVICE))
+        job = Job.of(cfg, machine, start.world)
+    except UserError:
+        return None
+    schedule = next((s for s in SCHEDULES if config_name(s) == cfg.parallel.pipeline.schedule), None)
+    policy = {"every_n": "half"}.get(cfg.recompute.policy, cfg.recompute.policy)
+    if schedule is None or policy not in RECOMPUTES:
+        return None
+    row = {
+        **start.layout, "micro_batch": cfg.train.micro_batch, "vpp": cfg.parallel.pipeline.virtual_stages or 1,
+        "schedule": SCHEDULES.index(schedule), "recompute": RECOMPUTES.index(policy),
+        "reshard": float(cfg.parallel.fsdp.reshard_after_forward),
+    }  # fmt: skip
+    if any(key not in row for key in KEYS):
+        return None
+    cases = to_cases(job, {key: np.array([float(row[key])]) for key in KEYS})
+    found = peak_memory(cases, _constants(start))
+    parts = {name: float(np.max(getattr(found, name))) for name in (*RESIDENT, *TRANSIENT)}
+    if start.dtype == "fp32":
+        parts["activations"] *= 2.0  # the model counts 16-bit activations
+    return parts
+
+
+def _constants(start: RunStart) -> MemoryConstants:
+    constants = shipped_memory()
+    # The context and libraries of a GPU; on CPU the interpreter stands under "other".
+    return constants if start.device_memory else replace(constants, overhead_bytes=0.0)
+
+
+def memory_report(table: StepTable, start: RunStart, cfg: RunConfig | None) -> MemoryReport | None:
+    """None for a run that told no memory."""
+    peak = table.memory.get("peak")
+    if peak is None or not peak.any():
+        return None
+    column = int(peak.max(axis=0).argmax())
+    high = float(peak[:, column].max())
+    allocated, reserved = table.memory["allocated"][:, column], table.memory["reserved"][:, column]
+    on_device = bool(allocated.any())
+    resident = float(np.median(allocated[allocated > 0])) if on_device else None
+    guess = predict(cfg, start) if cfg is not None else None
+    notes: list[str] = []
+    if guess is None:
+        notes.append("no prediction: the run's config is missing or the planner does not model it")
+    compared: list[MemoryPart] = []
+    parts: list[tuple[str, float]] = []
+    if guess is not None:
+        parts = _fill(guess, high, resident)
+        compared = [MemoryPart(name, guess[name], None) for name in (*RESIDENT, *TRANSIENT)]
+        if resident is not None:
+            compared.append(MemoryPart("resident between steps", sum(guess[n] for n in RESIDENT), resident))
+            compared.append(MemoryPart("transient at the peak", sum(guess[n] for n in TRANSIENT), high - resident))
+    elif resident is not None:
+        parts = [("resident between steps", resident), ("transient at the peak", high - resident)]
+    parts.append(("other", high - sum(v for _, v in parts)))
+    if not on_device:
+        notes.append("on CPU the peak is of the process's resident set: interpreter and libraries are under other")
+    held = allocated if on_device else table.memory["rss"][:, column]
+    stages = table.peers()
+    thin = np.unique(np.linspace(0, len(table.steps) - 1, min(300, len(table.steps))).astype(int))
+    return MemoryReport(
+        table.ranks[column], high, None if guess is None else sum(guess.values()),
+        float(start.device_memory) if start.device_memory else None, parts, compared,
+        float(reserved.max()), _leak(held), {int(s): float(peak[:, stages == s].max()) for s in np.unique(stages)},
+        [(int(table.steps[i]), float(held[i]), float(peak[i, column])) for i in thin], notes,
+    )  # fmt: skip
+
+
+def _fill(guess: dict[str, float], high: float, resident: float | None) -> list[tuple[str, float]]:
+    """Predicted parts, scaled down where they would exceed what was measured: never more than the peak."""
+    out: list[tuple[str, float]] = []
+    for names, room in ((RESIDENT, resident), (TRANSIENT, None if resident is None else high - resident)):
+        total = sum(guess[n] for n in names)
+        limit = room if room is not None else max(0.0, high - sum(v for _, v in out))
+        scale = min(1.0, limit / total) if total > 0 else 1.0
+        out += [(n, guess[n] * scale) for n in names]
+    return out
+
+
+def _leak(held: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
+    """Bytes a step: the slope between the thirds of the run, if the last third is above all of the first."""
+    x = held[len(held) // 5 :]  # caches and workspaces fill at first
+    third = len(x) // 3
+    if third < 10:
+        return 0.0
+    first, middle, last = x[:third], x[third : 2 * third], x[2 * third :]
+    grows = np.quantile(last, 0.1) > np.quantile(first, 0.9) and np.median(middle) > np.median(first)
+    slope = float(np.median(last) - np.median(first)) / (2 * third)
+    return slope if grows and slope * len(x) > 0.02 * float(np.median(first)) else 0.0

@@ -1,0 +1,88 @@
+"""Imbalance that is nobody's fault: rows of unequal cost, and stages of unequal size.
+
+A slow device is slow for every micro-batch alike. Rows of unequal length make a rank's own micro-batches differ,
+and do so in forward and backward together (Lin et al. 2025, "Understanding Stragglers in Large Model Training
+Using What-if Analysis", section 5.3: forward-backward correlation of 0.9 and above).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trainsys.profiler.steps import Floats, StepTable
+from trainsys.profiler.straggler import find_stragglers
+from trainsys.profiler.verdict import Verdict
+
+CORRELATION = 0.9
+VARIATION = 0.08
+"""Within-rank variation (standard deviation over mean) of micro-batch times that is more than noise."""
+LEAST_WAIT = 0.03
+MIN_PAIRS = 12
+
+
+def forward_backward(table: StepTable) -> tuple[float, float, int]:
+    """(correlation of forward with backward within ranks, within-rank variation, pairs).
+
+    Pairs are micro-batches, or whole steps where a step has one micro-batch.
+    """
+    pairs = [table.micro[r] for r in table.ranks if r in table.micro]
+    if not pairs and {"forward", "backward"} <= table.phases.keys():
+        forward, backward = table.phases["forward"], table.phases["backward"]
+        pairs = [(forward[:, i], backward[:, i]) for i in range(len(table.ranks))]
+    pairs = [(f, b) for f, b in pairs if len(f) >= 3 and f.mean() > 0 and b.mean() > 0]
+    if not pairs:
+        return 0.0, 0.0, 0
+    f = np.concatenate([a / a.mean() - 1 for a, _ in pairs])
+    b = np.concatenate([a / a.mean() - 1 for _, a in pairs])
+    spread = float(f.std())
+    if spread == 0 or b.std() == 0:
+        return 0.0, spread, len(f)
+    return float(np.corrcoef(f, b)[0, 1]), spread, len(f)
+
+
+def sequence_imbalance(table: StepTable, work: Floats, step_s: float) -> list[Verdict]:
+    """Ranks are late by turns, because of what is in their rows."""
+    late = work.max(axis=1) - np.median(work, axis=1)
+    cost = float(late.mean())
+    if cost < LEAST_WAIT * step_s:
+        return []
+    correlation, variation, pairs = forward_backward(table)
+    if pairs < MIN_PAIRS or correlation < CORRELATION or variation < VARIATION:
+        return []
+    return [Verdict(
+        "sequence", "rows of unequal length: a different rank is late in each step, by what is in its rows",
+        f"forward and backward of a micro-batch vary together (correlation {correlation:.2f}, variation "
+        f"{100 * variation:.0f}% within a rank); a slow device would be slow for all alike",
+        "balance rows over ranks by attention cost, or shorten the longest documents",
+        cost, cost / step_s, (), "compute", int(table.steps[0]),
+    )]  # fmt: skip
+
+
+def stage_imbalance(table: StepTable, work: Floats, alpha: float, step_s: float) -> list[Verdict]:
+    """A pipeline stage all of whose ranks work longer than those of other stages."""
+    stages = table.layout.pp
+    peers = table.peers()
+    if stages < 2 or len(np.unique(peers)) < stages:
+        return []
+    by_stage = np.stack([np.median(work[:, peers == s], axis=1) for s in range(stages)], axis=1)
+    out = []
+    for s in find_stragglers(by_stage, alpha=alpha, min_effect=0.05)[:1]:
+        rest = np.delete(by_stage, s.index, axis=1)
+        cost = float(np.median(by_stage[:, s.index] - rest.max(axis=1)))
+        if cost < 0.02 * step_s:
+            continue
+        ranks = tuple(r for r, p in zip(table.ranks, peers.tolist(), strict=True) if p == s.index)
+        # The head and the loss are on the last stage from the first step on; hardware becomes slow some time.
+        by_design = s.index == stages - 1 and s.since <= len(work) // 10
+        if by_design:
+            title = f"the last stage has too much: {100 * s.slowdown:.0f}% more work than the others (head and loss)"
+            advice = "give the last stage fewer layers, or more stages a rank (an interleaved schedule)"
+        else:
+            title = f"stage {s.index} of {stages} is slow: {100 * s.slowdown:.0f}% more work than the other stages"
+            advice = "all of its ranks are alike: look at what they share (node, switch), then at its layers"
+        mine, others = (1e3 * float(np.median(x)) for x in (by_stage[:, s.index], rest))
+        out.append(Verdict(
+            "stage", title, f"{mine:.1f} ms of work a step, the others {others:.1f} ms; z = {min(s.z, 999):.1f}",
+            advice, cost, cost / step_s, () if by_design else ranks, f"stage {s.index}", int(table.steps[s.since]),
+        ))  # fmt: skip
+    return out

@@ -1,0 +1,40 @@
+"""A finding about a run, and how sure one has to be to make it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ALPHA = 0.01
+"""Probability that a run without a fault gets any verdict about ranks, nodes, links or stages."""
+TESTS = 4
+"""Families of tests that share it: ranks, nodes, links, stages."""
+LEAST_SHARE = 0.01
+"""What costs less of a step is not worth a name."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What it is, what shows it, what to do; who, in which phase, since when, and what it costs everyone."""
+
+    kind: str
+    """rank, node, link, gc, sequence, stage."""
+    title: str
+    evidence: str
+    advice: str
+    cost_s: float
+    """Seconds a step that everyone would save without it."""
+    share: float
+    """Of the step time."""
+    ranks: tuple[int, ...]
+    """Empty: it is nobody's in particular."""
+    phase: str
+    """Of a rank or node: data, compute, forward, backward, optimizer, other; of a link: its axis."""
+    since: int
+    """First step that shows it."""
+    until: int | None = None
+    """Last step that showed it; None: to the end."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same finding in another window has the same key."""
+        return self.kind, self.ranks, self.phase
