@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from trainsys.config.model import ModelConfig
-from trainsys.config.run import ContextConfig, ParallelConfig, PipelineConfig, TrainConfig
+from trainsys.config.run import ContextConfig, ExpertConfig, ParallelConfig, PipelineConfig, TrainConfig
 from trainsys.context.refusals import Request, refusals, sequence_unit
 from trainsys.errors import UserError
 from trainsys.schedules.build import problems as schedule_problems
@@ -212,6 +212,7 @@ class Layout:
         """
         found = [
             *_model_problems(self, model),
+            *_expert_problems(self, parallel.expert),
             *_context_problems(self, model, parallel),
             *_pipeline_problems(self, model, train, parallel.pipeline),
             *_batch_problems(self, train, parallel),
@@ -265,6 +266,24 @@ def _model_problems(layout: Layout, model: ModelConfig) -> Iterator[str]:
         )
 
 
+def _expert_problems(layout: Layout, expert: ExpertConfig) -> Iterator[str]:
+    """What of the way to experts does not fit ep."""
+    inner = expert.node_ranks
+    if expert.dispatch == "flat":
+        if inner is not None:
+            yield (
+                f"parallel.expert.node_ranks={inner} is for dispatch=hierarchical; flat knows no nodes: leave it out"
+            )
+        return
+    works = [n for n in _divisors(layout.ep) if 1 < n < layout.ep]
+    if layout.ep > 1 and inner not in works:
+        choice = f"node_ranks can be {_listed(works)}" if works else "use dispatch=flat"
+        yield (
+            f"parallel.expert.dispatch=hierarchical cuts parallel.ep={layout.ep} into nodes of several ranks, "
+            f"but node_ranks={inner} does not; {choice}"
+        )
+
+
 def _context_problems(layout: Layout, model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     """What the context-parallel flavour cannot serve on the heads that tp leaves it."""
     tp = layout.tp
@@ -301,6 +320,13 @@ def _warnings(
     """What will run, but hardly as meant."""
     if layout.cp == 1 and parallel.context != ContextConfig():
         yield "parallel.context is set but parallel.cp=1: there is no context parallelism to configure"
+    if layout.ep == 1 and parallel.expert != ExpertConfig():
+        yield "parallel.expert is set but parallel.ep=1: every rank holds all experts and no row travels"
+    if model.moe is not None and model.moe.top_k == 1 and model.moe.norm_topk:
+        yield (
+            "model.moe.top_k=1 with norm_topk=true: the one gate is always 1, so the router learns from balancing "
+            "alone; set norm_topk=false"
+        )
     if cluster is not None and layout.tp > 1:
         node = cluster.gpus_per_node
         if layout.tp > node:

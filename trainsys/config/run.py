@@ -40,9 +40,9 @@ class ContextConfig(Strict):
 class PipelineConfig(Strict):
     """In which order the ranks of pp work; see docs/pipeline-parallel.md. Micro-batches follow from the batch."""
 
-    schedule: Literal[
-        "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev", "blockwise"
-    ] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev", "blockwise"] = (
+        "1f1b"
+    )
     virtual_stages: PositiveInt | None = Field(
         default=None, description="stages a rank holds; None: as many as the schedule is made for"
     )
@@ -52,6 +52,20 @@ class PipelineConfig(Strict):
     )
     gathered_stages: int = Field(
         default=2, ge=2, description="stages of a rank whose FSDP parameters are whole at the same time"
+    )
+
+
+class ExpertConfig(Strict):
+    """How rows travel to the ranks of ep; see docs/expert-parallel.md."""
+
+    dispatch: Literal["flat", "hierarchical"] = Field(
+        default="flat", description="hierarchical: all-to-all inside nodes, then between them"
+    )
+    node_ranks: PositiveInt | None = Field(
+        default=None, description="hierarchical: neighbouring ranks of ep that are on one node"
+    )
+    chunks: PositiveInt = Field(
+        default=1, description="parts of a micro-batch that travel while another one is computed"
     )
 
 
@@ -73,6 +87,7 @@ class ParallelConfig(Strict):
     fsdp: FsdpConfig = FsdpConfig()
     context: ContextConfig = ContextConfig()
     pipeline: PipelineConfig = PipelineConfig()
+    expert: ExpertConfig = ExpertConfig()
     bucket_mb: PositiveFloat = Field(
         default=25.0, description="MB of gradients in one all-reduce of replicated data parallelism"
     )

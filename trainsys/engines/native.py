@@ -12,11 +12,13 @@ from trainsys.config.run import RunConfig
 from trainsys.data.loader import StepData
 from trainsys.data.packing import Batch
 from trainsys.engines.base import Judge, LocalTensor, StepResult
+from trainsys.models.shards import ShardSpec
 from trainsys.ops.loss import cross_entropy_sum
 from trainsys.optim.adamw import LocalAdamW
 from trainsys.optim.local import local, local_grad
 from trainsys.optim.norm import clip_, square_sum
 from trainsys.optim.schedule import learning_rate
+from trainsys.parallel.expert.balance import ExpertBalance
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.parallelize import ParallelModel, parallelize
 from trainsys.parallel.pipeline.model import PipelineModel
@@ -35,6 +37,8 @@ class NativeEngine:
             self.model = PipelineModel(cfg, mesh, self._loss, recorder)
         else:
             self.model = parallelize(cfg, mesh)
+        parts = self.model.parts.values() if isinstance(self.model, PipelineModel) else [self.model]
+        self.experts = ExpertBalance((part.module for part in parts), mesh["loss"])
         self.optimizer = LocalAdamW(self.model.named_parameters(), cfg.optim)
         # Over which ranks the vocabulary of the logits is split.
         self._vocab = mesh["tp"] if cfg.parallel.loss_parallel and mesh["tp"].size > 1 else None
@@ -45,6 +49,7 @@ class NativeEngine:
     ) -> StepResult:
         phase = self.recorder.phase
         self.model.zero_gradients()
+        self.experts.begin_step()
         self._tokens_global = data.valid_tokens_global
         if isinstance(self.model, PipelineModel):
             nll_sum = self.model.run([self._inputs(self.model, batch) for batch in data.micro_batches])
@@ -62,6 +67,7 @@ class NativeEngine:
                 applied = judge(float(totals[0]), float(totals[1]))
             if applied:
                 self.optimizer.step(lr)
+                self.experts.update()
         return StepResult(totals[:2], lr, totals[2], applied)
 
     def _accumulate(self, model: ParallelModel, data: StepData) -> Tensor:
@@ -126,6 +132,8 @@ class NativeEngine:
             yield weight
             for moment, data in self.optimizer.state(weight.name).items():
                 yield LocalTensor(f"{weight.name}@{moment}", data, weight.place)
+        for name, bias in self.experts.state():
+            yield LocalTensor(name, bias, ShardSpec.whole(bias.shape))
 
     @property
     def updates(self) -> int:

@@ -1,7 +1,8 @@
 """Fully sharded data parallelism (ZeRO-3 or ZeRO-2) with torch's FSDP2, over dp_shard × cp.
 
 Gradients are summed, never averaged: the loss is already divided by the tokens of the whole global batch.
-With dp_replicate > 1 (HSDP) a hook sums each reduced shard over the replicas.
+With dp_replicate > 1 (HSDP) a hook sums each reduced shard over the replicas. With ep > 1 a rank's experts are
+sharded over the ranks that have the same ones (``expert_fsdp``), and left alone where there is no other.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from trainsys.comm import ops
 from trainsys.comm.group import AxisGroup
 from trainsys.config.run import FsdpConfig
 from trainsys.models.decoder import Decoder
+from trainsys.models.moe import MoE
 from trainsys.parallel.mesh import Mesh
 
 
@@ -73,34 +76,65 @@ class _CountedReduceScatter(_Counted):
 
 
 def apply_fsdp(model: Decoder, mesh: Mesh, cfg: FsdpConfig, compute_dtype: torch.dtype) -> list[FSDPModule]:
-    """Shard every block, and embedding, final norm and head together, over the ``fsdp`` axis.
+    """Shard every block, and embedding, final norm and head together, over the ``fsdp`` axis; with ep > 1 the
+    experts of a block are a unit of their own.
 
-    Parameters and reductions are fp32, gathered copies are of ``compute_dtype``. Returns the units in the
-    order of forward; the root comes first and its parameters stay gathered from forward to backward.
+    Parameters and reductions are fp32, gathered copies are of ``compute_dtype``. Returns the units: the root comes
+    first and its parameters stay gathered from forward to backward, then blocks in the order of forward, then
+    experts.
     """
     options: dict[str, Any] = {
-        "mesh": mesh.device_mesh("fsdp"),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         ),
     }
+    own: dict[int, FSDPModule] = {}
+    whole: set[nn.Parameter] = set()
+    if mesh["ep"].size > 1:
+        experts = {i: b.ffn.experts for i, b in enumerate(model.layers.values()) if isinstance(b.ffn, MoE)}
+        if mesh["expert_fsdp"].size > 1:
+            over = {"mesh": mesh.device_mesh("expert_fsdp"), "shard_placement_fn": _even(mesh["expert_fsdp"])}
+            own = {
+                i: fully_shard(e, reshard_after_forward=cfg.reshard_after_forward, **over, **options)
+                for i, e in experts.items()
+            }
+        else:
+            whole = {p for e in experts.values() for p in e.parameters()}
+    options["mesh"] = mesh.device_mesh("fsdp")
+    options["ignored_params"] = whole
+    options["shard_placement_fn"] = _even(mesh["fsdp"])
     blocks = [
         fully_shard(block, reshard_after_forward=cfg.reshard_after_forward, **options)
         for block in model.layers.values()
     ]
     root = fully_shard(model, **options)
     for unit in (root, *blocks):
-        _count_and_sum(unit, mesh)
+        _count_and_sum(unit, mesh, "fsdp")
+    for unit in own.values():
+        _count_and_sum(unit, mesh, "expert_fsdp")
     for i, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + cfg.prefetch])
-        block.set_modules_to_backward_prefetch(blocks[max(0, i - cfg.prefetch) : i][::-1])
-    return [root, *blocks]
+        # A block's own experts are needed before the next block, and in backward before its own attention.
+        mine = [own[i]] if i in own else []
+        block.set_modules_to_forward_prefetch([*mine, *blocks[i + 1 : i + 1 + cfg.prefetch]])
+        block.set_modules_to_backward_prefetch([*mine, *blocks[max(0, i - cfg.prefetch) : i][::-1]])
+    return [root, *blocks, *own.values()]
 
 
-def _count_and_sum(unit: FSDPModule, mesh: Mesh) -> None:
-    group, replicas = mesh["fsdp"], mesh["dp_replicate"]
+def _even(group: AxisGroup) -> Callable[[nn.Parameter], Shard | None]:
+    """Along which dim: the first, but for stacked experts the first that the ranks share evenly."""
+
+    def place(param: nn.Parameter) -> Shard | None:
+        if param.dim() < 3:
+            return None
+        return next((Shard(d) for d in range(param.dim()) if param.shape[d] % group.size == 0), None)
+
+    return place
+
+
+def _count_and_sum(unit: FSDPModule, mesh: Mesh, axis: str) -> None:
+    group, replicas = mesh[axis], mesh["dp_replicate"]
     unit.set_custom_all_gather(_CountedAllGather(group))
     unit.set_custom_reduce_scatter(_CountedReduceScatter(group))
     unit.set_gradient_divide_factor(1.0)

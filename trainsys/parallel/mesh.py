@@ -11,7 +11,7 @@ from trainsys.comm.ledger import Ledger
 from trainsys.layout import Axis, Layout
 
 # Axes that get a process group of their own. `fsdp` is dp_shard × cp, over which parameters are sharded.
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "fsdp", "loss")
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "expert_fsdp", "fsdp", "loss")
 
 
 class Mesh:

@@ -2,12 +2,13 @@
 
 0. the pipeline stage                drops what other stages hold
 1. tensor and sequence parallelism   slices parameters, so it comes before anything wraps them
-2. context parallelism               replaces the attention core, on the heads that are left
-3. recomputation                     inside FSDP's hooks, so that a recomputed block is gathered once
-4. torch.compile, one block at a time
-5. FSDP over dp_shard × cp           shards what is left of each parameter
-6. materialise and initialise        each rank fills only what it holds
-7. replicated data parallelism       buckets need the real gradients
+2. expert parallelism                keeps some experts, of the width that is left
+3. context parallelism               replaces the attention core, on the heads that are left
+4. recomputation                     inside FSDP's hooks, so that a recomputed block is gathered once
+5. torch.compile, one block at a time
+6. FSDP over dp_shard × cp           shards what is left of each parameter
+7. materialise and initialise        each rank fills only what it holds
+8. replicated data parallelism       buckets need the real gradients
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from trainsys.comm import ops
 from trainsys.config.run import RunConfig
@@ -28,6 +30,7 @@ from trainsys.models.init import init_weights
 from trainsys.models.shards import ShardSpec
 from trainsys.optim.local import local_grad
 from trainsys.parallel.context.core import SequenceCut, apply_context_parallel
+from trainsys.parallel.expert.apply import apply_expert_parallel
 from trainsys.parallel.fsdp import apply_fsdp
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.pipeline.cut import keep_part, pass_hidden
@@ -75,10 +78,12 @@ class ParallelModel:
             torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
 
     def zero_gradients(self) -> None:
+        held = set()
         if self.buckets is not None:
             self.buckets.zero()
-        else:
-            for p in self.module.parameters():
+            held = self.buckets.held
+        for p in self.module.parameters():
+            if p not in held:
                 p.grad = None
 
 
@@ -99,6 +104,7 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
     )
     if part is not None:
         pass_hidden(model, part)
+    apply_expert_parallel(model, mesh, cfg, shards)
     apply_context_parallel(model, mesh, parallel.context, cfg.train.seq_len)
     apply_recompute(model, cfg.recompute)
     if cfg.train.compile:
@@ -107,6 +113,7 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
     units = apply_fsdp(model, mesh, parallel.fsdp, dtype) if mesh["fsdp"].size > 1 else []
     model.to_empty(device=mesh.device)
     # Ranks that differ only on these axes hold the same shard: replicas, and tp unless it splits the parameter.
+    # What ep splits, tp splits as well.
     copies = {
         name: layout.dp_replicate * (layout.tp if spec.local_shape == spec.full_shape else 1)
         for name, spec in shards.items()
@@ -114,8 +121,10 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
     init_weights(model, cfg.model, cfg.train.seed, shards)
     shards = {name: local_part(p, shards[name])[1] for name, p in model.named_parameters()}
     buckets = None
-    if not units and mesh["dp_replicate"].size > 1:
-        buckets = GradientBuckets(model.parameters(), mesh["dp_replicate"], parallel.bucket_mb)
+    # What FSDP does not hold, and so does not reduce: everything, or experts that no other rank of fsdp has.
+    plain = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    if plain and mesh["dp_replicate"].size > 1:
+        buckets = GradientBuckets(plain, mesh["dp_replicate"], parallel.bucket_mb)
     tp_partial = [
         p
         for name, p in model.named_parameters()

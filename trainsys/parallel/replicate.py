@@ -36,10 +36,13 @@ class GradientBuckets:
     def __init__(self, params: Iterable[nn.Parameter], group: AxisGroup, bucket_mb: float) -> None:
         self.group = group
         self.sync = True
+        params = list(params)
+        self.held = set(params)
+        """whose gradients live here"""
         self.buckets: list[_Bucket] = []
         current: list[nn.Parameter] = []
         size = 0
-        for p in reversed(list(params)):
+        for p in reversed(params):
             if current and size + nbytes(p) > bucket_mb * 1e6:
                 self.buckets.append(_Bucket(current))
                 current, size = [], 0

@@ -30,11 +30,14 @@ SPLIT_DIM = (
     (re.compile(r"(^|\.)(embed|head)\.weight$"), 0),
     (re.compile(r"\.attn\.w[qkv]\.(weight|bias)$"), 0),
     (re.compile(r"\.attn\.wo\.weight$"), 1),
-    (re.compile(r"\.ffn\.(w_gate|w_up)\.weight$"), 0),
-    (re.compile(r"\.ffn\.w_down\.weight$"), 1),
+    (re.compile(r"\.ffn\.(shared\.)?(w_gate|w_up)\.weight$"), 0),
+    (re.compile(r"\.ffn\.(shared\.)?w_down\.weight$"), 1),
+    (re.compile(r"\.ffn\.experts\.(w_gate|w_up)$"), 1),
+    (re.compile(r"\.ffn\.experts\.w_down$"), 2),
 )
 NORM = re.compile(r"(^|[._])norm\.(weight|bias)$")
 HEAD_NORM = re.compile(r"\.attn\.[qk]_norm\.weight$")
+ROUTER = re.compile(r"\.router\.weight$")
 
 
 def split_dim(name: str) -> int | None:
@@ -67,9 +70,12 @@ def slice_parameters(model: nn.Module, tp: AxisGroup) -> dict[str, ShardSpec]:
 def needs_tp_reduction(name: str, sequence_parallel: bool) -> bool:
     """Whether each tp rank computes only its part of this parameter's gradient.
 
-    With sequence parallelism every norm sees S/tp tokens; norms over head_dim always see H/tp heads.
+    With sequence parallelism every norm sees S/tp tokens; norms over head_dim always see H/tp heads. A router
+    sees every token, but scales what is one part of the experts' output.
     """
-    return bool(HEAD_NORM.search(name)) or (sequence_parallel and bool(NORM.search(name)))
+    return bool(HEAD_NORM.search(name) or ROUTER.search(name)) or (
+        sequence_parallel and bool(NORM.search(name))
+    )
 
 
 def apply_tensor_parallel(
