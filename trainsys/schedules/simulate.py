@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
-from trainsys.schedules.actions import Action, Op, Schedule
+from trainsys.schedules.actions import Action, Schedule
 
 PerStage = float | Sequence[float]
 """The same for every stage, or one a stage."""
@@ -25,7 +26,8 @@ class Times:
     backward_weight: PerStage = 1.0
     send: float = 0.0
 
-    def of(self, op: Op, stage: int) -> float:
+    def of(self, action: Action) -> float:
+        op, stage, _ = action
         if op == "B":
             return _at(self.backward_input, stage) + _at(self.backward_weight, stage)
         return _at({"F": self.forward, "I": self.backward_input, "W": self.backward_weight}[op], stage)
@@ -86,7 +88,16 @@ class Timeline:
         return most
 
 
-def simulate(schedule: Schedule, times: Times) -> Timeline:
+class Durations(Protocol):
+    """What `simulate` asks: `Times`, or say what each action was measured to take."""
+
+    @property
+    def send(self) -> float: ...
+
+    def of(self, action: Action) -> float: ...
+
+
+def simulate(schedule: Schedule, times: Durations) -> Timeline:
     """Start and end of every action."""
     spans: list[list[Span]] = [[] for _ in schedule.orders]
     ended: dict[Action, float] = {}
@@ -105,7 +116,7 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
                     remote = schedule.rank_of(need.stage) != rank
                     start = max(start, ended[need] + (times.send if remote else 0.0))
                 else:
-                    free[rank] = ended[action] = start + times.of(action.op, action.stage)
+                    free[rank] = ended[action] = start + times.of(action)
                     spans[rank].append(Span(action, start, free[rank]))
                     continue
                 break
