@@ -150,8 +150,14 @@ class OptimConfig(Strict):
 class RecomputeConfig(Strict):
     """Activation recomputation in backward."""
 
-    policy: Literal["none", "selective", "full", "every_n"] = "none"
+    policy: Literal["none", "selective", "selective++", "full", "every_n"] = Field(
+        default="none",
+        description="selective: attention; selective++: a block but its attention; full: all of each block",
+    )
     every_n: PositiveInt = Field(default=2, description="policy every_n: recompute each n-th layer")
+    stream_ffn: NonNegativeInt = Field(
+        default=0, description="positions of a row the feed-forward works on at a time; 0: all at once"
+    )
 
 
 class TrainConfig(Strict):
@@ -164,6 +170,9 @@ class TrainConfig(Strict):
         default="bf16", description="compute dtype; master weights and reductions are fp32"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    loss_chunk: NonNegativeInt = Field(
+        default=0, description="positions of a row whose logits exist at a time; 0: all at once"
+    )
     compile: bool = Field(default=False, description="torch.compile, one block at a time")
     threads: NonNegativeInt = Field(default=0, description="CPU threads a process; 0: cores / local ranks")
 

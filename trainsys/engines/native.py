@@ -13,6 +13,7 @@ from trainsys.data.loader import StepData
 from trainsys.data.packing import Batch
 from trainsys.engines.base import Judge, LocalTensor, StepResult
 from trainsys.models.shards import ShardSpec
+from trainsys.ops.chunked_loss import chunked_cross_entropy_sum
 from trainsys.ops.loss import cross_entropy_sum
 from trainsys.optim.adamw import LocalAdamW
 from trainsys.optim.local import local, local_grad
@@ -37,7 +38,8 @@ class NativeEngine:
             self.model = PipelineModel(cfg, mesh, self._loss, recorder)
         else:
             self.model = parallelize(cfg, mesh)
-        parts = self.model.parts.values() if isinstance(self.model, PipelineModel) else [self.model]
+        parts = list(self.model.parts.values()) if isinstance(self.model, PipelineModel) else [self.model]
+        self._headed = next((part.module for part in parts if part.module.head is not None), None)
         self.experts = ExpertBalance((part.module for part in parts), mesh["loss"])
         self.optimizer = LocalAdamW(self.model.named_parameters(), cfg.optim)
         # Over which ranks the vocabulary of the logits is split.
@@ -97,9 +99,16 @@ class NativeEngine:
                 )
             )
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is differentiated, the sum of nll)."""
-        loss, nll = cross_entropy_sum(logits, labels, z_loss=self.cfg.optim.z_loss, group=self._vocab)
+    def _loss(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is differentiated, the sum of nll) of logits, or with ``loss_chunk`` of hidden states."""
+        options = {"z_loss": self.cfg.optim.z_loss, "group": self._vocab}
+        if self.cfg.train.loss_chunk:
+            assert self._headed is not None
+            loss, nll = chunked_cross_entropy_sum(
+                out, self._headed.head_weight, labels, chunk=self.cfg.train.loss_chunk, **options
+            )
+        else:
+            loss, nll = cross_entropy_sum(out, labels, **options)
         # Divided by the tokens of the whole global batch, so that sums over ranks and micro-batches are the
         # gradient of the global mean whatever the layout.
         return loss / self._tokens_global, nll

@@ -63,11 +63,12 @@ def _recomputed(
     if recompute.policy == "selective":
         return model.n_layers * attention
     total = 0
+    keeps_attention = recompute.policy == "selective++"
     for layer in range(model.n_layers):
-        if not layer_is_recomputed(recompute, layer):
+        if not (keeps_attention or layer_is_recomputed(recompute, layer)):
             continue
         gemms = layer_gemms(model, layer)
-        total += attention + tokens * sum(g.flops_per_token for g in gemms)
+        total += (0 if keeps_attention else attention) + tokens * sum(g.flops_per_token for g in gemms)
         if early_stop and gemms[-1].component == "ffn":  # routed outputs are kept: routing weights scale them
             total -= tokens * gemms[-1].flops_per_token
     return total

@@ -84,6 +84,13 @@ class Decoder(nn.Module):
         assert self.head is not None, "this stage has no head"
         return self.head(hidden)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight ``[V, D]`` that the head multiplies by: its own, or the embedding's."""
+        holder = self.embed if isinstance(self.head, TiedHead) else self.head
+        assert holder is not None, "this stage has no head"
+        return holder.weight
+
     def _shared(self, positions: Tensor, doc_ids: Tensor | None, dtype: torch.dtype) -> Shared:
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = rope_tables(self.cfg.rope, self.cfg.dim_per_head, positions, wide)

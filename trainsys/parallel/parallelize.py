@@ -107,6 +107,9 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
     apply_expert_parallel(model, mesh, cfg, shards)
     apply_context_parallel(model, mesh, parallel.context, cfg.train.seq_len)
     apply_recompute(model, cfg.recompute)
+    if cfg.train.loss_chunk and model.head is not None:
+        # The loss multiplies by the head's weight itself; what TP hooks onto the head stays in force.
+        model.head.forward = lambda hidden, *weight: hidden  # type: ignore[method-assign]
     if cfg.train.compile:
         for block in model.layers.values():
             block.compile()
