@@ -67,7 +67,9 @@ def make_case(folder: Path, copies: int) -> int:
     """The copies, each with its rank; returns decompressed bytes in all."""
     raw = gzip.decompress(SHARED.read_bytes())
     for rank in range(copies):
-        text = re.sub(rb'"rank": 1, "world_size": 2', b'"rank": %d, "world_size": %d' % (rank, copies), raw, count=1)
+        text = re.sub(
+            rb'"rank": 1, "world_size": 2', b'"rank": %d, "world_size": %d' % (rank, copies), raw, count=1
+        )
         assert text != raw or rank == 1, "the rank was not found in the trace's header"
         (folder / f"rank{rank}.json.gz").write_bytes(gzip.compress(text, 6))
     return copies * len(raw)
@@ -105,7 +107,9 @@ def measure(python: str, code: str, folder: Path, script: Path) -> dict[str, flo
     log = script.with_suffix(".log")
     begin, peak = time.perf_counter(), 0.0
     with log.open("w") as out:
-        process = subprocess.Popen([python, str(script), str(folder)], stdout=out, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            [python, str(script), str(folder)], stdout=out, stderr=subprocess.STDOUT, env=environment
+        )
         while True:
             pid, status, used = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -118,8 +122,12 @@ def measure(python: str, code: str, folder: Path, script: Path) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hta-python", required=True, help="python of an environment with HolisticTraceAnalysis")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--hta-python", required=True, help="python of an environment with HolisticTraceAnalysis"
+    )
     parser.add_argument("--tracelens-python", help="python of an environment with AMD's TraceLens")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--copies", type=int, default=8)
@@ -127,7 +135,11 @@ def main() -> None:
     args = parser.parse_args()
     if not SHARED.exists():
         sys.exit(f"{SHARED} is not here: the benchmark needs the shared traces")
-    tools = {"hta": (args.hta_python, HTA), "trainsys_equal": (sys.executable, EQUAL), "trainsys_full": (sys.executable, FULL)}
+    tools = {
+        "hta": (args.hta_python, HTA),
+        "trainsys_equal": (sys.executable, EQUAL),
+        "trainsys_full": (sys.executable, FULL),
+    }
     if args.tracelens_python:
         tools["tracelens"] = (args.tracelens_python, TRACELENS)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in tools}
@@ -139,22 +151,29 @@ def main() -> None:
             for name, (python, code) in tools.items():
                 runs[name].append(measure(python, code, folder, Path(temporary) / f"run_{name}.py"))
                 print(turn, name, {k: round(v, 2) for k, v in runs[name][-1].items()}, flush=True)
-    median = {n: {k: round(statistics.median(r[k] for r in rows), 3) for k in rows[0]} for n, rows in runs.items()}
+    median = {
+        n: {k: round(statistics.median(r[k] for r in rows), 3) for k in rows[0]} for n, rows in runs.items()
+    }
     ours = median["trainsys_equal"]
     result = {
         "case": f"{args.copies} copies of df_index_resolver, {size / 1e6:.0f} MB of JSON",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "median": median,
         "runs": runs,
         "ratio": {
-            n: {"cpu": round(m["cpu_s"] / ours["cpu_s"], 2), "memory": round(m["peak_mib"] / ours["peak_mib"], 2)}
+            n: {
+                "cpu": round(m["cpu_s"] / ours["cpu_s"], 2),
+                "memory": round(m["peak_mib"] / ours["peak_mib"], 2),
+            }
             for n, m in median.items()
             if n in ("hta", "tracelens")
         },
         "command": "python profiling/trace_benchmark.py --hta-python PYTHON",
     }
     if "tracelens" not in tools:
-        result["tracelens"] = "not measured: AMD's TraceLens is not on PyPI (the package of that name is another project)"
+        result["tracelens"] = (
+            "not measured: AMD's TraceLens is not on PyPI (the package of that name is another project)"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"median": median, "ratio": result["ratio"]}, indent=1))

@@ -15,7 +15,9 @@ from trainsys.profiler.hang import analyse_dumps
 from trainsys.profiler.trace.main import run
 
 
-@pytest.mark.parametrize(("folder", "kind"), [("gpu_error_1st", "device_stalled"), ("lock_gil_1st", "never_arrived")])
+@pytest.mark.parametrize(
+    ("folder", "kind"), [("gpu_error_1st", "device_stalled"), ("lock_gil_1st", "never_arrived")]
+)
 def test_injected_ranks_and_no_others(shared, folder, kind):
     where = shared / "flight_recorder" / folder
     injected = [int(r) for r in re.findall(r"Rank (\d+),", (where / "fault_injection.log").read_text())]
@@ -34,10 +36,20 @@ def test_a_slow_but_running_job_is_no_hang(shared):
 
 
 def entry(i, group, seq, op="all_reduce", *, done=False, sizes=((4,),), pg=0, p2p=False, frames=None):
-    return {"record_id": i, "pg_id": pg, "process_group": (group, f"desc {group}"), "collective_seq_id": 0 if p2p else seq,
-            "p2p_seq_id": seq if p2p else 0, "profiling_name": f"nccl:{op}", "input_sizes": [list(s) for s in sizes],
-            "input_dtypes": ["Float"], "state": "completed" if done else "scheduled", "retired": done, "is_p2p": p2p,
-            "frames": frames or []}  # fmt: skip
+    return {
+        "record_id": i,
+        "pg_id": pg,
+        "process_group": (group, f"desc {group}"),
+        "collective_seq_id": 0 if p2p else seq,
+        "p2p_seq_id": seq if p2p else 0,
+        "profiling_name": f"nccl:{op}",
+        "input_sizes": [list(s) for s in sizes],
+        "input_dtypes": ["Float"],
+        "state": "completed" if done else "scheduled",
+        "retired": done,
+        "is_p2p": p2p,
+        "frames": frames or [],
+    }
 
 
 def dump(entries, groups, status=None):
@@ -47,9 +59,15 @@ def dump(entries, groups, status=None):
         enq, comp = done.get(n, (0, 0))
         s = e["collective_seq_id"]
         done[n] = (max(enq, s), max(comp, s) if e["state"] == "completed" else comp)
-    return {"version": "2.9", "pg_config": {g: {"name": g, "desc": f"desc {g}", "ranks": str(r)} for g, r in groups.items()},
-            "pg_status": {n: {"last_enqueued_collective": e, "last_started_collective": -1, "last_completed_collective": c}
-                          for n, (e, c) in (status or done).items()}, "entries": entries}  # fmt: skip
+    return {
+        "version": "2.9",
+        "pg_config": {g: {"name": g, "desc": f"desc {g}", "ranks": str(r)} for g, r in groups.items()},
+        "pg_status": {
+            n: {"last_enqueued_collective": e, "last_started_collective": -1, "last_completed_collective": c}
+            for n, (e, c) in (status or done).items()
+        },
+        "entries": entries,
+    }
 
 
 def judge(tmp_path, dumps, as_json=False):
@@ -64,8 +82,14 @@ WORLD = {"0": [0, 1, 2, 3]}
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_never_arrived_with_its_last_line(tmp_path, as_json):
-    frame = [{"name": "wrapper", "filename": "x/site-packages/torch/d.py", "line": 1}, {"name": "step", "filename": "train.py", "line": 42}]
-    dumps = {r: dump([entry(1, "0", 1, done=True, frames=frame)] + ([entry(2, "0", 2)] if r != 2 else []), WORLD) for r in range(4)}
+    frame = [
+        {"name": "wrapper", "filename": "x/site-packages/torch/d.py", "line": 1},
+        {"name": "step", "filename": "train.py", "line": 42},
+    ]
+    dumps = {
+        r: dump([entry(1, "0", 1, done=True, frames=frame)] + ([entry(2, "0", 2)] if r != 2 else []), WORLD)
+        for r in range(4)
+    }
     report = judge(tmp_path, dumps, as_json)
     assert [(r.rank, r.kind, r.where) for r in report.roots] == [(2, "never_arrived", "train.py:42 in step")]
     assert [w.rank for w in report.waiting] == [0, 1, 3]
@@ -87,7 +111,7 @@ def test_missing_dump(tmp_path):
 
 
 def test_blame_travels_along_the_chain(tmp_path):
-    """0 and 1 wait in tp for 1's pipeline receive from 3, which waits in its own tp for 2, which is nowhere."""
+    """0 waits in tp for 1, 1 in a receive for 3, 3 in its own tp for 2, and 2 is nowhere."""
     groups = {"0": [0, 1], "1": [2, 3], "2": [1, 3]}
     dumps = {
         0: dump([entry(1, "0", 5, pg=1)], groups),
@@ -103,7 +127,10 @@ def test_blame_travels_along_the_chain(tmp_path):
 def test_mismatched_collective(tmp_path):
     dumps = {r: dump([entry(1, "0", 1, "all_gather" if r == 1 else "all_reduce")], WORLD) for r in range(4)}
     report = judge(tmp_path, dumps)
-    assert report.mismatches[0].variants.keys() == {"all_gather [[4]] ['Float']", "all_reduce [[4]] ['Float']"}
+    assert report.mismatches[0].variants.keys() == {
+        "all_gather [[4]] ['Float']",
+        "all_reduce [[4]] ['Float']",
+    }
     assert "disagree at collective #1" in report.verdict
 
 
@@ -114,8 +141,10 @@ def test_mismatched_sizes(tmp_path):
 
 def test_ring_of_waiters(tmp_path):
     groups = {"a": [0, 1], "b": [0, 1]}
-    dumps = {0: dump([entry(1, "a", 1, pg=1), entry(2, "b", 1, pg=2)], groups),
-             1: dump([entry(1, "b", 1, pg=2), entry(2, "a", 1, pg=1)], groups)}  # fmt: skip
+    dumps = {
+        0: dump([entry(1, "a", 1, pg=1), entry(2, "b", 1, pg=2)], groups),
+        1: dump([entry(1, "b", 1, pg=2), entry(2, "a", 1, pg=1)], groups),
+    }
     report = judge(tmp_path, dumps)
     assert report.roots == []
     assert sorted(report.cycles[0]) == [0, 1]
@@ -132,11 +161,13 @@ def test_all_in_one_collective_is_the_networks(tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(st.sets(st.integers(0, 7), min_size=1, max_size=3), st.booleans(), st.integers(0, 2**31))
 def test_random_jobs_name_the_stopped_ranks_and_no_others(tmp_path_factory, stopped, stalled, seed):
-    """Ranks run a random schedule over tp and dp groups; some stop at random points; the rest run until they must wait."""
+    """A random schedule over tp and dp groups; some ranks stop at random points; the rest run until they must wait."""
     import random
 
     rng = random.Random(seed)
-    groups = {f"tp{i}": [2 * i, 2 * i + 1] for i in range(4)} | {f"dp{j}": list(range(j, 8, 2)) for j in range(2)}
+    groups = {f"tp{i}": [2 * i, 2 * i + 1] for i in range(4)} | {
+        f"dp{j}": list(range(j, 8, 2)) for j in range(2)
+    }
     schedule = [rng.choice(["tp", "dp"]) for _ in range(12)] + ["tp", "dp"] * 3
     stop = {r: rng.randrange(2, 12) for r in stopped}
 
@@ -146,7 +177,9 @@ def test_random_jobs_name_the_stopped_ranks_and_no_others(tmp_path_factory, stop
     enqueued = {r: (stop[r] if r in stop and not stalled else len(schedule)) for r in range(8)}
     finished = dict.fromkeys(range(8), 0)
     moved = True
-    while moved:  # an operation finishes on a rank once all members reach it; a stalled device reaches no further
+    while (
+        moved
+    ):  # an operation finishes on a rank once all members reach it; a stalled device reaches no further
         moved = False
         for r in range(8):
             i = finished[r]
@@ -176,7 +209,11 @@ def test_random_jobs_name_the_stopped_ranks_and_no_others(tmp_path_factory, stop
 def test_bad_dumps(tmp_path):
     good = dump([entry(1, "0", 1)], WORLD)
     good["entries"] += [{"record_id": "x"}, 5]
-    for name, data in (("dump_0", pickle.dumps(good)), ("dump_1", pickle.dumps(good)[:40]), ("dump_2", b"{]")):
+    for name, data in (
+        ("dump_0", pickle.dumps(good)),
+        ("dump_1", pickle.dumps(good)[:40]),
+        ("dump_2", b"{]"),
+    ):
         (tmp_path / name).write_bytes(data)
     report = analyse_dumps(sorted(tmp_path.iterdir()))
     assert report.ranks == [0]

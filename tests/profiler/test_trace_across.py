@@ -80,8 +80,17 @@ def commlist(starts, ends, ops=None, sizes=None, seq=None):
     ops = ops or ["all_reduce"] * n
     names = sorted(set(ops))
     key = GroupKey("0", "0:dp", "dp", ())
-    return CommList(np.array(starts), np.array(ends), np.zeros(n, np.int64), np.array([names.index(o) for o in ops]),
-                    np.array(sizes or [64] * n), np.array(seq or [-1] * n), [key], names, False)  # fmt: skip
+    return CommList(
+        np.array(starts),
+        np.array(ends),
+        np.zeros(n, np.int64),
+        np.array([names.index(o) for o in ops]),
+        np.array(sizes or [64] * n),
+        np.array(seq or [-1] * n),
+        [key],
+        names,
+        False,
+    )
 
 
 def test_sequence_numbers_match_where_order_would_not():
@@ -114,13 +123,17 @@ def test_clocks_of_hosts_are_recovered_through_overlapping_groups(offsets):
     left, right = GroupKey("a", "a", "dp", (0, 1)), GroupKey("b", "b", "dp", (1, 2))
     comms = {}
     for r, keys in ((0, [left]), (1, [left, right]), (2, [right])):
-        parts = [commlist(end - 500 + offsets[r] + i * 5000, end + offsets[r] + i * 5000) for i in range(len(keys))]
+        parts = [
+            commlist(end - 500 + offsets[r] + i * 5000, end + offsets[r] + i * 5000) for i in range(len(keys))
+        ]
         joined = parts[0]
         if len(parts) == 2:
             joined.start = np.concatenate([p.start for p in parts])
             joined.end = np.concatenate([p.end for p in parts])
             joined.key = np.repeat([0, 1], len(end))
-            joined.op, joined.size, joined.seq = (np.concatenate([getattr(p, k) for p in parts]) for k in ("op", "size", "seq"))
+            joined.op, joined.size, joined.seq = (
+                np.concatenate([getattr(p, k) for p in parts]) for k in ("op", "size", "seq")
+            )
         joined.keys = keys
         comms[r] = joined
     comms[2].start, comms[2].end = comms[2].start + 5000, comms[2].end + 5000
@@ -138,5 +151,7 @@ def test_one_host_has_one_clock():
 
 def test_bus_factors_are_nccl_tests():
     assert bus_factor("all_reduce", 8) == 2 * 7 / 8
-    assert bus_factor("all_gather", 8) == bus_factor("reduce_scatter", 8) == bus_factor("all_to_all", 8) == 7 / 8
+    assert (
+        bus_factor("all_gather", 8) == bus_factor("reduce_scatter", 8) == bus_factor("all_to_all", 8) == 7 / 8
+    )
     assert bus_factor("broadcast", 8) == bus_factor("send_recv", 2) == 1

@@ -53,7 +53,10 @@ def test_unchanged_replay_is_the_trace(tmp_path_factory, steps, layers, fill, da
     assert all(a <= b for a, b in zip(shorter, graph.end, strict=True))
 
 
-@pytest.mark.parametrize("pattern", ["hta/nccl_parser_config/*", "tracelens/*", "dlrm8_v100_8ranks/worker0*", "kineto_dataloader/383*"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["hta/nccl_parser_config/*", "tracelens/*", "dlrm8_v100_8ranks/worker0*", "kineto_dataloader/383*"],
+)
 def test_recorded_traces_replay_faithfully(shared, pattern):
     for path in glob.glob(str(shared / pattern)):
         loaded = load(path, Options())

@@ -19,8 +19,17 @@ from trainsys.profiler.trace.source import Limits
 
 
 def kernel(ts, dur, i=0, **extra):
-    return {"ph": "X", "cat": "kernel", "name": f"k{i % 3}", "pid": 0, "tid": 7, "ts": ts, "dur": dur,
-            "args": {"device": 0, "stream": 7, "correlation": i, "External id": i}, **extra}  # fmt: skip
+    return {
+        "ph": "X",
+        "cat": "kernel",
+        "name": f"k{i % 3}",
+        "pid": 0,
+        "tid": 7,
+        "ts": ts,
+        "dur": dur,
+        "args": {"device": 0, "stream": 7, "correlation": i, "External id": i},
+        **extra,
+    }
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -34,8 +43,10 @@ def us(ns: int) -> str:
 
 
 def with_times(times, base=0):
-    events = ",".join(json.dumps(kernel("TS", "DUR", i)).replace('"TS"', us(t)).replace('"DUR"', us(d))
-                      for i, (t, d) in enumerate(times))  # fmt: skip
+    events = ",".join(
+        json.dumps(kernel("TS", "DUR", i)).replace('"TS"', us(t)).replace('"DUR"', us(d))
+        for i, (t, d) in enumerate(times)
+    )
     return f'{{"baseTimeNanoseconds": {base}, "traceEvents": [{events}]}}'
 
 
@@ -52,8 +63,13 @@ def test_relative_times_are_exact_to_the_nanosecond(tmp_path_factory, times, bas
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1_700_000_000 * 10**9, 1_900_000_000 * 10**9), st.integers(0, 10**9)),
-                min_size=1, max_size=20))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(st.integers(1_700_000_000 * 10**9, 1_900_000_000 * 10**9), st.integers(0, 10**9)),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_epoch_times_with_decimals_are_exact_too(tmp_path_factory, times):
     """A double holds only quarter microseconds there: these must be decoded as decimals."""
     trace = read_trace(write(tmp_path_factory.mktemp("t") / "a.json", with_times(times)))
@@ -70,13 +86,19 @@ def test_nanosecond_timestamps_are_recognised_and_said(tmp_path):
 
 
 def test_whole_microseconds(tmp_path):
-    trace = read_trace(write(tmp_path / "a.json", json.dumps({"traceEvents": [kernel(1694128201429795, 17)]})))
+    trace = read_trace(
+        write(tmp_path / "a.json", json.dumps({"traceEvents": [kernel(1694128201429795, 17)]}))
+    )
     assert trace.device.start.tolist() == [1694128201429795000]
     assert trace.device.end.tolist() == [1694128201429812000]
 
 
-HEAD = {"schemaVersion": 1, "distributedInfo": {"rank": 5, "world_size": 8, "backend": "nccl"},
-        "deviceProperties": [{"id": 0, "name": "NVIDIA H100", "totalGlobalMem": 85}], "host_name": "n1"}  # fmt: skip
+HEAD = {
+    "schemaVersion": 1,
+    "distributedInfo": {"rank": 5, "world_size": 8, "backend": "nccl"},
+    "deviceProperties": [{"id": 0, "name": "NVIDIA H100", "totalGlobalMem": 85}],
+    "host_name": "n1",
+}
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -102,7 +124,10 @@ def test_any_key_order_and_layout(tmp_path, monkeypatch, indent, suffix, where):
 
 
 def test_traceevents_inside_metadata_is_not_the_array(tmp_path):
-    text = '{"metadata": {"traceEvents": [1, 2], "note": "\\"traceEvents\\": ["}, ' + json.dumps({"traceEvents": [kernel(1, 2)]})[1:]
+    text = (
+        '{"metadata": {"traceEvents": [1, 2], "note": "\\"traceEvents\\": ["}, '
+        + json.dumps({"traceEvents": [kernel(1, 2)]})[1:]
+    )
     assert len(read_trace(write(tmp_path / "a.json", text)).device) == 1
 
 
@@ -161,8 +186,16 @@ def test_wrong_types_are_dropped_and_counted(tmp_path):
 def test_old_categories_and_rank_from_the_name(tmp_path):
     old = kernel(10, 5)
     old.update(cat="Kernel", tid="stream 9", args={"correlation": 4, "external id": 2})
-    call = {"ph": "X", "cat": "Runtime", "name": "cudaLaunchKernel", "pid": 1, "tid": "1", "ts": 4, "dur": 2,
-            "args": {"correlation": 4}}  # fmt: skip
+    call = {
+        "ph": "X",
+        "cat": "Runtime",
+        "name": "cudaLaunchKernel",
+        "pid": 1,
+        "tid": "1",
+        "ts": 4,
+        "dur": 2,
+        "args": {"correlation": 4},
+    }
     trace = read_trace(write(tmp_path / "job_worker3.json", json.dumps({"traceEvents": [old, call]})))
     assert trace.rank == 3
     assert any("rank" in k for k in trace.said)

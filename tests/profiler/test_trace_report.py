@@ -53,7 +53,16 @@ def test_page_of_very_many_ranks_stays_under_a_megabyte(slow_job):
 
 
 def test_hostile_names_cannot_leave_the_script_element(tmp_path):
-    event = {"ph": "X", "cat": "kernel", "name": "</script><img src=x onerror=alert(1)><!--", "pid": 0, "tid": 7, "ts": 1, "dur": 2, "args": {}}
+    event = {
+        "ph": "X",
+        "cat": "kernel",
+        "name": "</script><img src=x onerror=alert(1)><!--",
+        "pid": 0,
+        "tid": 7,
+        "ts": 1,
+        "dur": 2,
+        "args": {},
+    }
     (tmp_path / "a.json").write_text(json.dumps({"traceEvents": [event]}))
     text = page(analyse([tmp_path / "a.json"]))
     assert "<img" not in text
@@ -65,11 +74,28 @@ def test_page_draws_in_a_browser(slow_job, tmp_path, shared):
     if browser is None:
         pytest.skip("no chromium here")
     run([slow_job[2], shared / "flight_recorder/lock_gil_1st"], html=tmp_path / "p.html")
-    out = subprocess.run([browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/p.html"],
-                         capture_output=True, text=True, timeout=60).stdout  # fmt: skip
+    out = subprocess.run(
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--dump-dom",
+            f"file://{tmp_path}/p.html",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
     sections = re.findall(r"<h2>([^<]*)</h2>", out)
-    for wanted in ("What is wrong, and what to do", "Hang", "Where the time went, by rank", "Waiting, rank by collective",
-                   "Critical path and what-if", "Kernels of rank 0"):  # fmt: skip
+    for wanted in (
+        "What is wrong, and what to do",
+        "Hang",
+        "Where the time went, by rank",
+        "Waiting, rank by collective",
+        "Critical path and what-if",
+        "Kernels of rank 0",
+    ):
         assert wanted in sections
 
 
@@ -78,7 +104,11 @@ def test_annotated_timeline_is_exact(slow_job, tmp_path):
     run([folder], perfetto=tmp_path / "p.json.gz")
     events = json.loads(gzip.decompress((tmp_path / "p.json.gz").read_bytes()))["traceEvents"]
     own = [e for e in events if e["pid"] == 1 and e["ph"] == "X"]
-    for cat, key in (("matmul", "matmul"), ("communication", "comm_exposed"), ("other_compute", "other_compute")):
+    for cat, key in (
+        ("matmul", "matmul"),
+        ("communication", "comm_exposed"),
+        ("other_compute", "other_compute"),
+    ):
         assert round(sum(e["dur"] for e in own if e["cat"] == cat) * 1000) == timeline.terms(1)[key]
     idle = [e for e in own if e["name"].startswith("idle: ")]
     assert round(sum(e["dur"] for e in idle) * 1000) == timeline.terms(1)["idle"]
@@ -121,7 +151,7 @@ def test_unknown_device_has_no_mfu(tmp_path):
     path.write_text(path.read_text().replace("NVIDIA H100 80GB HBM3", "Mystery 9000"))
     assert analyse([path]).ranks[0].mfu is None
     model = ModelConfig(name="tiny", n_layers=2, d_model=64, n_heads=4, d_ff=128, vocab=256)
-    with pytest.raises(UserError, match="Mystery 9000.*--device"):
+    with pytest.raises(UserError, match=r"Mystery 9000.*--device"):
         analyse([path], model=model, seq_len=8, tokens_per_step=8)
 
 
@@ -151,6 +181,8 @@ def test_files_with_the_same_rank_are_numbered(tmp_path):
 
 
 def test_nothing_imports_torch():
-    code = ("import sys, trainsys.profiler.trace.main, trainsys.profiler.trace.page, trainsys.profiler.trace.diff, "
-            "trainsys.profiler.trace.annotate, trainsys.profiler.straggler; sys.exit('torch' in sys.modules)")  # fmt: skip
+    code = (
+        "import sys, trainsys.profiler.trace.main, trainsys.profiler.trace.page, trainsys.profiler.trace.diff, "
+        "trainsys.profiler.trace.annotate, trainsys.profiler.straggler; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -39,7 +39,9 @@ def load_plain(path: Path, limit: int = 2 << 30) -> Any:
     try:
         return _Refusing(stream).load()
     except MemoryError:
-        raise UserError(f"{path}: pickle claims more memory than there is, near byte {stream.tell()}") from None
+        raise UserError(
+            f"{path}: pickle claims more memory than there is, near byte {stream.tell()}"
+        ) from None
     except RecursionError:
         raise UserError(f"{path}: pickle is nested too deeply, near byte {stream.tell()}") from None
     except Exception as error:  # a hostile pickle may raise nearly anything out of the unpickler

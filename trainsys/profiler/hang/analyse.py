@@ -18,7 +18,9 @@ from trainsys.profiler.hang.dumps import Dump, Operation, load_content, parse_du
 from trainsys.profiler.hang.report import HangReport, Mismatch, Root, Waiter
 
 # A root's part of a gather or scatter is not its peers'; an all-gather's or reduce-scatter's is.
-_SIZES_MAY_DIFFER = re.compile(r"all_?to_?all|(?<!all_)(?<!all)gather|(?<!reduce_)(?<!reduce)scatter|send|recv|coalesced")
+_SIZES_MAY_DIFFER = re.compile(
+    r"all_?to_?all|(?<!all_)(?<!all)gather|(?<!reduce_)(?<!reduce)scatter|send|recv|coalesced"
+)
 
 
 def analyse_dumps(paths: list[Path]) -> HangReport:
@@ -86,7 +88,9 @@ class Wait:
                     out.append(other)
             elif not self.finished(other, operation):
                 head = self.head[other]
-                there = head is not None and head.group == operation.group and head.sequence == operation.sequence
+                there = (
+                    head is not None and head.group == operation.group and head.sequence == operation.sequence
+                )
                 if not there:
                     out.append(other)
         return out
@@ -112,7 +116,9 @@ def judge(dumps: dict[int, Dump], said: Counter[str]) -> HangReport:
     awaited = {r for others in on.values() for r in others}
     ahead = {rank: wait.peers_finished(rank) for rank in dumps}
     # A device merely behind its peers when the dump was taken is nobody's trouble if others are waited for.
-    suspects = awaited if any(r not in dumps or not on[r] for r in awaited) else {r for r in dumps if ahead[r]}
+    suspects = (
+        awaited if any(r not in dumps or not on[r] for r in awaited) else {r for r in dumps if ahead[r]}
+    )
     for rank in sorted(suspects):
         if rank not in dumps:
             waiters = sorted(r for r in on if rank in on[r])
@@ -197,8 +203,12 @@ def _verdict(report: HangReport, wait: Wait) -> str:
         ways = "; ".join(f"ranks {_few(r)}: {v}" for v, r in m.variants.items())
         return f"ranks of group {m.group} disagree at collective #{m.sequence}: {ways}"
     if report.roots:
-        words = {"never_arrived": "never arrived (host stopped)", "device_stalled": "device stopped",
-                 "no_dump": "left no dump (died?)", "in_operation": "stuck in an operation"}  # fmt: skip
+        words = {
+            "never_arrived": "never arrived (host stopped)",
+            "device_stalled": "device stopped",
+            "no_dump": "left no dump (died?)",
+            "in_operation": "stuck in an operation",
+        }
         who = ", ".join(f"rank {r.rank} {words[r.kind]}" for r in report.roots)
         return f"{who}; {len(report.waiting)} ranks merely wait"
     if report.cycles:

@@ -62,8 +62,15 @@ class Dump:
 
 
 def is_dump(content: Any) -> bool:
-    return isinstance(content, dict) and isinstance(content.get("entries"), list) and (
-        "pg_config" in content or "pg_status" in content or "nccl_version" in content or "version" in content
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("entries"), list)
+        and (
+            "pg_config" in content
+            or "pg_status" in content
+            or "nccl_version" in content
+            or "version" in content
+        )
     )
 
 
@@ -101,7 +108,10 @@ def parse_dump(path: Path, content: Any, said: Counter[str]) -> Dump:
                 dump.groups[str(config.get("name", key))] = (str(config.get("desc", "")), ranks)
     for key, state in _items(content.get("pg_status")):
         if isinstance(state, dict):
-            enqueued, completed = state.get("last_enqueued_collective"), state.get("last_completed_collective")
+            enqueued, completed = (
+                state.get("last_enqueued_collective"),
+                state.get("last_completed_collective"),
+            )
             if isinstance(enqueued, int) and isinstance(completed, int):
                 dump.status[str(key)] = (enqueued, completed)
     for entry in content["entries"]:
@@ -143,7 +153,9 @@ def _operation(entry: dict[str, Any], dump: Dump) -> tuple[Operation, str | None
         peer = members[local] if local < len(members) else local
     state = str(entry.get("state", ""))
     frames = [f for f in entry.get("frames") or [] if isinstance(f, dict)]
-    own = next((f for f in frames if not _LIBRARY.search(str(f.get("filename", "")))), frames[0] if frames else None)
+    own = next(
+        (f for f in frames if not _LIBRARY.search(str(f.get("filename", "")))), frames[0] if frames else None
+    )
     return Operation(
         order=int(entry["record_id"]),
         group=group,

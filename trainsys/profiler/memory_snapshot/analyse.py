@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ from trainsys.profiler.memory_snapshot.stacks import Stacks
 from trainsys.profiler.safe_pickle import load_plain
 
 POINTS = 600
-_ALLOC, _FREE, _MAP, _UNMAP = "alloc", "free_completed", ("segment_alloc", "segment_map"), ("segment_free", "segment_unmap")
+_ALLOC, _FREE, _MAP, _UNMAP = (
+    "alloc",
+    "free_completed",
+    ("segment_alloc", "segment_map"),
+    ("segment_free", "segment_unmap"),
+)
 
 
 def is_snapshot(content: Any) -> bool:
-    return isinstance(content, dict) and isinstance(content.get("segments"), list) and "device_traces" in content
+    return (
+        isinstance(content, dict) and isinstance(content.get("segments"), list) and "device_traces" in content
+    )
 
 
 def analyse_snapshot(path: Path, content: Any = None) -> list[MemoryReport]:
@@ -34,15 +42,23 @@ def analyse_snapshot(path: Path, content: Any = None) -> list[MemoryReport]:
         devices = sorted({int(s["device"]) for s in content["segments"]})
         return [_device(path, content, d) for d in devices]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}: not an allocator snapshot: a field is missing or wrong ({error!r})") from None
+        raise UserError(
+            f"{path}: not an allocator snapshot: a field is missing or wrong ({error!r})"
+        ) from None
 
 
 def _device(path: Path, content: dict[str, Any], device: int) -> MemoryReport:
     segments = [s for s in content["segments"] if int(s["device"]) == device]
     traces = content["device_traces"]
     events = [e for e in (traces[device] if device < len(traces) else []) if isinstance(e, dict)]
-    active = {int(b["address"]): (int(b["size"]), b.get("frames")) for b in _blocks(segments) if b["state"] != "inactive"}
-    requested = sum(int(b.get("requested_size", b["size"])) for b in _blocks(segments) if b["state"] != "inactive")
+    active = {
+        int(b["address"]): (int(b["size"]), b.get("frames"))
+        for b in _blocks(segments)
+        if b["state"] != "inactive"
+    }
+    requested = sum(
+        int(b.get("requested_size", b["size"])) for b in _blocks(segments) if b["state"] != "inactive"
+    )
     free = [int(b["size"]) for b in _blocks(segments) if b["state"] == "inactive"]
     reserved = sum(int(s["total_size"]) for s in segments)
     in_use = sum(size for size, _ in active.values())
@@ -56,24 +72,44 @@ def _device(path: Path, content: dict[str, Any], device: int) -> MemoryReport:
     times = np.array([int(e.get("time_us", 0)) for e in events], np.int64)
     first = int(times[0]) if times.size else 0
     return MemoryReport(
-        str(path), device, reserved, in_use, reserved - in_use, max(0, in_use - requested), len(segments),
-        max(free, default=0), round(1 - max(free) / sum(free), 4) if sum(free) else 0.0,
-        peak, int(times[top - 1]) - first if top else 0,
-        rows, by_part, by_module, _timeline(curve, held, times - first),
-        _failures(events, stacks), biggest, biggest <= max(free, default=0), dict(said),
-    )  # fmt: skip
+        str(path),
+        device,
+        reserved,
+        in_use,
+        reserved - in_use,
+        max(0, in_use - requested),
+        len(segments),
+        max(free, default=0),
+        round(1 - max(free) / sum(free), 4) if sum(free) else 0.0,
+        peak,
+        int(times[top - 1]) - first if top else 0,
+        rows,
+        by_part,
+        by_module,
+        _timeline(curve, held, times - first),
+        _failures(events, stacks),
+        biggest,
+        biggest <= max(free, default=0),
+        dict(said),
+    )
 
 
 def _blocks(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [b for s in segments for b in s["blocks"]]
 
 
-def _curves(events: list[dict[str, Any]], active: int, reserved: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _curves(
+    events: list[dict[str, Any]], active: int, reserved: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Active and reserved bytes before the first event and after each; the last values are the snapshot's own."""
     if not events:
         return np.array([active]), np.array([reserved])
-    change = np.array([_sign(e.get("action"), _ALLOC, _FREE) * int(e.get("size", 0)) for e in events], np.int64)
-    mapped = np.array([_sign(e.get("action"), *(_MAP, _UNMAP)) * int(e.get("size", 0)) for e in events], np.int64)
+    change = np.array(
+        [_sign(e.get("action"), _ALLOC, _FREE) * int(e.get("size", 0)) for e in events], np.int64
+    )
+    mapped = np.array(
+        [_sign(e.get("action"), *(_MAP, _UNMAP)) * int(e.get("size", 0)) for e in events], np.int64
+    )
 
     def back(change: np.ndarray[Any, Any], last: int) -> np.ndarray[Any, Any]:
         return np.asarray(np.concatenate([[0], np.cumsum(change)]) + last - change.sum())
@@ -124,9 +160,10 @@ def _group(
         said["bytes at the peak without a block in the history"] += abs(gap)
     top = sorted(rows.items(), key=lambda r: -r[1][0])[:40]
     return (
-        dict(parts.most_common()), dict(modules.most_common(30)),
+        dict(parts.most_common()),
+        dict(modules.most_common(30)),
         [Holder(w, m, p, size, n) for (w, m, p), (size, n) in top],
-    )  # fmt: skip
+    )
 
 
 def _timeline(
@@ -136,7 +173,7 @@ def _timeline(
     at = np.concatenate([[0], times])
     n = active.size
     edges = np.unique(np.linspace(0, n, min(n, POINTS) + 1).astype(int))
-    keep = [lo + int(np.argmax(active[lo:hi])) for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
+    keep = [lo + int(np.argmax(active[lo:hi])) for lo, hi in pairwise(edges.tolist())]
     return [(int(at[i]), int(active[i]), int(reserved[i])) for i in keep]
 
 
@@ -159,8 +196,16 @@ def _failures(events: list[dict[str, Any]], stacks: Stacks) -> list[OutOfMemory]
             gaps = _gaps(segments, live)
             free_on_device = int(event.get("device_free", 0))
             total = sum(gaps)
-            out.append(OutOfMemory(size, free_on_device, max(gaps, default=0), total, size <= total + free_on_device,
-                                   stacks.name(event.get("frames"))[0]))  # fmt: skip
+            out.append(
+                OutOfMemory(
+                    size,
+                    free_on_device,
+                    max(gaps, default=0),
+                    total,
+                    size <= total + free_on_device,
+                    stacks.name(event.get("frames"))[0],
+                )
+            )
     return out
 
 

@@ -40,11 +40,22 @@ def _name(frames: list[dict[str, Any]]) -> tuple[str, str, str]:
     elif backward:
         where = f"autograd: {backward}"
     else:
-        where = next((n for n in names if n.startswith(("at::native", "at::_ops", "torch::"))
-                      and "unwind" not in n and "Traceback" not in n), names[0])[:120]  # fmt: skip
+        where = next(
+            (
+                n
+                for n in names
+                if n.startswith(("at::native", "at::_ops", "torch::"))
+                and "unwind" not in n
+                and "Traceback" not in n
+            ),
+            names[0],
+        )[:120]
     # Outermost first: the forward methods of the user's own files are the modules.
-    path = [f"{_short(f)}:{frames[i].get('line')}" for i, f in enumerate(files)
-            if names[i] == "forward" and f.endswith(".py") and not _LIBRARY.search(f)]  # fmt: skip
+    path = [
+        f"{_short(f)}:{frames[i].get('line')}"
+        for i, f in enumerate(files)
+        if names[i] == "forward" and f.endswith(".py") and not _LIBRARY.search(f)
+    ]
     module = " > ".join(reversed(path))
     if optimizer:
         part = "optimizer"

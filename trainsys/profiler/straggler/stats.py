@@ -130,8 +130,16 @@ def find_stragglers(
     for i in chosen.tolist():
         rest = healthy if labels is None else healthy[labels[healthy] == labels[i]]
         cost = np.median(table[:, i] - table[:, rest].max(axis=1)) if rest.size else 0.0
-        out.append(Straggler(i, float(np.expm1(middle[i])), float(z[i]), float(share[i]),
-                             _since(ratio[:, i] > floor / 2), float(max(cost, 0.0))))  # fmt: skip
+        out.append(
+            Straggler(
+                i,
+                float(np.expm1(middle[i])),
+                float(z[i]),
+                float(share[i]),
+                _since(ratio[:, i] > floor / 2),
+                float(max(cost, 0.0)),
+            )
+        )
     return sorted(out, key=lambda s: -s.slowdown)
 
 

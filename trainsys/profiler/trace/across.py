@@ -160,11 +160,18 @@ def _bandwidth(g: Matched, device: Device | None) -> list[BandwidthRow]:
         low, high = np.percentile(own, [10, 90])
         rows.append(
             BandwidthRow(
-                g.key.label, g.key.axis, op, members, size, len(calls), int(np.median(own)),
+                g.key.label,
+                g.key.axis,
+                op,
+                members,
+                size,
+                len(calls),
+                int(np.median(own)),
                 round(float(np.median(rates)), 3) if rates.size else None,
                 round(float(high / low), 2) if low else 0.0,
-                int((length[calls] - own[:, None]).sum()), link,
-            )  # fmt: skip
+                int((length[calls] - own[:, None]).sum()),
+                link,
+            )
         )
     return rows
 

@@ -66,12 +66,25 @@ def analyse_file(path: Path, options: Options) -> Analysed:
         trace.said["unknown: communications without a message size"] += unsized
     return Analysed(
         RankReport(
-            str(path), trace.rank, trace.world, trace.device_name, trace.host, trace.n_events, trace.size_bytes,
-            breakdown, kernel_rows(trace, kinds), launch_stats(trace, launches), rows, work,
-            None, "", dict(trace.said),
+            str(path),
+            trace.rank,
+            trace.world,
+            trace.device_name,
+            trace.host,
+            trace.n_events,
+            trace.size_bytes,
+            breakdown,
+            kernel_rows(trace, kinds),
+            launch_stats(trace, launches),
+            rows,
+            work,
+            None,
+            "",
+            dict(trace.said),
         ),
-        comms, trace.device_memory,
-    )  # fmt: skip
+        comms,
+        trace.device_memory,
+    )
 
 
 def waits_of(loaded: Loaded, wait_by_start: dict[int, int]) -> Ints:

@@ -11,7 +11,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -49,15 +49,20 @@ def _us(ns: int) -> str:
     return f"{ns // 1000}.{ns % 1000:03d}"
 
 
-def _event(pid: int, tid: int, name: str, cat: str, start: int, end: int, args: dict[str, Any] | None = None) -> str:
-    text = f'{{"ph":"X","pid":{pid},"tid":{tid},"name":{json.dumps(name)},"cat":"{cat}","ts":{_us(start)},"dur":{_us(end - start)}'
+def _event(
+    pid: int, tid: int, name: str, cat: str, start: int, end: int, args: dict[str, Any] | None = None
+) -> str:
+    text = f'{{"ph":"X","pid":{pid},"tid":{tid},"name":{json.dumps(name)},"cat":"{cat}",'
+    text += f'"ts":{_us(start)},"dur":{_us(end - start)}'
     return text + (f',"args":{json.dumps(args)}}}' if args else "}")
 
 
 def _name(pid: int, what: str, name: str, tid: int = 0, order: int | None = None) -> Iterator[str]:
     yield json.dumps({"ph": "M", "pid": pid, "tid": tid, "name": f"{what}_name", "args": {"name": name}})
     if order is not None:
-        yield json.dumps({"ph": "M", "pid": pid, "tid": tid, "name": f"{what}_sort_index", "args": {"sort_index": order}})
+        yield json.dumps(
+            {"ph": "M", "pid": pid, "tid": tid, "name": f"{what}_sort_index", "args": {"sort_index": order}}
+        )
 
 
 def _rank_events(loaded: Loaded, rank: int, report: Report, low: int) -> Iterator[str]:
@@ -74,8 +79,15 @@ def _rank_events(loaded: Loaded, rank: int, report: Report, low: int) -> Iterato
         args = {}
         if kinds[i] == COMM and device.comm[i] >= 0:
             args = {"group": labels[device.comm[i]][0], "axis": labels[device.comm[i]][1]}
-        yield _event(rank, lanes[int(device.stream[i])], trace.names[device.name[i]], CLASS_NAMES[kinds[i]],
-                     int(device.start[i]) - low, int(device.end[i]) - low, args)  # fmt: skip
+        yield _event(
+            rank,
+            lanes[int(device.stream[i])],
+            trace.names[device.name[i]],
+            CLASS_NAMES[kinds[i]],
+            int(device.start[i]) - low,
+            int(device.end[i]) - low,
+            args,
+        )
     if not len(device):
         return
     yield from _annotations(loaded, rank, report, low)
@@ -90,7 +102,14 @@ def _annotations(loaded: Loaded, rank: int, report: Report, low: int) -> Iterato
     for step in find_steps(trace, loaded.launches):
         yield _event(rank, _TRACKS["steps"], f"step {step.number}", "step", step.start - low, step.end - low)
     for a, b in zip(*iv.subtract(comm, compute), strict=True):
-        yield _event(rank, _TRACKS["exposed communication"], "exposed communication", "verdict", int(a) - low, int(b) - low)
+        yield _event(
+            rank,
+            _TRACKS["exposed communication"],
+            "exposed communication",
+            "verdict",
+            int(a) - low,
+            int(b) - low,
+        )
     idle = IdleFinder(trace, loaded.launches)
     gaps = iv.complement(busy, begin, finish)
     for a, b, cause in zip(*gaps, idle.main_cause(gaps), strict=True):
@@ -100,5 +119,12 @@ def _annotations(loaded: Loaded, rank: int, report: Report, low: int) -> Iterato
         yield _event(rank, _TRACKS["recompute"], "recompute", "verdict", int(a) - low, int(b) - low)
     about = [v for v in report.verdicts if f"rank {rank} " in v.title or "rank " not in v.title]
     for verdict in about[:1]:
-        yield _event(rank, _TRACKS["verdicts"], verdict.title, "verdict", begin - low, finish - low,
-                     {"all": [{"title": v.title, "why": v.evidence, "try": v.advice} for v in about]})  # fmt: skip
+        yield _event(
+            rank,
+            _TRACKS["verdicts"],
+            verdict.title,
+            "verdict",
+            begin - low,
+            finish - low,
+            {"all": [{"title": v.title, "why": v.evidence, "try": v.advice} for v in about]},
+        )

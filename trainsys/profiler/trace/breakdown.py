@@ -111,7 +111,9 @@ def break_down(trace: RankTrace, kinds: Ints, launches: Launches) -> Breakdown |
         return t
 
     steps: list[Step] = find_steps(trace, launches)
-    return Breakdown(terms(low, high, None), [terms(s.start, s.end, s.number) for s in steps if s.end > s.start])
+    return Breakdown(
+        terms(low, high, None), [terms(s.start, s.end, s.number) for s in steps if s.end > s.start]
+    )
 
 
 def _exposed_by_group(trace: RankTrace, kinds: Ints, compute: Spans) -> dict[tuple[str, str], Spans]:
@@ -134,7 +136,9 @@ def _exposed_by_group(trace: RankTrace, kinds: Ints, compute: Spans) -> dict[tup
     return out
 
 
-def recomputed(trace: RankTrace, kinds: Ints, launches: Launches) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def recomputed(
+    trace: RankTrace, kinds: Ints, launches: Launches
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Compute launched while a checkpoint's ``recompute_fn`` frame (or a ``recompute`` annotation) was open."""
     notes = trace.notes
     names = np.array(["recompute_fn" in n or n == "recompute" for n in trace.names], bool)

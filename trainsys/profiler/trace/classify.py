@@ -118,4 +118,6 @@ def _by_stream(trace: RankTrace, kinds: npt.NDArray[np.int64], known: npt.NDArra
     moved = doubtful & np.isin(lane, only_comm)
     if moved.any():
         kinds[moved] = COMM
-        trace.said["assumed: kernels of unknown name on a communication stream communicate"] += int(moved.sum())
+        trace.said["assumed: kernels of unknown name on a communication stream communicate"] += int(
+            moved.sum()
+        )

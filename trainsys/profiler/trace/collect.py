@@ -20,16 +20,44 @@ DEVICE, RUNTIME, OPERATOR, NOTE, PYTHON = range(5)
 
 # Categories by their lower-cased name: Kineto since 2022, Kineto 2021 (``Kernel``, ``Operator``), ROCm, XPU.
 KINDS = {
-    "kernel": DEVICE, "gpu_memcpy": DEVICE, "gpu_memset": DEVICE, "memcpy": DEVICE, "memset": DEVICE,
-    "runtime": RUNTIME, "cuda_runtime": RUNTIME, "cuda_driver": RUNTIME, "hip_runtime": RUNTIME,
-    "driver": RUNTIME, "xpu_runtime": RUNTIME, "privateuse1_runtime": RUNTIME, "privateuse1_driver": RUNTIME,
-    "operator": OPERATOR, "cpu_op": OPERATOR, "user_annotation": NOTE, "python_function": PYTHON,
-}  # fmt: skip
+    "kernel": DEVICE,
+    "gpu_memcpy": DEVICE,
+    "gpu_memset": DEVICE,
+    "memcpy": DEVICE,
+    "memset": DEVICE,
+    "runtime": RUNTIME,
+    "cuda_runtime": RUNTIME,
+    "cuda_driver": RUNTIME,
+    "hip_runtime": RUNTIME,
+    "driver": RUNTIME,
+    "xpu_runtime": RUNTIME,
+    "privateuse1_runtime": RUNTIME,
+    "privateuse1_driver": RUNTIME,
+    "operator": OPERATOR,
+    "cpu_op": OPERATOR,
+    "user_annotation": NOTE,
+    "python_function": PYTHON,
+}
 for _name in ("kernel", "memcpy", "memset", "runtime", "operator"):
     KINDS[_name.capitalize()] = KINDS[_name]
 
-_ACTIVITY = {"kernel": col.KERNEL, "Kernel": col.KERNEL, "gpu_memset": col.MEMSET, "memset": col.MEMSET, "Memset": col.MEMSET}
-_NOTE_PREFIXES = ("ProfilerStep", "enumerate(DataLoader)", "nccl:", "gloo:", "mpi:", "ucc:", "c10d::", "Optimizer.")
+_ACTIVITY = {
+    "kernel": col.KERNEL,
+    "Kernel": col.KERNEL,
+    "gpu_memset": col.MEMSET,
+    "memset": col.MEMSET,
+    "Memset": col.MEMSET,
+}
+_NOTE_PREFIXES = (
+    "ProfilerStep",
+    "enumerate(DataLoader)",
+    "nccl:",
+    "gloo:",
+    "mpi:",
+    "ucc:",
+    "c10d::",
+    "Optimizer.",
+)
 
 
 class Args(Struct, gc=False):
@@ -174,11 +202,18 @@ class Collector:
         if min(stream) < 0:
             stream = [s if s >= 0 else _number(e.tid) for s, e in zip(stream, bucket, strict=True)]
         columns = [
-            [kinds.get(e.cat, col.MEMCPY) for e in bucket], device, stream,
+            [kinds.get(e.cat, col.MEMCPY) for e in bucket],
+            device,
+            stream,
             [a.correlation for a in args],
             [a.external if a.external >= 0 else a.external_old for a in args],
-            [a.bytes for a in args], [a.graph for a in args], [-1 if a.op is None and a.group is None and a.group_size < 0 else self._comm_meta(a) for a in args],
-        ]  # fmt: skip
+            [a.bytes for a in args],
+            [a.graph for a in args],
+            [
+                -1 if a.op is None and a.group is None and a.group_size < 0 else self._comm_meta(a)
+                for a in args
+            ],
+        ]
         self._parts["device"].append(
             [start, end, self._name_ids(bucket), *(np.array(c, np.int64) for c in columns)]
         )
@@ -186,8 +221,17 @@ class Collector:
     def _comm_meta(self, a: Args) -> int:
         if a.op is None and a.group is None and a.group_size < 0:
             return -1
-        fields = (a.op, a.group, a.group_desc, a.ranks, a.group_size, a.in_elements, a.out_elements, a.dtype,
-                  a.sequence)  # fmt: skip
+        fields = (
+            a.op,
+            a.group,
+            a.group_desc,
+            a.ranks,
+            a.group_size,
+            a.in_elements,
+            a.out_elements,
+            a.dtype,
+            a.sequence,
+        )
         index = self._meta.get(fields)
         if index is None:
             index = self._meta[fields] = len(self.trace.comm_meta)
@@ -204,7 +248,9 @@ class Collector:
                 args = self._args(bucket)
             self._keep("runtime", bucket, start, end, np.array([a.correlation for a in args], np.int64))
 
-    def _keep(self, part: str, bucket: list[AnyEvent], start: Ints, end: Ints, extra: Ints | None = None) -> None:
+    def _keep(
+        self, part: str, bucket: list[AnyEvent], start: Ints, end: Ints, extra: Ints | None = None
+    ) -> None:
         if extra is None:
             extra = np.full(len(bucket), -1, np.int64)
         self._parts[part].append([start, end, self._name_ids(bucket), self._thread_ids(bucket), extra])
@@ -257,8 +303,12 @@ class Collector:
         """The columns, in order of start; host spans merged."""
         trace = self.trace
         trace.names = list(self._names)
-        for part, kind, width in (("device", col.Activities, 11), ("runtime", col.Calls, 5),
-                                  ("notes", col.Calls, 5), ("ops", col.Calls, 5)):  # fmt: skip
+        for part, kind, width in (
+            ("device", col.Activities, 11),
+            ("runtime", col.Calls, 5),
+            ("notes", col.Calls, 5),
+            ("ops", col.Calls, 5),
+        ):
             chunks = self._parts.pop(part)
             if chunks:
                 merged = [np.concatenate([c[i] for c in chunks]) for i in range(width)]

@@ -91,7 +91,9 @@ class RankTrace:
     base_ns: int = 0
     groups: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
-    device: Activities = field(default_factory=lambda: Activities(*(np.zeros(0, np.int64) for _ in range(11))))
+    device: Activities = field(
+        default_factory=lambda: Activities(*(np.zeros(0, np.int64) for _ in range(11)))
+    )
     runtime: Calls = field(default_factory=lambda: Calls(*(np.zeros(0, np.int64) for _ in range(5))))
     notes: Calls = field(default_factory=lambda: Calls(*(np.zeros(0, np.int64) for _ in range(5))))
     """User annotations, profiler steps, data-loader and checkpoint frames, host collectives."""

@@ -66,14 +66,25 @@ def list_communications(trace: RankTrace, kinds: Ints) -> CommList:
             found = trace.comm_meta[m] if m >= 0 else CommMeta()
             op = comm_op(found.op or trace.names[n])
             key = _key(trace, m, found)
-            row = by_pair[(m, n)] = (keys.setdefault(key, len(keys)), ops.setdefault(op, len(ops)),
-                                     _size(found, op), found.sequence)  # fmt: skip
+            row = by_pair[(m, n)] = (
+                keys.setdefault(key, len(keys)),
+                ops.setdefault(op, len(ops)),
+                _size(found, op),
+                found.sequence,
+            )
         rows.append(row)
     columns = np.array(rows, np.int64).reshape(-1, 4)
     return CommList(
-        source.start[chosen], source.end[chosen], columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3],
-        list(keys), list(ops), on_host,
-    )  # fmt: skip
+        source.start[chosen],
+        source.end[chosen],
+        columns[:, 0],
+        columns[:, 1],
+        columns[:, 2],
+        columns[:, 3],
+        list(keys),
+        list(ops),
+        on_host,
+    )
 
 
 def _key(trace: RankTrace, index: int, meta: CommMeta) -> GroupKey:
@@ -81,7 +92,7 @@ def _key(trace: RankTrace, index: int, meta: CommMeta) -> GroupKey:
     ranks = meta.ranks or trace.groups.get(meta.group, ("", ()))[1]
     if label == "unknown" and len(trace.groups) == 1:
         # The file knows of one group only, so what names none is of that one.
-        (name, (description, ranks)), = trace.groups.items()  # fmt: skip
+        ((name, (description, ranks)),) = trace.groups.items()
         return GroupKey(name, f"{name}:{description}", axis_of(description) or "unknown", ranks)
     return GroupKey(meta.group, label, axis, ranks)
 

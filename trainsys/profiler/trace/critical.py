@@ -36,7 +36,9 @@ class CriticalPath:
     faithful: bool = True
 
 
-def critical_path(trace: RankTrace, kinds: Ints, launches: Launches, waits: Ints | None = None) -> CriticalPath | None:
+def critical_path(
+    trace: RankTrace, kinds: Ints, launches: Launches, waits: Ints | None = None
+) -> CriticalPath | None:
     """Of the whole trace. ``waits``: ns of each device activity spent waiting for other ranks, if matched.
 
     None without device activities. O(n log n); about 2 s per million activities and calls.
@@ -71,7 +73,11 @@ def _walk(g: Graph, trace: RankTrace, low: int) -> tuple[dict[str, int], list[tu
 
     while now > low:
         name, kind = trace.names[g.name[node]], KIND_NAMES[g.kind[node]]
-        if g.kind[node] == SYNCED and g.launch_of[node] >= 0 and now > g.end[g.launch_of[node]] >= g.start[node]:
+        if (
+            g.kind[node] == SYNCED
+            and g.launch_of[node] >= 0
+            and now > g.end[g.launch_of[node]] >= g.start[node]
+        ):
             spend("sync", name, g.end[g.launch_of[node]])
             node = g.launch_of[node]
             continue
@@ -128,8 +134,16 @@ def _what_ifs(g: Graph, low: int, high: int, waits: list[int] | None) -> list[Wh
     faster = [n // 2 if k >= HOST and n > 0 else n for n, k in zip(g.lag, g.kind, strict=True)]
     halved = [n // 2 if k == HOST else n for n, k in zip(g.length, g.kind, strict=True)]
     out.append(ask("the host were twice as fast", halved, faster))
-    out.append(ask("matrix products were 20% faster", [n * 5 // 6 if k == MATMUL else n for n, k in
-                                                        zip(g.length, g.kind, strict=True)]))  # fmt: skip
-    out.append(ask("other kernels took half the time (fusion)", [n // 2 if k == COMPUTE else n for n, k in
-                                                                 zip(g.length, g.kind, strict=True)]))  # fmt: skip
+    out.append(
+        ask(
+            "matrix products were 20% faster",
+            [n * 5 // 6 if k == MATMUL else n for n, k in zip(g.length, g.kind, strict=True)],
+        )
+    )
+    out.append(
+        ask(
+            "other kernels took half the time (fusion)",
+            [n // 2 if k == COMPUTE else n for n, k in zip(g.length, g.kind, strict=True)],
+        )
+    )
     return sorted(out, key=lambda w: -w.saved_ns)

@@ -52,7 +52,11 @@ _LAX_EXACT = msgspec.json.Decoder(ExactEvent, strict=False)
 # What PyTorch, Kineto and post-processing scripts were seen to get wrong, cheapest first.
 _REPAIRS: tuple[tuple[str, re.Pattern[bytes], bytes], ...] = (
     ("missing value", re.compile(rb'("\s*:\s*)(?=[,}\]])'), rb"\1null"),
-    ("NaN or Infinity", re.compile(rb'(?<=[:\[,\s])[-+]?(?:nan|inf(?:inity)?)\b(?=\s*[,}\]])', re.I), b"null"),
+    (
+        "NaN or Infinity",
+        re.compile(rb"(?<=[:\[,\s])[-+]?(?:nan|inf(?:inity)?)\b(?=\s*[,}\]])", re.I),
+        b"null",
+    ),
     ("trailing comma", re.compile(rb",(\s*[}\]])"), rb"\1"),
     ("missing comma", re.compile(rb"\}(\s*)\{"), rb"},\1{"),
     ("bad escape", re.compile(rb'(?<!\\)((?:\\\\)*)\\(?![\\"/bfnrtu])'), rb"\1\\\\"),

@@ -47,14 +47,22 @@ def compare_runs(before: Report, after: Report) -> RunDiff:
     terms = [Change(t, "term", _mean(before.ranks, t, per), _mean(after.ranks, t, per)) for t in TERMS]
     rows_before, rows_after = _kernels(before.ranks, per), _kernels(after.ranks, per)
     kernels = [
-        Change(name, kind, rows_before.get((name, kind), (0.0, 0.0))[0], rows_after.get((name, kind), (0.0, 0.0))[0],
-               rows_before.get((name, kind), (0.0, 0.0))[1], rows_after.get((name, kind), (0.0, 0.0))[1])
+        Change(
+            name,
+            kind,
+            rows_before.get((name, kind), (0.0, 0.0))[0],
+            rows_after.get((name, kind), (0.0, 0.0))[0],
+            rows_before.get((name, kind), (0.0, 0.0))[1],
+            rows_after.get((name, kind), (0.0, 0.0))[1],
+        )
         for name, kind in sorted(rows_before.keys() | rows_after.keys())
-    ]  # fmt: skip
+    ]
     kernels.sort(key=lambda c: -abs(c.delta_ns))
     out = RunDiff(Change("span", "span", *spans), terms, kernels[:40], per, "")
     if len(before.ranks) != len(after.ranks):
-        out.notes.append(f"{len(before.ranks)} ranks before, {len(after.ranks)} after: means over each run's own")
+        out.notes.append(
+            f"{len(before.ranks)} ranks before, {len(after.ranks)} after: means over each run's own"
+        )
     out.verdict = _verdict(out)
     return out
 
@@ -87,8 +95,10 @@ def _verdict(d: RunDiff) -> str:
         return f"no change: a {d.per} takes {ms(d.span.after_ns)} ms, before {ms(d.span.before_ns)}"
     worst = max(d.terms, key=lambda t: t.delta_ns if change > 0 else -t.delta_ns)
     way = "slower" if change > 0 else "faster"
-    text = (f"{abs(change) / d.span.before_ns * 100:.1f}% {way}: a {d.per} takes {ms(d.span.after_ns)} ms, before "
-            f"{ms(d.span.before_ns)}; most of it in {worst.name} ({worst.delta_ns / 1e6:+,.3f} ms)")  # fmt: skip
+    text = (
+        f"{abs(change) / d.span.before_ns * 100:.1f}% {way}: a {d.per} takes {ms(d.span.after_ns)} ms, before "
+        f"{ms(d.span.before_ns)}; most of it in {worst.name} ({worst.delta_ns / 1e6:+,.3f} ms)"
+    )
     like = [k for k in d.kernels if (k.delta_ns > 0) == (change > 0)]
     if like and worst.name != "idle":
         text += f"; most changed kernel {like[0].name[:80]} ({like[0].delta_ns / 1e6:+,.3f} ms)"
@@ -97,10 +107,23 @@ def _verdict(d: RunDiff) -> str:
 
 def render_diff(d: RunDiff) -> str:
     out = [f"Against the other run, per {d.per}: {d.verdict}"]
-    out += table(("term", "before ms", "after ms", "change ms"),
-                 [(c.name, ms(c.before_ns), ms(c.after_ns), f"{c.delta_ns / 1e6:+,.3f}") for c in (d.span, *d.terms)])  # fmt: skip
+    out += table(
+        ("term", "before ms", "after ms", "change ms"),
+        [(c.name, ms(c.before_ns), ms(c.after_ns), f"{c.delta_ns / 1e6:+,.3f}") for c in (d.span, *d.terms)],
+    )
     changed = [k for k in d.kernels if abs(k.delta_ns) >= 1000][:12]
-    out += table(("kernel", "calls before", "after", "before ms", "after ms", "change ms"),
-                 [(c.name[:60], f"{c.calls_before:.1f}", f"{c.calls_after:.1f}", ms(c.before_ns), ms(c.after_ns),
-                   f"{c.delta_ns / 1e6:+,.3f}") for c in changed])  # fmt: skip
+    out += table(
+        ("kernel", "calls before", "after", "before ms", "after ms", "change ms"),
+        [
+            (
+                c.name[:60],
+                f"{c.calls_before:.1f}",
+                f"{c.calls_after:.1f}",
+                ms(c.before_ns),
+                ms(c.after_ns),
+                f"{c.delta_ns / 1e6:+,.3f}",
+            )
+            for c in changed
+        ],
+    )
     return "\n".join(out + [f"  {n}" for n in d.notes]) + "\n"

@@ -46,8 +46,11 @@ def break_down_host(trace: RankTrace, comms: CommList) -> Breakdown | None:
     marks = np.array([STEP.match(n) is not None for n in trace.names], bool)
     chosen = np.flatnonzero(marks[trace.notes.name]) if len(trace.notes) else np.zeros(0, np.int64)
     steps = [
-        terms(int(trace.notes.start[i]), int(trace.notes.end[i]),
-              int(trace.names[trace.notes.name[i]].split("#")[1]))
+        terms(
+            int(trace.notes.start[i]),
+            int(trace.notes.end[i]),
+            int(trace.names[trace.notes.name[i]].split("#")[1]),
+        )
         for i in chosen.tolist()
-    ]  # fmt: skip
+    ]
     return Breakdown(terms(*trace.span, None), steps)

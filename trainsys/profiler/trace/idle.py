@@ -20,7 +20,9 @@ from trainsys.profiler.trace.intervals import Ints, Spans
 from trainsys.profiler.trace.link import Launches
 
 CAUSES = ("host", "data", "sync", "launch", "queued", "unlinked")
-SYNC = re.compile(r"(?:Device|Stream|Event)Synchronize|^(?:cuda|hip)Memcpy(?:WithStream)?$|^(?:cuda|hip)(?:Malloc|Free)$")
+SYNC = re.compile(
+    r"(?:Device|Stream|Event)Synchronize|^(?:cuda|hip)Memcpy(?:WithStream)?$|^(?:cuda|hip)(?:Malloc|Free)$"
+)
 _DATA = re.compile(r"DataLoader|\bdata(?:_|\.)?(?:wait|load|loading|stall)|next_batch|fetch_batch", re.I)
 _SETTLE_NS = 5_000
 
@@ -70,11 +72,16 @@ class IdleFinder:
         early = linked & (launch <= begin)
         rest = waiting - data
         zero = np.zeros_like(begin)
-        return np.stack([
-            np.where(synced, zero, rest), data, np.where(synced, rest, zero),
-            np.where(linked & ~early, end - handover, zero), np.where(early, end - begin, zero),
-            np.where(linked, zero, end - begin),
-        ])  # fmt: skip
+        return np.stack(
+            [
+                np.where(synced, zero, rest),
+                data,
+                np.where(synced, rest, zero),
+                np.where(linked & ~early, end - handover, zero),
+                np.where(early, end - begin, zero),
+                np.where(linked, zero, end - begin),
+            ]
+        )
 
     def _drained(self, begin: Ints, handover: Ints) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Whether a synchronising call returned between the gap's begin and the launch that ends it."""

@@ -103,7 +103,9 @@ def covered(spans: Spans, starts: Ints, ends: Ints) -> Ints:
 
     def up_to(at: Ints) -> Ints:
         i = np.searchsorted(spans[0], at, "right")
-        partly = np.where(i > 0, np.minimum(at, spans[1][np.maximum(i - 1, 0)]) - spans[0][np.maximum(i - 1, 0)], 0)
+        partly = np.where(
+            i > 0, np.minimum(at, spans[1][np.maximum(i - 1, 0)]) - spans[0][np.maximum(i - 1, 0)], 0
+        )
         return before[np.maximum(i - 1, 0)] + partly
 
     return np.asarray(up_to(ends) - up_to(starts), np.int64)

@@ -67,14 +67,26 @@ def kernel_rows(trace: RankTrace, kinds: Ints) -> list[KernelRow]:
     present = np.flatnonzero(counts)
     present = present[np.argsort(-totals[present], kind="stable")]
     rows = [
-        KernelRow(trace.names[c // len(CLASS_NAMES)], CLASS_NAMES[c % len(CLASS_NAMES)], int(counts[c]),
-                  int(totals[c]), int(longest[c]))
+        KernelRow(
+            trace.names[c // len(CLASS_NAMES)],
+            CLASS_NAMES[c % len(CLASS_NAMES)],
+            int(counts[c]),
+            int(totals[c]),
+            int(longest[c]),
+        )
         for c in present[:KEEP_NAMES].tolist()
-    ]  # fmt: skip
+    ]
     rest = present[KEEP_NAMES:]
     if rest.size:
-        rows.append(KernelRow(f"({rest.size} further names)", CLASS_NAMES[COMPUTE], int(counts[rest].sum()),
-                              int(totals[rest].sum()), int(longest[rest].max())))  # fmt: skip
+        rows.append(
+            KernelRow(
+                f"({rest.size} further names)",
+                CLASS_NAMES[COMPUTE],
+                int(counts[rest].sum()),
+                int(totals[rest].sum()),
+                int(longest[rest].max()),
+            )
+        )
     return rows
 
 
@@ -102,14 +114,19 @@ def launch_stats(trace: RankTrace, launches: Launches) -> LaunchStats:
         from_graph |= (launches.index >= 0) & graph_calls[trace.runtime.name[np.maximum(launches.index, 0)]]
     from_graph &= kernels
     return LaunchStats(
-        linked=int(linked.size), unlinked=launches.unlinked,
+        linked=int(linked.size),
+        unlinked=launches.unlinked,
         delay_p50_ns=int(np.percentile(delay, 50)) if linked.size else 0,
         delay_p95_ns=int(np.percentile(delay, 95)) if linked.size else 0,
-        queue_max=queue_max, queue_mean=round(queue_mean, 2), empty_share=round(empty_share, 4),
-        short_count=int(short.size), short_ns=int(length[short].sum()),
+        queue_max=queue_max,
+        queue_mean=round(queue_mean, 2),
+        empty_share=round(empty_share, 4),
+        short_count=int(short.size),
+        short_ns=int(length[short].sum()),
         short_idle_ns=_idle_before(trace, short),
-        graph_count=int(from_graph.sum()), graph_ns=int(length[from_graph].sum()),
-    )  # fmt: skip
+        graph_count=int(from_graph.sum()),
+        graph_ns=int(length[from_graph].sum()),
+    )
 
 
 def _idle_before(trace: RankTrace, chosen: Ints) -> int:

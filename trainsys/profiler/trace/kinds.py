@@ -64,7 +64,9 @@ def kind_of(path: Path) -> str:
         return "trace"
     if head[:2] == b"PK":
         raise UserError(f"{path}: a zip archive (byte 0); unpack it and give the folder")
-    raise UserError(f"{path}: not a profiler trace, flight-recorder dump or memory snapshot (byte 0: {head[:8]!r})")
+    raise UserError(
+        f"{path}: not a profiler trace, flight-recorder dump or memory snapshot (byte 0: {head[:8]!r})"
+    )
 
 
 def _pickle_kind(path: Path, head: bytes) -> str:

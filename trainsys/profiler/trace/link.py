@@ -92,7 +92,9 @@ def find_steps(trace: RankTrace, launches: Launches) -> list[Step]:
     return [Step(s.number, bounds[i], bounds[i + 1]) for i, s in enumerate(out)]
 
 
-def inside_calls(calls: Calls, chosen: Ints, at: Ints, thread: Ints) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def inside_calls(
+    calls: Calls, chosen: Ints, at: Ints, thread: Ints
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """For each (instant, thread): whether one of the chosen calls of that thread is then open."""
     from trainsys.profiler.trace.intervals import contains, union
 

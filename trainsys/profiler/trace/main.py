@@ -69,7 +69,9 @@ def analyse(
         raise UserError(_nothing(paths, report))
     if model is not None:
         if seq_len is None or tokens_per_step is None:
-            raise UserError("MFU by a model needs its sequence length and tokens a step: give --seq-len and --tokens")
+            raise UserError(
+                "MFU by a model needs its sequence length and tokens a step: give --seq-len and --tokens"
+            )
         add_model_mfu(report, model, seq_len, tokens_per_step)
     report.verdicts = judge(report)
     return report
@@ -110,8 +112,16 @@ def run(
     """
     limits = Limits(total_bytes=max_bytes) if max_bytes is not None else None
     options = Options(limits, keep_truncated)
-    report = analyse(paths, workers=workers, options=options, critical=critical, device=device, model=model,
-                     seq_len=seq_len, tokens_per_step=tokens_per_step)  # fmt: skip
+    report = analyse(
+        paths,
+        workers=workers,
+        options=options,
+        critical=critical,
+        device=device,
+        model=model,
+        seq_len=seq_len,
+        tokens_per_step=tokens_per_step,
+    )
     text = render(report)
     diff = None
     if against:
@@ -176,10 +186,13 @@ def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]
     timed = [r for r in report.ranks if r.breakdown is not None]
     if not timed:
         return
-    slowest = max(timed, key=lambda r: r.breakdown.whole.span - r.breakdown.whole.comm_exposed if r.breakdown else 0)
+    slowest = max(
+        timed, key=lambda r: r.breakdown.whole.span - r.breakdown.whole.comm_exposed if r.breakdown else 0
+    )
     loaded = load(Path(slowest.path), options)
-    report.critical = critical_path(loaded.trace, loaded.kinds, loaded.launches,
-                                    waits_of(loaded, waits.get(slowest.rank, {})))  # fmt: skip
+    report.critical = critical_path(
+        loaded.trace, loaded.kinds, loaded.launches, waits_of(loaded, waits.get(slowest.rank, {}))
+    )
     report.critical_rank = slowest.rank if report.critical else None
 
 

@@ -14,7 +14,9 @@ import numpy as np
 from trainsys.profiler.trace.commlist import CommList, GroupKey
 from trainsys.profiler.trace.intervals import Ints
 
-SYNCHRONISING = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "communication"})
+SYNCHRONISING = frozenset(
+    {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "communication"}
+)
 """Operations no rank can leave before all have come. A broadcast's root may."""
 
 
@@ -61,8 +63,12 @@ def match(comms: dict[int, CommList]) -> tuple[list[Matched], dict[str, int]]:
 
 def _match_group(key: GroupKey, members: list[tuple[int, CommList, int]]) -> Matched:
     picks = [np.flatnonzero(c.key == k) for _, c, k in members]
-    sequenced = all(bool((c.seq[p] >= 0).all()) and p.size for (_, c, _), p in zip(members, picks, strict=True))
-    if sequenced and all(np.unique(c.seq[p]).size == p.size for (_, c, _), p in zip(members, picks, strict=True)):
+    sequenced = all(
+        bool((c.seq[p] >= 0).all()) and p.size for (_, c, _), p in zip(members, picks, strict=True)
+    )
+    if sequenced and all(
+        np.unique(c.seq[p]).size == p.size for (_, c, _), p in zip(members, picks, strict=True)
+    ):
         common = set(members[0][1].seq[picks[0]].tolist())
         for (_, c, _), p in zip(members, picks, strict=True):
             common &= set(c.seq[p].tolist())
@@ -77,12 +83,14 @@ def _match_group(key: GroupKey, members: list[tuple[int, CommList, int]]) -> Mat
     first = members[0][1]
     ops = [first.ops[o] for o in first.op[chosen[0]].tolist()]
     return Matched(
-        key, [r for r, _, _ in members],
+        key,
+        [r for r, _, _ in members],
         np.stack([c.start[i] for (_, c, _), i in zip(members, chosen, strict=True)], axis=1).reshape(n, -1),
         np.stack([c.end[i] for (_, c, _), i in zip(members, chosen, strict=True)], axis=1).reshape(n, -1),
-        ops, np.max([c.size[i] for (_, c, _), i in zip(members, chosen, strict=True)], axis=0),
+        ops,
+        np.max([c.size[i] for (_, c, _), i in zip(members, chosen, strict=True)], axis=0),
         sum(p.size - n for p in picks),
-    )  # fmt: skip
+    )
 
 
 def _by_order(members: list[tuple[int, CommList, int]], picks: list[Ints]) -> list[Ints]:

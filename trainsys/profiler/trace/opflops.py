@@ -87,8 +87,27 @@ def moved_bytes(name: str, dims: Dims, element: int) -> int:
 
 
 ELEMENT_BYTES = {
-    "float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "Float": 4, "BFloat16": 2, "Half": 2, "Double": 8,
-    "Int": 4, "Long": 8, "int": 4, "long int": 8, "Byte": 1, "Char": 1, "Bool": 1, "bool": 1, "Short": 2,
-    "Float8_e4m3fn": 1, "Float8_e5m2": 1, "c10::Float8_e4m3fn": 1, "c10::Float8_e5m2": 1, "signed char": 1,
+    "float": 4,
+    "double": 8,
+    "c10::BFloat16": 2,
+    "c10::Half": 2,
+    "Float": 4,
+    "BFloat16": 2,
+    "Half": 2,
+    "Double": 8,
+    "Int": 4,
+    "Long": 8,
+    "int": 4,
+    "long int": 8,
+    "Byte": 1,
+    "Char": 1,
+    "Bool": 1,
+    "bool": 1,
+    "Short": 2,
+    "Float8_e4m3fn": 1,
+    "Float8_e5m2": 1,
+    "c10::Float8_e4m3fn": 1,
+    "c10::Float8_e5m2": 1,
+    "signed char": 1,
     "unsigned char": 1,
-}  # fmt: skip
+}

@@ -54,7 +54,9 @@ def _nothing(content: dict[str, Any]) -> None:
 
 
 def _left_out(content: dict[str, Any], what: str) -> None:
-    content["unread"].append({"path": "", "why": f"left out of this page for its size, and in --json: {what}"})
+    content["unread"].append(
+        {"path": "", "why": f"left out of this page for its size, and in --json: {what}"}
+    )
 
 
 def _fewer_steps(content: dict[str, Any]) -> None:

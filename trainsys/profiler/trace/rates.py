@@ -63,9 +63,13 @@ def add_model_mfu(report: Report, model: ModelConfig, seq_len: int, tokens_per_s
         steps = rank.breakdown.steps if rank.breakdown is not None else []
         world = max(rank.world, len(report.ranks))
         if not steps:
-            raise UserError(f"{rank.path}: no ProfilerStep in it, so no step time to take the model's FLOPs over")
+            raise UserError(
+                f"{rank.path}: no ProfilerStep in it, so no step time to take the model's FLOPs over"
+            )
         if not rank.peak_device:
-            raise UserError(f"{rank.path}: device {rank.device!r} is not in the catalogue; name its peak with --device")
+            raise UserError(
+                f"{rank.path}: device {rank.device!r} is not in the catalogue; name its peak with --device"
+            )
         device, dtype = lookup(rank.peak_device), _main_dtype(rank)
         peak = peak_of(device, dtype)
         if peak is None:

@@ -78,7 +78,9 @@ def _header(trace: RankTrace, meta: Meta) -> None:
     else:
         found = _RANK_IN_NAME.findall(trace.path.name)
         trace.rank = int(found[-1]) if found else -1
-        trace.said["assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")] += 1
+        trace.said[
+            "assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")
+        ] += 1
     trace.world = world if isinstance(world, int) else 0
     devices = [d for d in _value(meta, "deviceProperties", list, []) if isinstance(d, dict)]
     used = {int(d) for d in trace.device.device[:1]}

@@ -177,6 +177,9 @@ def replay(g: Graph, length: list[int] | None = None, lag: list[int] | None = No
             begin = (ready if ready >= 0 else g.start[i] - lag[i]) + lag[i]
             start.append(begin)
             # The overhead after what it waited for is kept; waiting itself is not.
-            end.append(max(begin, end[launch]) + g.end[i] - max(g.start[i], g.end[launch]) if launch >= 0
-                       else begin + length[i])  # fmt: skip
+            end.append(
+                max(begin, end[launch]) + g.end[i] - max(g.start[i], g.end[launch])
+                if launch >= 0
+                else begin + length[i]
+            )
     return end

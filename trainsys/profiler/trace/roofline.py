@@ -18,9 +18,16 @@ if TYPE_CHECKING:
     from trainsys.hardware.catalogue import DType
 
 _DTYPES: dict[str, DType] = {
-    "c10::BFloat16": "bf16", "BFloat16": "bf16", "c10::Half": "fp16", "Half": "fp16", "float": "tf32",
-    "Float": "tf32", "c10::Float8_e4m3fn": "fp8", "Float8_e4m3fn": "fp8", "c10::Float8_e5m2": "fp8",
-}  # fmt: skip
+    "c10::BFloat16": "bf16",
+    "BFloat16": "bf16",
+    "c10::Half": "fp16",
+    "Half": "fp16",
+    "float": "tf32",
+    "Float": "tf32",
+    "c10::Float8_e4m3fn": "fp8",
+    "Float8_e4m3fn": "fp8",
+    "c10::Float8_e5m2": "fp8",
+}
 KEEP_SHAPES = 60
 
 
@@ -65,9 +72,7 @@ def peak_of(device: Device | None, dtype: str) -> float | None:
     return device.peak(_DTYPES[dtype]) or (device.peak("fp32") if _DTYPES[dtype] == "tf32" else None)
 
 
-def products(
-    trace: RankTrace, kinds: Ints, launches: Launches
-) -> tuple[list[ProductRow], Work]:
+def products(trace: RankTrace, kinds: Ints, launches: Launches) -> tuple[list[ProductRow], Work]:
     """Group the counted operators by shape, with the time of the kernels they launched. Longest first.
 
     ``reachable`` and ``bound`` are left to :func:`with_roofline`, which needs the catalogue of devices.
@@ -78,7 +83,11 @@ def products(
     length = np.where(kinds < COMM, activity.end - activity.start, 0)
     owner = enclosing(ops, launches.start, launches.thread)
     owned = owner >= 0
-    time = np.bincount(owner[owned], length[owned], len(ops)).astype(np.int64) if owned.any() else np.zeros(len(ops))
+    time = (
+        np.bincount(owner[owned], length[owned], len(ops)).astype(np.int64)
+        if owned.any()
+        else np.zeros(len(ops))
+    )
     groups: dict[tuple[str, object, str], list[int]] = {}
     for i, shape in enumerate(ops.correlation.tolist()):
         op = trace.op_shapes[shape]
@@ -96,8 +105,11 @@ def products(
         moved = moved_bytes(name, dims, ELEMENT_BYTES.get(dtype, 0))  # type: ignore[arg-type]
         intensity = once / moved if moved else 0.0
         text = " x ".join(str(list(d)) for d in dims if d)  # type: ignore[attr-defined]
-        rows.append(ProductRow(name, text, dtype, len(members), once * len(members), ns, round(intensity, 2),
-                               None, None))  # fmt: skip
+        rows.append(
+            ProductRow(
+                name, text, dtype, len(members), once * len(members), ns, round(intensity, 2), None, None
+            )
+        )
     rows.sort(key=lambda r: (-r.time_ns, r.op, r.dims))
     return rows[:KEEP_SHAPES], Work(totals[True], totals[False], unlinked)
 
@@ -109,6 +121,8 @@ def with_roofline(rows: list[ProductRow], device: Device) -> list[ProductRow]:
         peak = peak_of(device, row.dtype)
         if peak is not None:
             by_memory = row.intensity * device.memory.bandwidth_gb_s * 1e9 if row.intensity else peak
-            row = replace(row, reachable=min(by_memory, peak), bound="memory" if by_memory < peak else "compute")
+            row = replace(
+                row, reachable=min(by_memory, peak), bound="memory" if by_memory < peak else "compute"
+            )
         out.append(row)
     return out

@@ -61,7 +61,9 @@ class Source:
                 for piece in pieces:
                     self.offset += len(piece)
                     if self.offset > self.limits.total_bytes:
-                        raise self._error(f"more than {self.limits.total_bytes} bytes; raise the limit to read it:")
+                        raise self._error(
+                            f"more than {self.limits.total_bytes} bytes; raise the limit to read it:"
+                        )
                     yield piece
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None

@@ -96,7 +96,9 @@ class Splitter:
                     return buffer[found.end() :], False
             searched = max(1, len(buffer) - 64)
             if len(buffer) > self.source.limits.unit_bytes:
-                raise self._error(f"no traceEvents in the first {self.source.limits.unit_bytes} bytes, stopped")
+                raise self._error(
+                    f"no traceEvents in the first {self.source.limits.unit_bytes} bytes, stopped"
+                )
         raise self._error("no traceEvents array: not a profiler trace, or cut off before its events,")
 
     def _is_top_level(self, before: bytes) -> bool:
@@ -125,7 +127,9 @@ class Splitter:
             # A quote is missing somewhere before, and brackets inside strings were counted.
             found.damaged = True
         events = self._decode(found.objects)
-        if found.damaged or (found.close is None and not found.objects and (ended or len(buffer) > 2 * CHUNK)):
+        if found.damaged or (
+            found.close is None and not found.objects and (ended or len(buffer) > 2 * CHUNK)
+        ):
             begin = resync(buffer, found.end + 1)
             if begin is not None:
                 self.said["dropped: damaged stretch of events"] += 1

@@ -8,19 +8,19 @@ known exactly, and the files are written in the layout that PyTorch's profiler u
 
 from __future__ import annotations
 
-import gzip
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from isal import igzip
 
 from trainsys.profiler.trace.intervals import Ints
 
 BASE_NS = 1_790_000_000_000_000_000
 _LAUNCH, _LATENCY = 4_000, 1_500
 PRODUCT = "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas"
-ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul> >"
+ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16> >"
 REDUCE = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 
 
@@ -73,8 +73,14 @@ class Timeline:
         span = int(self.copy[rank, -1, 1] - self.start[rank, 0, 0, 0])
         matmul, comm = int(length[..., 0].sum()), int(length[..., 2].sum())
         other = int(length[..., 1].sum() + length[..., 3].sum())
-        return {"span": span, "matmul": matmul, "other_compute": other, "comm_exposed": comm,
-                "memcpy_exposed": copies, "idle": span - matmul - other - comm - copies}  # fmt: skip
+        return {
+            "span": span,
+            "matmul": matmul,
+            "other_compute": other,
+            "comm_exposed": comm,
+            "memcpy_exposed": copies,
+            "idle": span - matmul - other - comm - copies,
+        }
 
     def waits(self, members: list[int]) -> Ints:
         """ns each member waits in each all-reduce of its group. [collectives, members]"""
@@ -141,23 +147,52 @@ class _Writer:
             f'    "ts": {_us(start + self.shift)}, "dur": {_us(end - start)},\n    "args": {{\n      {args}\n    }}\n  }}'
         )
 
-    def activity(self, cat: str, name: str, stream: int, start: int, end: int, extra: str, launched: int) -> list[str]:
+    def activity(
+        self, cat: str, name: str, stream: int, start: int, end: int, extra: str, launched: int
+    ) -> list[str]:
         self.correlation += 1
         c = self.correlation
         out = [
-            self.event("cpu_op", "aten::add_", 4000, 4000, launched - 900 + 7 * i, launched - 890 + 7 * i,
-                       f'"External id": {c},"Record function id": 0, "Concrete Inputs": ["", "", "1"], "Input type": '
-                       '["c10::BFloat16", "c10::BFloat16", "Scalar"], "Input Strides": [[4096, 1], [4096, 1], []], '
-                       f'"Input Dims": [[8192, 4096], [8192, 4096], []], "Ev Idx": {c * 8 + i}')
+            self.event(
+                "cpu_op",
+                "aten::add_",
+                4000,
+                4000,
+                launched - 900 + 7 * i,
+                launched - 890 + 7 * i,
+                f'"External id": {c},"Record function id": 0, "Concrete Inputs": ["", "", "1"], "Input type": '
+                '["c10::BFloat16", "c10::BFloat16", "Scalar"], "Input Strides": [[4096, 1], [4096, 1], []], '
+                f'"Input Dims": [[8192, 4096], [8192, 4096], []], "Ev Idx": {c * 8 + i}',
+            )
             for i in range(self.job.fill)
-        ]  # fmt: skip
+        ]
         call = "cudaMemcpyAsync" if cat == "gpu_memcpy" else "cudaLaunchKernel"
-        out.append(self.event("cuda_runtime", call, 4000, 4000, launched, launched + 3_000,
-                              f'"External id": {c}, "cbid": 211, "correlation": {c}'))  # fmt: skip
-        out.append(self.event(cat, name, 0, stream, start, end,
-                              f'"External id": {c}, "device": 0, "context": 1, "stream": {stream}, "correlation": {c}{extra}'))  # fmt: skip
-        out.append(f'  {{\n    "ph": "s", "id": {c}, "pid": 4000, "tid": 4000, "ts": {_us(launched + self.shift)},\n'
-                   '    "cat": "ac2g", "name": "ac2g"\n  }')  # fmt: skip
+        out.append(
+            self.event(
+                "cuda_runtime",
+                call,
+                4000,
+                4000,
+                launched,
+                launched + 3_000,
+                f'"External id": {c}, "cbid": 211, "correlation": {c}',
+            )
+        )
+        out.append(
+            self.event(
+                cat,
+                name,
+                0,
+                stream,
+                start,
+                end,
+                f'"External id": {c}, "device": 0, "context": 1, "stream": {stream}, "correlation": {c}{extra}',
+            )
+        )
+        out.append(
+            f'  {{\n    "ph": "s", "id": {c}, "pid": 4000, "tid": 4000, "ts": {_us(launched + self.shift)},\n'
+            '    "cat": "ac2g", "name": "ac2g"\n  }'
+        )
         return out
 
 
@@ -172,10 +207,12 @@ def write_rank(job: Job, timeline: Timeline, rank: int, path: Path) -> None:
         "displayTimeUnit": "ms",
         "baseTimeNanoseconds": BASE_NS,
     }
-    with gzip.open(path, "wt", compresslevel=1) if path.suffix == ".gz" else path.open("w") as file:
+    with igzip.open(path, "wt", compresslevel=1) if path.suffix == ".gz" else path.open("w") as file:
         file.write(json.dumps(head)[:-1] + ',\n"traceEvents": [\n')
         for s in range(job.steps):
-            file.write(",\n".join(_step(job, timeline, rank, s, writer)) + (",\n" if s < job.steps - 1 else "\n"))
+            file.write(
+                ",\n".join(_step(job, timeline, rank, s, writer)) + (",\n" if s < job.steps - 1 else "\n")
+            )
         file.write('],\n"traceName": "synthetic"\n}\n')
 
 
@@ -183,21 +220,51 @@ def _step(job: Job, t: Timeline, rank: int, s: int, writer: _Writer) -> list[str
     begin, finish = (int(x) for x in t.step[rank, s])
     out = [
         writer.event("user_annotation", f"ProfilerStep#{s}", 4000, 4000, begin, finish, '"External id": 0'),
-        writer.event("user_annotation", "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__", 4000, 4000,
-                     int(t.data[rank, s, 0]), int(t.data[rank, s, 1]), '"External id": 0'),
-    ]  # fmt: skip
+        writer.event(
+            "user_annotation",
+            "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__",
+            4000,
+            4000,
+            int(t.data[rank, s, 0]),
+            int(t.data[rank, s, 1]),
+            '"External id": 0',
+        ),
+    ]
     launched = int(t.data[rank, s, 1])
     for layer in range(job.layers):
         for k, (name, stream, extra) in enumerate(
             ((PRODUCT, 7, ""), (ELEMENTWISE, 7, ""), (REDUCE, 20, ", " + writer.group), (ELEMENTWISE, 7, ""))
         ):
-            out += writer.activity("kernel", name, stream, int(t.start[rank, s, layer, k]),
-                                   int(t.end[rank, s, layer, k]), extra, launched)  # fmt: skip
+            out += writer.activity(
+                "kernel",
+                name,
+                stream,
+                int(t.start[rank, s, layer, k]),
+                int(t.end[rank, s, layer, k]),
+                extra,
+                launched,
+            )
             launched += _LAUNCH
-    out += writer.activity("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 7, int(t.copy[rank, s, 0]),
-                           int(t.copy[rank, s, 1]), ', "bytes": 4', launched)  # fmt: skip
-    out.append(writer.event("cuda_runtime", "cudaStreamSynchronize", 4000, 4000, launched + _LAUNCH,
-                            int(t.copy[rank, s, 1]) + 5_000, '"External id": 0, "cbid": 131, "correlation": 0'))  # fmt: skip
+    out += writer.activity(
+        "gpu_memcpy",
+        "Memcpy DtoH (Device -> Pinned)",
+        7,
+        int(t.copy[rank, s, 0]),
+        int(t.copy[rank, s, 1]),
+        ', "bytes": 4',
+        launched,
+    )
+    out.append(
+        writer.event(
+            "cuda_runtime",
+            "cudaStreamSynchronize",
+            4000,
+            4000,
+            launched + _LAUNCH,
+            int(t.copy[rank, s, 1]) + 5_000,
+            '"External id": 0, "cbid": 131, "correlation": 0',
+        )
+    )
     return out
 
 

@@ -18,7 +18,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  " + "  ".join(cells).rstrip()
 
     return [line(head), *map(line, rows)]
@@ -46,9 +48,15 @@ def render(report: Report) -> str:
     if report.critical is not None:
         c = report.critical
         out.append(f"Critical path of rank {report.critical_rank} ({ms(c.span_ns)} ms)")
-        out += table(("held by", "ms", "share"), [(k, ms(v), share(v, c.span_ns)) for k, v in
-                                                  sorted(c.by_kind.items(), key=lambda i: -i[1])])  # fmt: skip
-        out += [f"  had {w.what}: {ms(w.span_ns)} ms, {w.saved_share * 100:.1f}% less" for w in c.what_if if w.saved_share >= 0.001]
+        out += table(
+            ("held by", "ms", "share"),
+            [(k, ms(v), share(v, c.span_ns)) for k, v in sorted(c.by_kind.items(), key=lambda i: -i[1])],
+        )
+        out += [
+            f"  had {w.what}: {ms(w.span_ns)} ms, {w.saved_share * 100:.1f}% less"
+            for w in c.what_if
+            if w.saved_share >= 0.001
+        ]
         out.append("")
     if report.hang is not None:
         out += _hang(report.hang)
@@ -61,7 +69,9 @@ def render(report: Report) -> str:
 def _ranks(ranks: list[RankReport]) -> list[str]:
     first = ranks[0]
     devices = sorted({r.device for r in ranks if r.device})
-    out = [f"{len(ranks)} rank{'s' * (len(ranks) > 1)}, {', '.join(devices) or 'no device named'}; times in ms"]
+    out = [
+        f"{len(ranks)} rank{'s' * (len(ranks) > 1)}, {', '.join(devices) or 'no device named'}; times in ms"
+    ]
     head = ("rank", "span", "matmul", "other", "exposed comm", "exposed copy", "idle", "idle%", "comm hidden")
     rows = []
     for r in ranks[:MOST_RANKS]:
@@ -76,28 +86,58 @@ def _ranks(ranks: list[RankReport]) -> list[str]:
         if first.breakdown.steps:
             out.append(f"Steps of rank {first.rank}")
             out += table(("step", *head[1:]), [(str(t.step), *_terms(t)) for t in first.breakdown.steps[:12]])
-        out += _parts("Idle by cause", first, "idle_by_cause") + _parts("Exposed communication by group", first, "by_group")
+        out += _parts("Idle by cause", first, "idle_by_cause") + _parts(
+            "Exposed communication by group", first, "by_group"
+        )
     if first.mfu is not None:
-        out.append(f"MFU {first.mfu.value * 100:.2f}% of rank {first.rank}: {first.mfu.flops}; peak {first.mfu.peak}")
+        out.append(
+            f"MFU {first.mfu.value * 100:.2f}% of rank {first.rank}: {first.mfu.flops}; peak {first.mfu.peak}"
+        )
     elif first.work.products:
-        out.append(f"Matrix products: {first.work.products / 1e12:.3f} TFLOP from shapes; no MFU: the device's peak is not known")
+        out.append(
+            f"Matrix products: {first.work.products / 1e12:.3f} TFLOP from shapes; no MFU: the device's peak is not known"
+        )
     if first.kernels:
         out.append(f"Kernels of rank {first.rank}")
         busy = sum(k.total_ns for k in first.kernels)
-        out += table(("kernel", "class", "calls", "ms", "share"),
-                     [(k.name[:60], k.kind, str(k.count), ms(k.total_ns), share(k.total_ns, busy)) for k in first.kernels[:12]])  # fmt: skip
+        out += table(
+            ("kernel", "class", "calls", "ms", "share"),
+            [
+                (k.name[:60], k.kind, str(k.count), ms(k.total_ns), share(k.total_ns, busy))
+                for k in first.kernels[:12]
+            ],
+        )
     if first.products:
         out.append(f"Matrix products of rank {first.rank} by shape")
-        out += table(("operator", "shape", "calls", "TFLOP/s", "of reachable", "bound"),
-                     [(p.op, p.dims[:50], str(p.calls), f"{p.rate / 1e12:.1f}",
-                       share(p.rate, p.reachable) if p.reachable else "-", p.bound or "-") for p in first.products[:8]])  # fmt: skip
+        out += table(
+            ("operator", "shape", "calls", "TFLOP/s", "of reachable", "bound"),
+            [
+                (
+                    p.op,
+                    p.dims[:50],
+                    str(p.calls),
+                    f"{p.rate / 1e12:.1f}",
+                    share(p.rate, p.reachable) if p.reachable else "-",
+                    p.bound or "-",
+                )
+                for p in first.products[:8]
+            ],
+        )
     return [*out, ""]
 
 
 def _terms(t: Terms) -> tuple[str, ...]:
     hidden = "-" if t.overlap is None else f"{t.overlap * 100:.1f}%"
-    return (ms(t.span), ms(t.matmul), ms(t.other_compute), ms(t.comm_exposed), ms(t.memcpy_exposed), ms(t.idle),
-            share(t.idle, t.span), hidden)  # fmt: skip
+    return (
+        ms(t.span),
+        ms(t.matmul),
+        ms(t.other_compute),
+        ms(t.comm_exposed),
+        ms(t.memcpy_exposed),
+        ms(t.idle),
+        share(t.idle, t.span),
+        hidden,
+    )
 
 
 def _parts(title: str, rank: RankReport, part: str) -> list[str]:
@@ -110,22 +150,49 @@ def _parts(title: str, rank: RankReport, part: str) -> list[str]:
 
 
 def _across(a: Across) -> list[str]:
-    out = [f"Across ranks: {a.matched} collectives matched; ends agree within {a.end_spread_ns / 1e3:,.1f} us"]
-    rows = [(str(r.rank), ms(r.comm_ns), ms(r.wait_ns), f"{r.last} of {r.collectives}", ms(r.caused_ns),
-             f"{r.clock_offset_ns / 1e3:,.1f}") for r in a.ranks[:MOST_RANKS]]  # fmt: skip
+    out = [
+        f"Across ranks: {a.matched} collectives matched; ends agree within {a.end_spread_ns / 1e3:,.1f} us"
+    ]
+    rows = [
+        (
+            str(r.rank),
+            ms(r.comm_ns),
+            ms(r.wait_ns),
+            f"{r.last} of {r.collectives}",
+            ms(r.caused_ns),
+            f"{r.clock_offset_ns / 1e3:,.1f}",
+        )
+        for r in a.ranks[:MOST_RANKS]
+    ]
     out += table(("rank", "comm ms", "waiting ms", "arrived last", "made others wait ms", "clock us"), rows)
     if a.bandwidth:
-        out += table(("collective", "group", "members", "MiB", "calls", "shortest ms", "bus GB/s", "link GB/s"),
-                     [(b.op, b.group[:30], str(b.members), f"{b.size / 2**20:.2f}" if b.size >= 0 else "?", str(b.calls),
-                       ms(b.shortest_ns), "?" if b.bus_gb_s is None else f"{b.bus_gb_s:.2f}",
-                       "?" if b.link_gb_s is None else f"{b.link_gb_s:.0f}") for b in a.bandwidth[:10]])  # fmt: skip
+        out += table(
+            ("collective", "group", "members", "MiB", "calls", "shortest ms", "bus GB/s", "link GB/s"),
+            [
+                (
+                    b.op,
+                    b.group[:30],
+                    str(b.members),
+                    f"{b.size / 2**20:.2f}" if b.size >= 0 else "?",
+                    str(b.calls),
+                    ms(b.shortest_ns),
+                    "?" if b.bus_gb_s is None else f"{b.bus_gb_s:.2f}",
+                    "?" if b.link_gb_s is None else f"{b.link_gb_s:.0f}",
+                )
+                for b in a.bandwidth[:10]
+            ],
+        )
     return [*out, ""]
 
 
 def _hang(h: HangReport) -> list[str]:
     out = [f"Flight recorder of {len(h.ranks)} ranks: {h.verdict}"]
-    out += [f"  rank {r.rank} ({r.kind}): {r.evidence}" + (f"; at {r.where}" if r.where else "") for r in h.roots]
-    out += [f"  rank {w.rank} waits in {w.operation}" + (f" for {w.on}" if w.on else "") for w in h.waiting[:8]]
+    out += [
+        f"  rank {r.rank} ({r.kind}): {r.evidence}" + (f"; at {r.where}" if r.where else "") for r in h.roots
+    ]
+    out += [
+        f"  rank {w.rank} waits in {w.operation}" + (f" for {w.on}" if w.on else "") for w in h.waiting[:8]
+    ]
     if len(h.waiting) > 8:
         out.append(f"  and {len(h.waiting) - 8} more wait")
     out += [f"  collective #{m.sequence} of group {m.group} differs: {m.variants}" for m in h.mismatches[:5]]
@@ -143,16 +210,23 @@ def _memory(m: MemoryReport) -> list[str]:
         f"largest free block {m.largest_free_block / 2**20:.0f} MiB, largest request {m.largest_request / 2**20:.0f} MiB"
     ]
     out.append("  peak by part: " + ", ".join(f"{k} {gib(v)}" for k, v in m.by_part.items()))
-    out += table(("held at the peak by", "part", "blocks", "GiB"),
-                 [(h.where[:70], h.part, str(h.blocks), gib(h.bytes)) for h in m.holders[:10]])  # fmt: skip
-    out += [f"  out of memory: {o.request / 2**20:.0f} MiB asked at {o.where}; would have fitted: {o.would_fit}" for o in m.out_of_memory[:5]]
+    out += table(
+        ("held at the peak by", "part", "blocks", "GiB"),
+        [(h.where[:70], h.part, str(h.blocks), gib(h.bytes)) for h in m.holders[:10]],
+    )
+    out += [
+        f"  out of memory: {o.request / 2**20:.0f} MiB asked at {o.where}; would have fitted: {o.would_fit}"
+        for o in m.out_of_memory[:5]
+    ]
     return [*out, ""]
 
 
 def _said(report: Report) -> list[str]:
     total: dict[str, int] = {}
-    for said in [r.said for r in report.ranks] + [report.across.said if report.across else {}] + (
-        [report.hang.said] if report.hang else []
+    for said in (
+        [r.said for r in report.ranks]
+        + [report.across.said if report.across else {}]
+        + ([report.hang.said] if report.hang else [])
     ):
         for what, n in said.items():
             total[what] = total.get(what, 0) + n

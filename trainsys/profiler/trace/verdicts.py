@@ -20,9 +20,18 @@ def judge(report: Report) -> list[Verdict]:
     """Findings, the costliest first."""
     out: list[Verdict] = []
     if report.hang is not None and (report.hang.roots or report.hang.mismatches or report.hang.cycles):
-        evidence = "; ".join(f"rank {r.rank} {r.evidence}" for r in report.hang.roots[:4]) or report.hang.verdict
-        out.append(Verdict("hang", report.hang.verdict, evidence,
-                           "look at these ranks' logs, host stacks and devices; the others only wait", 1.0))  # fmt: skip
+        evidence = (
+            "; ".join(f"rank {r.rank} {r.evidence}" for r in report.hang.roots[:4]) or report.hang.verdict
+        )
+        out.append(
+            Verdict(
+                "hang",
+                report.hang.verdict,
+                evidence,
+                "look at these ranks' logs, host stacks and devices; the others only wait",
+                1.0,
+            )
+        )
     timed = [r for r in report.ranks if r.breakdown is not None and r.breakdown.whole.span > 0]
     if timed:
         out += _time(report, timed)
@@ -51,20 +60,42 @@ def _time(report: Report, ranks: list[RankReport]) -> list[Verdict]:
     for axis in axes:
         share = _mean(ranks, "by_axis", axis)
         if share >= 0.05:
-            title = f"{_pct(share)} of the time is exposed communication" + (f" on axis {axis}" if axis != "unknown" else "")
+            title = f"{_pct(share)} of the time is exposed communication" + (
+                f" on axis {axis}" if axis != "unknown" else ""
+            )
             if axis == "pp":
                 title = f"{_pct(share)} of the time is pipeline bubble (exposed sends and receives)"
-            out.append(Verdict("communication", title, _comm_evidence(report, ranks),
-                               _AXIS_ADVICE.get(axis, "overlap it with compute, or communicate less often"), share))  # fmt: skip
+            out.append(
+                Verdict(
+                    "communication",
+                    title,
+                    _comm_evidence(report, ranks),
+                    _AXIS_ADVICE.get(axis, "overlap it with compute, or communicate less often"),
+                    share,
+                )
+            )
     causes = {
-        "host": ("the device waits for the host to launch work",
-                 "CUDA graphs or torch.compile, larger micro-batches, fewer small kernels", 0.10),
-        "data": ("the device waits for the data loader", "more loader workers, prefetch, pinned memory", 0.02),
-        "sync": ("the device drains at synchronising calls",
-                 "no .item(), print or blocking copy inside the step; log asynchronously", 0.02),
-        "launch": ("the device waits on launch latency with an empty queue",
-                   "CUDA graphs; the host is only just ahead of the device", 0.05),
-    }  # fmt: skip
+        "host": (
+            "the device waits for the host to launch work",
+            "CUDA graphs or torch.compile, larger micro-batches, fewer small kernels",
+            0.10,
+        ),
+        "data": (
+            "the device waits for the data loader",
+            "more loader workers, prefetch, pinned memory",
+            0.02,
+        ),
+        "sync": (
+            "the device drains at synchronising calls",
+            "no .item(), print or blocking copy inside the step; log asynchronously",
+            0.02,
+        ),
+        "launch": (
+            "the device waits on launch latency with an empty queue",
+            "CUDA graphs; the host is only just ahead of the device",
+            0.05,
+        ),
+    }
     for cause, (what, advice, floor) in causes.items():
         share = _mean(ranks, "idle_by_cause", cause)
         if share >= floor:
@@ -75,22 +106,45 @@ def _time(report: Report, ranks: list[RankReport]) -> list[Verdict]:
     if share >= 0.15 and share > products:
         top = [k for k in ranks[0].kernels if k.kind == "other_compute"][:2]
         evidence = "; ".join(f"{k.count} x {k.name[:60]}: {k.total_ns / 1e6:.2f} ms" for k in top)
-        out.append(Verdict("fusion", f"{_pct(share)} of the time is compute other than matrix products, which take {_pct(products)}",
-                           evidence, "torch.compile or fused kernels for norms, activations, rotary embedding and casts", share))  # fmt: skip
+        out.append(
+            Verdict(
+                "fusion",
+                f"{_pct(share)} of the time is compute other than matrix products, which take {_pct(products)}",
+                evidence,
+                "torch.compile or fused kernels for norms, activations, rotary embedding and casts",
+                share,
+            )
+        )
     share = _mean(ranks, "recompute")
     if share >= 0.02:
-        out.append(Verdict("recompute", f"{_pct(share)} of the time recomputes activations", "kernels launched inside recompute_fn",
-                           "selective recompute, or less of it where memory is free", share))  # fmt: skip
+        out.append(
+            Verdict(
+                "recompute",
+                f"{_pct(share)} of the time recomputes activations",
+                "kernels launched inside recompute_fn",
+                "selective recompute, or less of it where memory is free",
+                share,
+            )
+        )
     share = _mean(ranks, "memcpy_exposed")
     if share >= 0.02:
-        out.append(Verdict("memcpy", f"{_pct(share)} of the time is exposed copies", "copies that no kernel overlaps",
-                           "fuse or avoid device copies; pin host memory and copy on a side stream", share))  # fmt: skip
+        out.append(
+            Verdict(
+                "memcpy",
+                f"{_pct(share)} of the time is exposed copies",
+                "copies that no kernel overlaps",
+                "fuse or avoid device copies; pin host memory and copy on a side stream",
+                share,
+            )
+        )
     return out
 
 
 def _comm_evidence(report: Report, ranks: list[RankReport]) -> str:
     parts = []
-    hidden = [r.breakdown.whole.overlap for r in ranks if r.breakdown and r.breakdown.whole.overlap is not None]
+    hidden = [
+        r.breakdown.whole.overlap for r in ranks if r.breakdown and r.breakdown.whole.overlap is not None
+    ]
     if hidden:
         parts.append(f"{_pct(sum(hidden) / len(hidden))} of communication is hidden behind compute")
     if report.across is not None and report.across.ranks:
@@ -109,40 +163,53 @@ def _across(report: Report, timed: list[RankReport]) -> list[Verdict]:
     named = set()
     for s in across.stragglers:
         named.add(s.rank)
-        out.append(Verdict(
-            "straggler", f"rank {s.rank} is {s.slowdown * 100:.0f}% slower than its peers between collectives",
-            f"group {s.group}; z = {s.z:.1f}; slow in {s.share * 100:.0f}% of the stretches; costs everyone "
-            f"{s.cost_s * 1e3:.2f} ms each",
-            "check that rank's clocks, thermals, ECC and neighbours on the host; exclude it and compare",
-            min(1.0, s.slowdown / (1 + s.slowdown)),
-        ))  # fmt: skip
+        out.append(
+            Verdict(
+                "straggler",
+                f"rank {s.rank} is {s.slowdown * 100:.0f}% slower than its peers between collectives",
+                f"group {s.group}; z = {s.z:.1f}; slow in {s.share * 100:.0f}% of the stretches; costs everyone "
+                f"{s.cost_s * 1e3:.2f} ms each",
+                "check that rank's clocks, thermals, ECC and neighbours on the host; exclude it and compare",
+                min(1.0, s.slowdown / (1 + s.slowdown)),
+            )
+        )
     total = sum(r.caused_ns for r in across.ranks)
-    for r in across.ranks:
-        if total and span and r.rank not in named and r.caused_ns > 0.5 * total and r.caused_ns > 0.02 * span:
-            out.append(Verdict(
-                "late", f"rank {r.rank} arrives last in {r.last} of {r.collectives} matched collectives",
-                f"the others waited {r.caused_ns / 1e6:.2f} ms in all for it; it waited {r.wait_ns / 1e6:.2f} ms",
-                "its work before those collectives is the one to shorten: compare its step with a peer's",
-                min(1.0, r.caused_ns / max(1, len(across.ranks) - 1) / span),
-            ))  # fmt: skip
-    return out
+    late = [r for r in across.ranks if r.rank not in named and r.caused_ns > max(0.5 * total, 0.02 * span)]
+    return out + [
+        Verdict(
+            "late",
+            f"rank {r.rank} arrives last in {r.last} of {r.collectives} matched collectives",
+            f"the others waited {r.caused_ns / 1e6:.2f} ms in all for it; it waited {r.wait_ns / 1e6:.2f} ms",
+            "its work before those collectives is the one to shorten: compare its step with a peer's",
+            min(1.0, r.caused_ns / max(1, len(across.ranks) - 1) / span) if span else 0.0,
+        )
+        for r in late
+    ]
 
 
 def _memory(report: Report) -> list[Verdict]:
-    out = []
+    out: list[Verdict] = []
     for m in report.memory:
-        for o in m.out_of_memory:
-            if o.would_fit:
-                out.append(Verdict(
-                    "memory", f"device {m.device}: a request of {o.request / 2**20:.0f} MiB failed that would have fitted",
-                    f"free in the allocator {o.total_free / 2**20:.0f} MiB (largest block "
-                    f"{o.largest_free_block / 2**20:.0f}), on the device {o.device_free / 2**20:.0f} MiB",
-                    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", 0.5,
-                ))  # fmt: skip
+        out += [
+            Verdict(
+                "memory",
+                f"device {m.device}: a request of {o.request / 2**20:.0f} MiB failed that would have fitted",
+                f"free in the allocator {o.total_free / 2**20:.0f} MiB (largest block "
+                f"{o.largest_free_block / 2**20:.0f}), on the device {o.device_free / 2**20:.0f} MiB",
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+                0.5,
+            )
+            for o in m.out_of_memory
+            if o.would_fit
+        ]
         if m.reserved and m.inactive / m.reserved > 0.2:
-            out.append(Verdict(
-                "memory", f"device {m.device}: {m.inactive / 2**30:.1f} of {m.reserved / 2**30:.1f} GiB reserved are not in use",
-                f"largest free block {m.largest_free_block / 2**20:.0f} MiB; peak in use {m.peak / 2**30:.1f} GiB",
-                "normal after a step's peak; if allocations fail, expandable_segments:True", 0.01,
-            ))  # fmt: skip
+            out.append(
+                Verdict(
+                    "memory",
+                    f"device {m.device}: {m.inactive / 2**30:.1f} of {m.reserved / 2**30:.1f} GiB are reserved and unused",
+                    f"largest free block {m.largest_free_block / 2**20:.0f} MiB; peak in use {m.peak / 2**30:.1f} GiB",
+                    "normal after a step's peak; if allocations fail, expandable_segments:True",
+                    0.01,
+                )
+            )
     return out
