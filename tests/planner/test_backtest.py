@@ -13,7 +13,7 @@ from test_runs_csv import ROW
 
 from trainsys.errors import UserError
 from trainsys.planner import backtest
-from trainsys.planner.calibrate import fit, levenberg, row_weights
+from trainsys.planner.calibrate import fit, levenberg, row_weights, thin
 from trainsys.planner.constants import PRIORS, from_priors
 from trainsys.planner.from_runs import build
 from trainsys.planner.runs_csv import parse, read
@@ -105,6 +105,14 @@ def test_large_sources_do_not_drown_small_ones() -> None:
     w = row_weights(["big"] * 1000 + ["small"] * 10)
     assert w[-1] == 1.0
     assert w[:1000].sum() < 60
+
+
+def test_thinning_keeps_small_sources_whole_and_every_row_counted() -> None:
+    sources = ["big"] * 1000 + ["small"] * 7
+    index, stands = thin(np.arange(1007), sources, most=250)
+    assert [i for i in index if i >= 1000] == list(range(1000, 1007))
+    assert len(index) == 257
+    assert stands.sum() == 1007
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the development table ../shared is not here")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from trainsys.errors import UserError
 from trainsys.planner.cases import Array, Cases
@@ -37,6 +38,22 @@ def row_weights(sources: Sequence[str]) -> Array:
     assert len(names) > 0
     out: Array = np.minimum(1.0, (10.0 / counts[inverse]) ** (2.0 / 3.0))
     return out
+
+
+def thin(
+    index: NDArray[np.int64], sources: Sequence[str], most: int = 250
+) -> tuple[NDArray[np.int64], Array]:
+    """(every n-th row of a source with more than ``most``, how many rows each stands for): a sweep's neighbours say
+    much the same, and the fit takes time in proportion to rows."""
+    names = np.asarray(sources)[index]
+    kept, stands = [], []
+    for name in np.unique(names):
+        mine = index[names == name]
+        stride = -(-len(mine) // most)
+        kept.append(mine[::stride])
+        stands.append(np.full(len(kept[-1]), float(stride)))
+    order = np.argsort(np.concatenate(kept), kind="stable")
+    return np.concatenate(kept)[order], np.concatenate(stands)[order]
 
 
 def levenberg(residual: Callable[[Array], Array], x0: Array, steps: int = 25, tol: float = 1e-3) -> Array:
@@ -114,17 +131,15 @@ def fit_runs(runs: Sequence[Run]) -> tuple[Constants, MemoryConstants]:
     peak = np.where(np.asarray(["memory_only" in r.text["quality"] for r in kept]), np.nan, peak)
     noisy = np.asarray([r.text["quality"] not in ("", "ok", "derived_step_time") for r in kept])
     weights = row_weights(sources) * np.where(noisy, 0.1, 1.0)
-    timed, sized = (
-        np.flatnonzero(np.isfinite(seconds)),
-        np.flatnonzero(np.isfinite(seconds) | (oom > 0) | np.isfinite(peak)),
-    )
+    timed, repeat = thin(np.flatnonzero(np.isfinite(seconds)), sources)
+    sized = np.flatnonzero(np.isfinite(seconds) | (oom > 0) | np.isfinite(peak))
     k, m = from_priors(), memory_from_priors()
     for _ in range(2):
         full = fill(cases, kept, k, m)
         least = at_best(full, kept)
         m = fit_memory(least.take(sized), peak[sized], oom[sized], weights[sized])
         full = fill(cases, kept, k, m)
-        k = fit(full.take(timed), seconds[timed], weights[timed])
+        k = fit(full.take(timed), seconds[timed], weights[timed] * repeat)
     return k, m
 
 

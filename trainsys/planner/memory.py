@@ -136,7 +136,9 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
         live = in_flight(c, front)
         acts = layers * kept * live + transient + 4.0 * c.tokens * c.d_model
         split = np.where(c.gathered_logits > 0, 1.0, c.tp)
-        a_logit = np.where((c.gathered_logits > 0) & (c.tp > 1), m.logit_gathered, m.logit_bytes)
+        # DeepSpeed's pipeline engine keeps the outputs of two micro-batches.
+        many = (c.gathered_logits > 0) & ((c.tp > 1) | (c.ds_pipeline > 0) & (c.pp > 1))
+        a_logit = np.where(many, m.logit_gathered, m.logit_bytes)
         logits = head * c.tokens * c.vocab * a_logit / split
         bucket = np.where((c.zero > 0) & (c.zero < 3) & (data > 1), m.bucket_bytes, 0.0)
         buffers = m.overhead_bytes + bucket + 0.0 * count

@@ -9,7 +9,11 @@ from trainsys.planner.constants import Prior, constants_file
 
 MEMORY_PRIORS: dict[str, Prior] = {
     "activation": Prior(1.06, 0.05, "allocator rounding and fragmentation over the counted activations"),
-    "norm_unfused": Prior(4.0, 0.4, "D-sized 16-bit copies that one unfused RMSNorm keeps"),
+    "norm_unfused": Prior(
+        6.0,
+        0.25,
+        "D-sized 16-bit copies that one unfused RMSNorm keeps: input and normalised in fp32, both casts",
+    ),
     "rotary": Prior(0.6, 0.5, "share of q and k kept twice by rotary embedding"),
     "gate": Prior(0.7, 0.4, "F-sized copies beyond three that a gated feed-forward keeps"),
     "square": Prior(5.0, 0.1, "bytes an entry of the score matrix kept by unfused attention"),
