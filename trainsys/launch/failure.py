@@ -68,7 +68,9 @@ def user_error_lines(error: UserError) -> str:
 
 
 def read_failure(path: Path) -> Failure | None:
-    """What the ranks of a run left in its failure file; None if nothing readable."""
+    """What the ranks of a run's last attempt left in its failure file; None if nothing readable."""
+    attempts = sorted(path.parent.glob(f"{path.name}.*"), key=lambda p: int(p.suffix[1:]))
+    path = attempts[-1] if attempts else path
     try:
         return Failure(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -117,7 +119,9 @@ def _claim(path: Path, failure: Failure) -> bool:
 def _agreed_file() -> Path | None:
     """The file the launcher named, or one in the folder that torchrun makes for each attempt."""
     if named := os.environ.get(FAILURE_FILE):
-        return Path(named)
+        # Each attempt of a run that is restarted agrees anew.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return Path(named if attempt == "0" else f"{named}.{attempt}")
     if per_rank := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         return Path(per_rank).parents[1] / "trainsys_failure.json"
     return None

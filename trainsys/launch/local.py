@@ -16,7 +16,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from trainsys.config.loader import load_run
@@ -24,6 +26,7 @@ from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
 from trainsys.hardware.machine import cuda_devices, usable_cores
 from trainsys.launch.failure import EXIT_FAILED, FAILURE_FILE, read_failure
+from trainsys.launch.replan import replan
 from trainsys.layout import PLACED, Layout
 
 _TORCHRUN = "torch.distributed.run"
@@ -36,10 +39,15 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     """
     config = load_run(path, overrides)
     world = _world(config, nproc)
+    if config.resilience.elastic:
+        config = replan(config, world)
     Layout.resolve(config.parallel, world).validate(config.model, config.train, config.parallel)
     train = ["-m", "trainsys", "train", path, *overrides]
-    torchrun = ["--standalone", "--nproc-per-node", str(world), *train]
-    command = [sys.executable, *(train if world == 1 else ["-m", _TORCHRUN, *torchrun])]
+    restarts = config.resilience.max_restarts
+    again = ["--max-restarts", str(restarts)] if restarts else []
+    torchrun = ["--standalone", "--nproc-per-node", str(world), *again, *train]
+    alone = world == 1 and not restarts
+    command = [sys.executable, *(train if alone else ["-m", _TORCHRUN, *torchrun])]
     threads = str(config.train.threads or max(1, usable_cores() // world))
     if config.train.threads == 0:
         threads = os.environ.get("OMP_NUM_THREADS", threads)
@@ -47,10 +55,16 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
         print(f"OMP_NUM_THREADS={threads} {shlex.join(command)}")
         return 0
     os.environ["OMP_NUM_THREADS"] = threads
-    if world == 1:
+    if alone:
         sys.stdout.flush()
         os.execv(command[0], command)
-    return run_agent(torchrun)
+    # Asked to stop, the agent would give the ranks 30 seconds: they are told directly, and it waits for them.
+    before = {number: signal.signal(number, _pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return run_agent(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *torchrun])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _world(config: RunConfig, nproc: int | None) -> int:
@@ -62,10 +76,12 @@ def _world(config: RunConfig, nproc: int | None) -> int:
     devices = cuda_devices() if on_cuda else 0
     if config.train.device == "cuda" and devices == 0:
         raise UserError("train.device=cuda, but this machine shows no CUDA device; set train.device=cpu")
+    if config.resilience.elastic and nproc is not None:
+        required = nproc
     if required is not None and nproc is not None and required != nproc:
         raise UserError(
             f"--nproc {nproc}, but the layout is fixed at {required} ranks; drop --nproc or set "
-            "parallel.dp_shard=-1"
+            "parallel.dp_shard=-1, or resilience.elastic=true for the nearest layout that fits"
         )
     world = required or nproc
     if world is None:
@@ -97,6 +113,14 @@ def run_agent(arguments: list[str]) -> int:
                 return failure.code
             return _explain(error)
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Send the signal to every child process."""
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for child in listed.read_text(encoding="ascii").split():
+                os.kill(int(child), number)
 
 
 def _explain(error: Any) -> int:
