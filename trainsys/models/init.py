@@ -9,7 +9,7 @@ holds more of a parameter than it owns. The numbers come from the CPU whatever t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from itertools import product
@@ -49,13 +49,16 @@ def init_weights(
             name = canonical_name(wrapped_name)
             local, spec = local_part(param, shards.get(name) or ShardSpec.whole(param.shape))
             assert tuple(local.shape) == spec.local_shape, f"{name}: {tuple(local.shape)} is not {spec}"
-            constant, std = _distribution(name, cfg)
-            if std:
-                _fill_normal(local, spec, seed, name, std)
-            else:
-                local.fill_(constant)
+            _fill(local, spec, name, cfg, seed)
         for buffer in model.buffers():
             buffer.zero_()
+
+
+def initial_value(name: str, shape: Sequence[int], cfg: ModelConfig, seed: int) -> Tensor:
+    """The whole of one parameter as `init_weights` makes it, fp32 on the CPU."""
+    out = torch.empty(tuple(shape), device="cpu")
+    _fill(out, ShardSpec.whole(shape), name, cfg, seed)
+    return out
 
 
 def canonical_name(name: str) -> str:
@@ -80,6 +83,14 @@ def _distribution(name: str, cfg: ModelConfig) -> tuple[float, float]:
     known = ("embed", "head", "wq", "wk", "wv", "w_gate", "w_up", "router")
     assert module in known, f"no rule to initialise {name}"
     return 0.0, cfg.init_std
+
+
+def _fill(local: Tensor, spec: ShardSpec, name: str, cfg: ModelConfig, seed: int) -> None:
+    constant, std = _distribution(name, cfg)
+    if std:
+        _fill_normal(local, spec, seed, name, std)
+    else:
+        local.fill_(constant)
 
 
 def local_part(param: Tensor, spec: ShardSpec) -> tuple[Tensor, ShardSpec]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainsys.ops.grouped import has_values
+
 
 @dataclass(frozen=True)
 class Sorted:
@@ -26,6 +28,8 @@ class Sorted:
 
 def sort_by_expert(choices: Tensor, n_experts: int, kept: Tensor | None = None) -> Sorted:
     """``choices [T, k] int64`` of ``n_experts``; ``kept [T, k] bool``: slots that are not dropped (None: all)."""
+    if kept is not None and not has_values(kept):
+        kept = None  # a dry run drops nothing: how much it would is not known
     experts = choices if kept is None else choices.masked_fill(~kept, n_experts)
     flat = experts.flatten()
     slots = flat.argsort(stable=True)

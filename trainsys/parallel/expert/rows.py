@@ -24,7 +24,9 @@ class CutRows(WholeRows):
     def gather(self, choices: Tensor) -> Tensor:
         # The only thing of a token that others need: k small numbers.
         whole = ops.all_gather(choices.to(torch.int32), self._cp, dim=1)
-        return whole[:, self._order.to(whole.device)].to(choices.dtype)
+        self._order = self._order.to(whole.device)
+        return whole[:, self._order].to(choices.dtype)
 
     def own(self, full: Tensor) -> Tensor:
-        return full[:, self._mine.to(full.device)]
+        self._mine = self._mine.to(full.device)
+        return full[:, self._mine]
