@@ -12,8 +12,9 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def arrange(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None)
 
 
 def write_file(
-    path: Path, head: bytes, buffers: Sequence[memoryview], stop: Callable[[], bool] = lambda: False
+    path: Path, head: bytes, buffers: Iterable[memoryview], stop: Callable[[], bool] = lambda: False
 ) -> str:
     """Write ``head`` and ``buffers`` one after the other, make the file durable, return its sha256 (hex).
 
@@ -72,7 +73,7 @@ def write_file(
     digest = hashlib.sha256()
     # Unbuffered: chunks are large, and an error of the disk is then raised by the write that met it.
     with open(path, "wb", buffering=0) as file:
-        for buffer in (memoryview(head), *buffers):
+        for buffer in chain((memoryview(head),), buffers):
             data = buffer.cast("B")
             for start in range(0, len(data), CHUNK):
                 if stop():
