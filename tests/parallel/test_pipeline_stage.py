@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from support.pipeline_cases import FSDP, TIED, Case
 from support.ranks import run_ranks
+from trainsys.comm import ops
 from trainsys.config.run import PipelineConfig
 from trainsys.data import Loader, build_source
 from trainsys.engines.native import NativeEngine
@@ -163,3 +164,17 @@ def test_a_tied_embedding_is_summed_over_its_two_ranks_only() -> None:
     results = run_ranks(4, one_step_on_this_rank, Case("1f1b", 4, model=TIED))
     reduced = [("pp", "all_reduce") in traffic for _, traffic in results]
     assert reduced == [True, False, False, True]
+
+
+def pair_then_halves_on_this_rank() -> list[float]:
+    mesh = Mesh(Layout(pp=4), torch.device("cpu"))
+    sums = []
+    # The first has ranks that are in no group of two: they must take part in making it all the same.
+    for blocks in ([[0, 3], [1], [2]], [[0, 1], [2, 3]]):
+        x = torch.tensor([float(dist.get_rank())])
+        sums.append(float(ops.all_reduce_(x, mesh.subgroup("pp", blocks))))
+    return sums
+
+
+def test_groups_made_after_a_pair_of_ranks_work() -> None:
+    assert run_ranks(4, pair_then_halves_on_this_rank, timeout_s=30) == [[3, 1], [1, 1], [2, 5], [3, 5]]

@@ -28,7 +28,7 @@ class Mesh:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         world = dist.get_world_size() if dist.is_initialized() else 1
         assert world == layout.world, f"{world} processes for a layout of {layout.world}"
-        self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+        self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
         self._axes = {axis: self._join(axis, layout.groups(axis)) for axis in AXES}
         self._axes["world"] = self._join("world", [list(range(world))])
 
@@ -50,16 +50,20 @@ class Mesh:
 
     def _join(self, axis: str, groups: list[list[int]]) -> AxisGroup:
         mine = next(tuple(g) for g in groups if self.rank in g)
-        group = None if len(mine) == 1 else self._group(tuple(tuple(g) for g in groups), mine)
+        group = self._group(tuple(tuple(g) for g in groups), mine)
         return AxisGroup(axis, mine, mine.index(self.rank), group, self.ledger)
 
-    def _group(self, groups: tuple[tuple[int, ...], ...], mine: tuple[int, ...]) -> dist.ProcessGroup:
-        if len(groups) == 1:
+    def _group(self, groups: tuple[tuple[int, ...], ...], mine: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """None for a rank that is alone in its group."""
+        if len(groups) == 1 and len(mine) > 1:
             assert dist.group.WORLD is not None
             return dist.group.WORLD
         if groups not in self._made:
-            # Every rank takes part in making every group, in the same order.
+            self._made[groups] = None
+            # Every rank takes part in making every group, in the same order, those too that are in none.
             for ranks in groups:
+                if len(ranks) == 1:
+                    continue
                 made = dist.new_group(list(ranks))
                 if ranks == mine:
                     self._made[groups] = made
