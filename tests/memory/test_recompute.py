@@ -12,6 +12,7 @@ from trainsys.config.run import RecomputeConfig
 from trainsys.memory.recompute import apply_recompute
 from trainsys.models.decoder import Decoder
 from trainsys.models.init import init_weights
+from trainsys.ops import attention_seam
 
 LAYERS = 4
 
@@ -60,3 +61,38 @@ def test_less_is_saved_the_more_is_recomputed() -> None:
     none, selective, some, full = (_run(p)[1] for p in ("none", "selective", "every_n", "full"))
     assert full < some < none
     assert selective < none
+
+
+def test_selective_plus_plus_runs_attention_forward_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = 0
+    run = attention_seam.WholeRows.forward
+
+    def counted(*args: object) -> object:
+        nonlocal forwards
+        forwards += 1
+        return run(*args)
+
+    monkeypatch.setattr(attention_seam.WholeRows, "forward", counted)
+    calls, saved = _run("selective++")
+    assert forwards == LAYERS, "attention itself: once a layer"
+    assert calls["ffn"] == 2 * LAYERS, "all the rest: twice"
+    assert _run("full")[1] == saved, "what checkpointing saves; output and lse are kept beside it"
+
+
+def test_results_of_micro_batches_in_flight_do_not_meet() -> None:
+    cfg = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_ff=32, vocab=40)
+    batches = [torch.randint(0, 40, (1, 8), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    positions = torch.arange(8).expand(1, 8)
+
+    def gradients(policy: str, order: list[int]) -> list[torch.Tensor]:
+        model = Decoder(cfg)
+        init_weights(model, cfg, seed=0)
+        apply_recompute(model, RecomputeConfig(policy=policy))  # type: ignore[arg-type]
+        losses = [(model(b, positions).square() * (i + 1)).sum() for i, b in enumerate(batches)]
+        for i in order:
+            losses[i].backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        for ours, theirs in zip(gradients("selective++", order), gradients("none", order), strict=True):
+            torch.testing.assert_close(ours, theirs)

@@ -26,7 +26,11 @@ MODEL: dict[str, Any] = {
 
 
 def config(
-    parallel: dict[str, Any], *, model: dict[str, Any] | None = None, recompute: str = "none", **train: Any
+    parallel: dict[str, Any],
+    *,
+    model: dict[str, Any] | None = None,
+    recompute: str | dict[str, Any] = "none",
+    **train: Any,
 ) -> RunConfig:
     defaults = {
         "seq_len": 16,
@@ -41,7 +45,9 @@ def config(
         parallel=ParallelConfig(**{"dp_shard": 1, **parallel}),
         data=DataConfig(source="synthetic", prefetch=0),
         optim=OptimConfig(lr=2e-3, warmup_steps=2, z_loss=1e-3),
-        recompute=RecomputeConfig(policy=recompute),  # type: ignore[arg-type]  # a test's string
+        recompute=RecomputeConfig.model_validate(
+            {"policy": recompute} if isinstance(recompute, str) else recompute
+        ),
         train=TrainConfig(**{**defaults, **train}),
     )
 
@@ -89,8 +95,12 @@ VARIANTS = [
          ("tp2_sp", "fsdp2_tp2")),
         ("odd_width", {}, {"model": {"d_model": 36, "head_dim": 10, "n_heads": 6, "d_ff": 60}}, ("fsdp4",)),
         ("window", {}, {"model": {"sliding_window": 5}}, ("fsdp2_tp2_sp",)),
+        ("loss_chunk", {}, {"loss_chunk": 5}, ("single", "fsdp2", "tp2_sp", "fsdp2_tp2_sp")),
+        ("loss_chunk_tied", {}, {"loss_chunk": 5, "model": {"tied_embeddings": True}}, ("fsdp2_tp2_sp",)),
+        ("stream", {}, {"recompute": {"stream_ffn": 5}}, ("single", "fsdp2_tp2_sp")),
+        ("stream_full", {}, {"recompute": {"stream_ffn": 5, "policy": "full"}}, ("fsdp2",)),
         *((policy, {}, {"recompute": policy}, ("single", "ddp2", "fsdp2", "tp2_sp", "fsdp2_tp2_sp", "hsdp2x2"))
-          for policy in ("selective", "full", "every_n")),
+          for policy in ("selective", "selective++", "full", "every_n")),
     )
     for name in names
 ]  # fmt: skip

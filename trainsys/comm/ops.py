@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -36,12 +37,12 @@ def all_gather(x: Tensor, g: AxisGroup, dim: int) -> Tensor:
     if g.group is None:
         return x
     x = x.contiguous()
-    out = x.new_empty((g.size, *x.shape))
+    shape = (*x.shape[:dim], g.size * x.shape[dim], *x.shape[dim + 1 :])
+    in_order = math.prod(x.shape[:dim]) == 1  # then the ranks' parts lie one after the other
+    out = x.new_empty(shape if in_order else (g.size, *x.shape))
     with g.ledger.span(g.axis, "all_gather", nbytes(x) * (g.size - 1)):
         all_gather_flat(out.view(-1), x.view(-1), group=g.group)
-    if dim == 0:
-        return out.flatten(0, 1)
-    return out.movedim(0, dim).reshape(*x.shape[:dim], g.size * x.shape[dim], *x.shape[dim + 1 :])
+    return out if in_order else out.movedim(0, dim).reshape(shape)
 
 
 def reduce_scatter(x: Tensor, g: AxisGroup, dim: int) -> Tensor:

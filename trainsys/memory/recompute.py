@@ -1,33 +1,102 @@
 """Activation recomputation: what backward recomputes instead of keeping.
 
 ``selective`` recomputes the attention core (Korthikanti et al. 2022, section 5), ``full`` each block from
-its input, ``every_n`` each n-th block in full. Parallel collectives inside a recomputed region run again.
+its input, ``every_n`` each n-th block in full, ``selective++`` each block but its attention, whose output and
+log-sum-exp are kept so that attention runs forward once (LoongTrain's Selective Checkpoint++, Gu et al. 2024).
+Parallel collectives inside a recomputed region run again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainsys.comm.group import AxisGroup
+from trainsys.comm.ledger import Ledger
 from trainsys.config.run import RecomputeConfig
 from trainsys.flops import layer_is_recomputed
+from trainsys.memory.stream import stream_tokens
+from trainsys.models.attention import CoreAttention
 from trainsys.models.decoder import Decoder
-
-
-def _recompute(module: nn.Module) -> None:
-    # Replaces `forward` itself, not the module: names stay, and hooks around it (FSDP's gather) run once.
-    # Nothing in a block draws random numbers, so no generator state has to be kept.
-    module.forward = partial(  # type: ignore[method-assign]  # deliberate: see above
-        checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
-    )
+from trainsys.ops.attention_seam import Method, Rule, WholeRows
+from trainsys.parallel.context.core import ContextAttention
 
 
 def apply_recompute(model: Decoder, cfg: RecomputeConfig) -> None:
     """Make the blocks of ``model`` recompute as ``cfg`` says."""
     for name, block in model.layers.items():
+        if cfg.stream_ffn:
+            stream_tokens(block.ffn, cfg.stream_ffn)
         if layer_is_recomputed(cfg, int(name)):
             _recompute(block)
         elif cfg.policy == "selective":
             _recompute(block.attn.core)
+        elif cfg.policy == "selective++":
+            core = block.attn.core
+            if isinstance(core, CoreAttention):
+                block.attn.core = core = _through_the_seam(core)
+            kept = KeptResults(core.method)
+            core.method = kept
+            _recompute(block, kept)
+
+
+def _recompute(module: nn.Module, kept: KeptResults | None = None) -> None:
+    # Replaces `forward` itself, not the module: names stay, and hooks around it (FSDP's gather) run once.
+    # Nothing in a block draws random numbers, so no generator state has to be kept.
+    options = {} if kept is None else {"context_fn": kept.passes}
+    module.forward = partial(  # type: ignore[method-assign]  # deliberate: see above
+        checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False, **options
+    )
+
+
+def _through_the_seam(core: CoreAttention) -> ContextAttention:
+    """The same attention on whole rows, by a method that can be wrapped."""
+    alone = AxisGroup("cp", (0,), 0, None, Ledger())
+    return ContextAttention(core.window, alone, WholeRows())
+
+
+class KeptResults:
+    """An attention method whose results of a first pass are handed out again in the second.
+
+    Each call of the checkpointed block has a pair of passes of its own, so micro-batches in flight at once, as
+    in a pipeline, do not meet.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._pass: list[tuple[Tensor, Tensor]] | None = None
+        self._again = False
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        if self._pass is None:
+            return self._method.forward(q, k, v, rule)
+        if self._again:
+            # Fresh tensor objects: the autograd function that returns them marks its outputs as its own.
+            out, lse = self._pass.pop()
+            return out.view_as(out), lse.view_as(lse)
+        out, lse = self._method.forward(q, k, v, rule)
+        self._pass.append((out.detach(), lse.detach()))
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._method.backward(dout, q, k, v, out, lse, rule)
+
+    def passes(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The contexts of the first and of the second run of one block on one micro-batch."""
+        results: list[tuple[Tensor, Tensor]] = []
+        return self._during(results, again=False), self._during(results, again=True)
+
+    @contextmanager
+    def _during(self, results: list[tuple[Tensor, Tensor]], again: bool) -> Iterator[None]:
+        before = self._pass, self._again
+        self._pass, self._again = results, again
+        try:
+            yield
+        finally:
+            self._pass, self._again = before

@@ -112,10 +112,6 @@ def local_part(param: Tensor, spec: ShardSpec) -> tuple[Tensor, ShardSpec]:
     return param.to_local(), spec
 
 
-# The name by which trainsys.parallel imports it until it takes the public one.
-_local_part = local_part
-
-
 def _fill_normal(local: Tensor, spec: ShardSpec, seed: int, name: str, std: float) -> None:
     if local.numel() == 0:
         return

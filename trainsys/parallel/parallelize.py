@@ -25,8 +25,7 @@ from trainsys.comm import ops
 from trainsys.config.run import RunConfig
 from trainsys.memory.recompute import apply_recompute
 from trainsys.models.decoder import Decoder
-from trainsys.models.init import _local_part as local_part
-from trainsys.models.init import init_weights
+from trainsys.models.init import init_weights, local_part
 from trainsys.models.shards import ShardSpec
 from trainsys.optim.local import local_grad
 from trainsys.parallel.context.core import SequenceCut, apply_context_parallel
