@@ -112,7 +112,7 @@ def find_stragglers(
     holes = ~np.isfinite(table) | (table <= 0)
     if holes.any():
         table = table.copy()
-        present = np.ma.masked_array(table, holes)  # type: ignore[no-untyped-call]
+        present = np.ma.masked_array(table, holes)
         fill = np.ma.filled(np.ma.median(present, axis=1), 1.0)  # type: ignore[no-untyped-call]
         table[holes] = np.broadcast_to(fill[:, None], table.shape)[holes]
     ratio = peer_log_ratio(table, labels)

@@ -124,7 +124,10 @@ def compare_ranks(comms: dict[int, CommList], hosts: dict[int, str], device: Dev
         out.matched += length.shape[0]
         out.bandwidth += _bandwidth(g, device)
         out.stragglers += _stragglers(g)
-    out.ranks = [RankInComms(r, *t, offsets.get(r, 0)) for r, t in sorted(tally.items())]
+    out.ranks = [
+        RankInComms(r, n, comm_ns, wait_ns, last, caused_ns, offsets.get(r, 0))
+        for r, (n, comm_ns, wait_ns, last, caused_ns) in sorted(tally.items())
+    ]
     out.bandwidth.sort(key=lambda b: -(b.shortest_ns * b.calls + b.wait_ns))
     out.stragglers = _worst_of_each(out.stragglers)
     out.wait_map = _wait_map(groups)

@@ -178,7 +178,7 @@ class Collector:
 
     def _args(self, bucket: list[AnyEvent]) -> list[Args]:
         try:
-            return _ARGS.decode(b"[" + b",".join([e.args or b"{}" for e in bucket]) + b"]")  # type: ignore[no-any-return]
+            return _ARGS.decode(b"[" + b",".join([e.args or b"{}" for e in bucket]) + b"]")
         except (msgspec.DecodeError, UnicodeDecodeError):
             return [self._args_lax(e.args) for e in bucket]
 
@@ -236,12 +236,13 @@ class Collector:
         if index is None:
             index = self._meta[fields] = len(self.trace.comm_meta)
             self.trace.comm_meta.append(
-                col.CommMeta(a.op or "", a.group or "", a.group_desc or "", _ranks(a.ranks), *fields[4:])  # type: ignore[arg-type]
+                col.CommMeta(a.op or "", a.group or "", a.group_desc or "", _ranks(a.ranks), *fields[4:])
             )
         return index
 
     def _runtime(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
         if bucket:
+            args: list[CallArgs] | list[Args]
             try:
                 args = _CALL_ARGS.decode(b"[" + b",".join([e.args or b"{}" for e in bucket]) + b"]")
             except (msgspec.DecodeError, UnicodeDecodeError):

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
@@ -44,10 +45,10 @@ class ExactEvent(Struct, gc=False):
 
 AnyEvent = Event | ExactEvent
 
-_FAST = msgspec.json.Decoder(list[Event])
-_EXACT = msgspec.json.Decoder(list[ExactEvent])
-_LAX = msgspec.json.Decoder(Event, strict=False)
-_LAX_EXACT = msgspec.json.Decoder(ExactEvent, strict=False)
+_FAST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(list[Event])
+_EXACT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(list[ExactEvent])
+_LAX: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Event, strict=False)
+_LAX_EXACT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(ExactEvent, strict=False)
 
 # What PyTorch, Kineto and post-processing scripts were seen to get wrong, cheapest first.
 _REPAIRS: tuple[tuple[str, re.Pattern[bytes], bytes], ...] = (
@@ -108,7 +109,7 @@ class EventDecoder:
             self.said.update(said)
             # Damage comes in every chunk of such a file: skip the attempt that is bound to fail.
             self._mend_first = True
-            return events  # type: ignore[return-value]
+            return events  # type: ignore[no-any-return]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             pass
         lax = _LAX_EXACT if self.exact else _LAX
@@ -124,11 +125,11 @@ class EventDecoder:
                 waiting.extend(separate(span[begin:]).objects[::-1])
         return out
 
-    def _one(self, lax: msgspec.json.Decoder[AnyEvent], span: bytes) -> AnyEvent | None:
+    def _one(self, lax: msgspec.json.Decoder[Any], span: bytes) -> AnyEvent | None:
         said: Counter[str] = Counter()
         for attempt in (span, None):
             try:
-                event = lax.decode(mend(span, said) if attempt is None else attempt)
+                event: AnyEvent = lax.decode(mend(span, said) if attempt is None else attempt)
                 self.said.update(said)
                 return event
             except msgspec.ValidationError:
@@ -216,7 +217,7 @@ def to_ns(values: list[int | float] | list[Decimal], per_unit: int) -> Ints | No
         return np.array([_scaled(v, per_unit) for v in values], np.int64)
     whole = np.floor(raw)
     if per_unit == 1:
-        return whole.astype(np.int64)
+        return np.asarray(whole, np.int64)
     part = np.rint((raw - whole) * per_unit)
     return np.asarray(whole.astype(np.int64) * per_unit + part.astype(np.int64), np.int64)
 

@@ -79,7 +79,7 @@ class Source:
         while True:
             try:
                 out = inflate.decompress(data, PIECE)
-            except isal_zlib.error as error:
+            except isal_zlib.error as error:  # type: ignore[misc]  # isal ships no types for it
                 raise self._error(f"gzip data is damaged ({error})") from None
             if out:
                 yield out

@@ -207,7 +207,8 @@ def write_rank(job: Job, timeline: Timeline, rank: int, path: Path) -> None:
         "displayTimeUnit": "ms",
         "baseTimeNanoseconds": BASE_NS,
     }
-    with igzip.open(path, "wt", compresslevel=1) if path.suffix == ".gz" else path.open("w") as file:
+    zipped = path.suffix == ".gz"
+    with igzip.open(path, "wt", compresslevel=1) if zipped else path.open("w") as file:  # type: ignore[no-untyped-call]
         file.write(json.dumps(head)[:-1] + ',\n"traceEvents": [\n')
         for s in range(job.steps):
             file.write(

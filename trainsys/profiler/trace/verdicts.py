@@ -206,7 +206,7 @@ def _memory(report: Report) -> list[Verdict]:
             out.append(
                 Verdict(
                     "memory",
-                    f"device {m.device}: {m.inactive / 2**30:.1f} of {m.reserved / 2**30:.1f} GiB are reserved and unused",
+                    f"device {m.device}: {m.inactive / 2**30:.1f} of {m.reserved / 2**30:.1f} GiB reserved are unused",
                     f"largest free block {m.largest_free_block / 2**20:.0f} MiB; peak in use {m.peak / 2**30:.1f} GiB",
                     "normal after a step's peak; if allocations fail, expandable_segments:True",
                     0.01,
