@@ -47,6 +47,8 @@ CASES = [
     # Other models.
     Case("zero_bubble", 2, model={"qkv_bias": True}),
     Case("zbv", 2, TP, model={"ffn_kind": "gelu", "norm": "layernorm", "parallel_block": True}),
+    Case("1f1b", 2, FSDP, train={"loss_chunk": 4}),
+    Case("zbv", 2, TP, train={"loss_chunk": 4}, model=TIED),
     # Context, and three and four axes.
     Case("1f1b", 2, {"cp": 2}),
     Case("zbv", 2, {"cp": 2}),

@@ -99,5 +99,5 @@ class ModelStage:
         with self._phase("backward"):
             if self._sharded is not None:
                 self._sharded.reduce()
-            elif self.model.buckets is not None:
+            if self.model.buckets is not None:
                 self.model.buckets.start()

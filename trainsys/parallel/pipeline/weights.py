@@ -31,8 +31,10 @@ class WeightGradients:
         self.defer: Owed | None = None
 
     def apply(self, model: Decoder) -> None:
-        """Make every linear of ``model`` ask this object."""
+        """Make every linear of ``model`` ask this object, but for one whose forward somebody else has replaced."""
         for module in model.modules():
+            if "forward" in vars(module):
+                continue
             if isinstance(module, Linear):
                 # `forward` is replaced and not the module, so that names and hooks stay.
                 module.forward = partial(_linear_forward, self, module)  # type: ignore[method-assign]
