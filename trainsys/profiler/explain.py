@@ -190,6 +190,22 @@ def _missing(run: RunData, table: StepTable) -> list[str]:
     return out
 
 
+def summary_of(e: Explanation) -> dict[str, Any]:
+    """Rows for ``summary.json`` and for the tables of sinks."""
+    terms = [] if e.waterfall is None else e.waterfall.terms
+    return {
+        "waterfall": [
+            {"term": t.name, "label": t.label, "ms": 1e3 * t.seconds, "share": t.share, "mfu_without": t.mfu_without,
+             "estimated": t.estimated, "slowest_rank": t.slowest_rank} for t in terms
+        ],
+        "verdicts": [
+            {"kind": v.kind, "ranks": list(v.ranks), "phase": v.phase, "since": v.since, "ms": 1e3 * v.cost_s,
+             "share": v.share, "title": v.title, "evidence": v.evidence, "advice": v.advice} for v in e.verdicts
+        ],
+        "goodput": e.goodput_share,
+    }  # fmt: skip
+
+
 def to_json(explanation: Explanation) -> bytes:
     """The tree as JSON, keys as in the dataclasses."""
     return msgspec.json.format(msgspec.json.encode(explanation), indent=1)

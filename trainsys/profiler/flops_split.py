@@ -22,13 +22,18 @@ def load_config(run_dir: str | Path) -> RunConfig | None:
         return None
 
 
+def recomputed_share(cfg: RunConfig) -> float:
+    """Forward FLOPs that backward repeats under the run's policy, as a share of forward's."""
+    if cfg.recompute.policy == "none":
+        return 0.0
+    flops = token_flops(cfg.model, cfg.train.seq_len, cfg.recompute)
+    return float(flops.recomputed) / float(flops.forward)
+
+
 def split_flops(table: StepTable, cfg: RunConfig | None) -> Work:
     """``hardware = model + padding + recompute``: forward F is a third of model and padding, and recomputation
     repeats the share of it that the policy names. Without a config nothing is taken for recomputed."""
-    share = 0.0
-    if cfg is not None and cfg.recompute.policy != "none":
-        flops = token_flops(cfg.model, cfg.train.seq_len, cfg.recompute)
-        share = float(flops.recomputed) / float(flops.forward)
+    share = 0.0 if cfg is None else recomputed_share(cfg)
     forward = table.flops_hardware / (3.0 + share)
     recompute = share * forward
     padding = np.maximum(0.0, table.flops_hardware - recompute - table.flops_model)

@@ -15,9 +15,11 @@ from trainsys.profiler.straggler import find_stragglers
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.events import COMM
 
-LEAST_SHARE = 0.03
-LEAST_RATIO = 1.5
-"""A link that is less than half again as slow is within what contention does."""
+LEAST_SHARE = 0.04
+LEAST_RATIO = 2.0
+"""A link that takes less than twice the usual time is within what contention does."""
+MIN_STEPS_SLOW = 0.8
+"""Share of steps in which it must be half again as slow as the usual one."""
 MIN_BEFORE = 8
 """Steps that must show the usual time before a change of it is believed."""
 
@@ -48,8 +50,10 @@ def _beside_others(
     peers = table.peers()[members[:, 0]]
     for s in find_stragglers(own + 1e-5, peers, alpha=alpha, min_effect=LEAST_RATIO - 1):
         rest = np.setdiff1d(np.flatnonzero(peers == peers[s.index]), [s.index])
-        cost = float(np.median(own[:, s.index]) - np.median(own[:, rest]))
-        if cost >= LEAST_SHARE * step_s:
+        usual = np.median(own[:, rest], axis=1)
+        cost = float(np.median(own[:, s.index]) - np.median(usual))
+        lasting = float((own[s.since :, s.index] > 1.5 * usual[s.since :]).mean()) >= MIN_STEPS_SLOW
+        if lasting and cost >= LEAST_SHARE * step_s:
             evidence = (
                 f"its communication takes {1e3 * np.median(own[:, s.index]):.2f} ms a step when nobody is late, "
                 f"{1e3 * np.median(own[:, rest]):.2f} ms in the other groups of {axis}; z = {min(s.z, 999):.1f}"
@@ -64,37 +68,46 @@ def _beside_before(
     """A lasting step upwards of one group's own time, by the best split of the window in two."""
     if len(own) < 2 * MIN_BEFORE:
         return None
-    best: tuple[float, int, int, float, float] | None = None
-    for g in range(own.shape[1]):
-        x = own[:, g]
-        split = _split(x)
-        before, after = x[:split], x[split:]
-        if min(len(before), len(after)) < MIN_BEFORE:
-            continue
-        low, high = float(np.median(before)), float(np.median(after))
+    at = _split(own)
+    after = np.arange(len(own))[:, None] >= at  # [T, groups]
+    low = _median_where(own, ~after)
+    high = _median_where(own, after)
+    # A change of it that is worth a closer look, and neither at the very start nor at the very end.
+    worth = (high >= LEAST_RATIO * np.maximum(low, 1e-5)) & (high - low >= LEAST_SHARE * step_s)
+    worth &= (at >= MIN_BEFORE) & (len(own) - at >= MIN_BEFORE)
+    for g in np.flatnonzero(worth)[np.argsort(-(high - low)[worth])].tolist():
+        x, split = own[:, g], int(at[g])
         # Apart beyond doubt: nearly all of the one above nearly all of the other.
-        clear = np.quantile(after, 0.1) > np.quantile(before, 0.9)
-        lasting = clear and high >= LEAST_RATIO * max(low, 1e-5) and high - low >= LEAST_SHARE * step_s
-        if lasting and (best is None or high - low > best[0]):
-            best = high - low, g, split, low, high
-    if best is None:
-        return None
-    cost, g, split, low, high = best
+        if np.quantile(x[split:], 0.1) > np.quantile(x[:split], 0.9):
+            return _changed(table, axis, members[g], float(low[g]), float(high[g]), step_s, split)
+    return None
+
+
+def _changed(
+    table: StepTable, axis: str, columns: npt.NDArray[np.int64], low: float, high: float, step_s: float, split: int
+) -> Verdict:
     evidence = (
         f"its communication takes {1e3 * high:.2f} ms a step when nobody is late, "
         f"{1e3 * low:.2f} ms before step {int(table.steps[split])}; the bytes are the same"
     )
-    return _verdict(table, axis, members[g], high / max(low, 1e-5), evidence, cost, step_s, split)
+    return _verdict(table, axis, columns, high / max(low, 1e-5), evidence, high - low, step_s, split)
 
 
-def _split(x: Floats) -> int:
-    """The place that leaves least squared deviation of log times on both sides."""
+def _split(x: Floats) -> npt.NDArray[np.int64]:
+    """[T, G] -> [G]: the place that leaves least squared deviation of log times on both sides."""
     logs = np.log(np.maximum(x, 1e-6))
-    n = np.arange(1, len(x))
-    left, square = np.cumsum(logs)[:-1], np.cumsum(logs**2)
-    total = logs.sum()
-    within = square[-1] - left**2 / n - (total - left) ** 2 / (len(x) - n)
-    return int(np.argmin(within)) + 1
+    n = np.arange(1, len(x))[:, None]
+    left, total = np.cumsum(logs, axis=0)[:-1], logs.sum(axis=0)
+    explained = left**2 / n + (total - left) ** 2 / (len(x) - n)
+    return np.asarray(explained.argmax(axis=0) + 1)
+
+
+def _median_where(x: Floats, here: npt.NDArray[np.bool_]) -> Floats:
+    """Median of each column over the rows that are ``here``; there is at least one."""
+    ordered = np.sort(np.where(here, x, np.inf), axis=0)
+    n = here.sum(axis=0)
+    columns = np.arange(x.shape[1])
+    return np.asarray((ordered[(n - 1) // 2, columns] + ordered[n // 2, columns]) / 2)
 
 
 def _verdict(

@@ -156,6 +156,8 @@ def load_steps(run_dir: str | Path, start: RunStart, ranks: Iterable[int]) -> St
     table = make_table({rank: _timed(r, on_device) for rank, r in rows.items()}, layout_of(start))
     table.on_device = on_device
     warm = set().union(*(r.warm for r in rows.values())) if rows else set()
+    # A captured step is slow, and ranks are not in step again before the one after it.
+    warm.update(step + late for r in rows.values() for step, _ in r.captures for late in (0, 1))
     table.work &= ~np.isin(table.steps, sorted(warm))
     table.hosts = {rank: r.host for rank, r in rows.items()}
     table.pauses = {rank: r.pauses for rank, r in rows.items() if r.pauses}

@@ -22,6 +22,8 @@ class WindowGather:
         self._world, self._replicas = world, replicas
         self._window = Window()
         self._pending: tuple[dist.Work | None, Tensor] | None = None
+        self.ranks: list[Step] = []
+        """Each rank's mean step of the window that was read last."""
 
     def add(self, step: Step) -> None:
         self._window.add(step)
@@ -45,5 +47,5 @@ class WindowGather:
         self._pending = None
         if work is not None:
             work.wait()
-        steps = [Step.from_vector(v) for v in out.view(self._world, -1).tolist()]
-        return aggregate(steps, self._replicas)
+        self.ranks = [Step.from_vector(v) for v in out.view(self._world, -1).tolist()]
+        return aggregate(self.ranks, self._replicas)

@@ -16,6 +16,13 @@ from trainsys.data import StepData
 from trainsys.engines.base import StepResult
 from trainsys.flops import CONVENTIONS, StepWork, param_counts, step_flops
 from trainsys.layout import Layout
+from trainsys.profiler.capture import StepCapture
+from trainsys.profiler.explain import explain_table, summary_of
+from trainsys.profiler.flops_split import recomputed_share
+from trainsys.profiler.live import LiveWatch
+from trainsys.profiler.steps import load_steps
+from trainsys.profiler.terminal import print_explanation
+from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.aggregate import Aggregate
 from trainsys.telemetry.events import Flops, RunStart, Step
 from trainsys.telemetry.metrics import step_metrics
@@ -102,6 +109,8 @@ class Reporter:
         self._tokens_seen = 0
         self._doubted = False
         self._sinks = Sinks([], self.warn)
+        self._capture = StepCapture(self.recorder, self.run_dir, cfg.telemetry.capture_every)
+        self._watch: LiveWatch | None = None
         if proc.rank == 0:
             write_config(self.run_dir, cfg)
             write_environment(self.run_dir, {"data": dict(data)})
@@ -122,6 +131,9 @@ class Reporter:
                     config=cfg.model_dump(mode="json"),
                 )
             )
+            self._watch = LiveWatch(
+                layout, self.info.peak_flops, self._found, self._sinks.extra, recomputed_share(cfg)
+            )
 
     def warn(self, text: str) -> None:
         """A line for the user and the record; from any thread, shown once (rank 0)."""
@@ -139,6 +151,7 @@ class Reporter:
     def begin(self) -> None:
         """The loop starts now."""
         self.recorder.begin()
+        self._capture.before(self.info.first_step)
 
     def end_step(self, step: int, data: StepData, result: StepResult) -> None:
         """Close the step's record; every ``log_every`` steps show the window of all ranks."""
@@ -161,6 +174,7 @@ class Reporter:
             lr=result.lr,
             flops=Flops(model=flops.model, palm=flops.palm, hardware=flops.hardware),
         )
+        self._capture.after(record)
         self._tokens_seen += data.real_tokens_global
         self._gather.add(record)
         if (record.mfu or 0.0) > 1.0 and not self._doubted:
@@ -175,6 +189,8 @@ class Reporter:
             self._shown = record
         if last:
             self._show(self._gather.last())
+        else:
+            self._capture.before(step + 1)
 
     def _show(self, window: Aggregate | None) -> None:
         """Rank 0's last shown step, with what all ranks saw since the one before."""
@@ -182,6 +198,11 @@ class Reporter:
             self._sinks.step(
                 self._shown.step, step_metrics(self._shown, window, tokens_seen=self._tokens_seen)
             )
+            if self._watch is not None:
+                self._watch.add(self._gather.ranks, self._shown.flops)
+
+    def _found(self, verdict: Verdict) -> None:
+        self.warn(f"{verdict.title}; {1e3 * verdict.cost_s:.1f} ms a step; {verdict.advice}")
 
     def done(self, stopped: str = "") -> None:
         """The loop is over, before its last step if ``stopped`` says why: end the files, print what they say."""
@@ -208,12 +229,16 @@ class Reporter:
             dist.all_reduce(torch.zeros(1))  # every rank's file is whole before rank 0 reads them
         if self.proc.rank != 0:
             return
+        if self._watch is not None:
+            self._watch.close()
         data = load_run(self.run_dir)
-        summary = summarize(data)
+        told = explain_table(data, load_steps(self.run_dir, data.start, data.ranks))
+        summary = {**summarize(data), **summary_of(told)}
         write_summary(self.run_dir, summary)
         self._sinks.finish(summary, timeout_s=25.0 if wait else 5.0)
         if wait:
             final_report(data)
+            print_explanation(told)
 
 
 def _from_rank0(value: str) -> str:

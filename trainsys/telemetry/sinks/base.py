@@ -117,6 +117,13 @@ class Sinks:
         for lane in self._lanes:
             lane.send("step", step, metrics)
 
+    def extra(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics beside those of ``step``, of an earlier step at times: for sinks that plot, not for those that
+        write a line a step."""
+        for lane in self._lanes:
+            if lane.sink.name not in ("console", "metrics.jsonl"):
+                lane.send("step", step, metrics)
+
     def message(self, level: str, text: str) -> None:
         for lane in self._lanes:
             lane.send("message", level, text)

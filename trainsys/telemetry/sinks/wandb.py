@@ -6,7 +6,7 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +24,10 @@ SUMMARY = {
     "memory/peak_gib": "max",
 }
 """How a metric is summed up in W&B's run table; the others: by their last value."""
+
+
+TABLES = ("waterfall", "verdicts")
+"""Keys of the summary that are rows, and become tables."""
 
 
 class WandbSink:
@@ -62,7 +66,7 @@ class WandbSink:
         if self._run.offline:
             self._say(f"wandb: offline run; send it later with: wandb sync {os.path.dirname(self._run.dir)}")
         self._run.define_metric("step", hidden=True)
-        for section in SECTIONS:
+        for section in (*SECTIONS, "waterfall"):
             self._run.define_metric(f"{section}/*", step_metric="step")
         for metric, how in SUMMARY.items():
             self._run.define_metric(metric, step_metric="step", summary=how)
@@ -114,5 +118,15 @@ class WandbSink:
     def finish(self, summary: Mapping[str, Any]) -> None:
         if self._run is None:
             return
-        self._run.summary.update(dict(summary))
+        scalars = dict(summary)
+        tables = {name: rows for name in TABLES if (rows := scalars.pop(name, None))}
+        if tables:
+            self._run.log({name: self._table(rows) for name, rows in tables.items()})
+        self._run.summary.update(scalars)
         self._run.finish()
+
+    def _table(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Rows of equal keys as a W&B table; a list in a cell becomes text."""
+        columns = list(rows[0])
+        data = [[", ".join(map(str, v)) if isinstance(v := row[c], list) else v for c in columns] for row in rows]
+        return self._wandb.Table(columns=columns, data=data)

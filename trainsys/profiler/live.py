@@ -1,0 +1,93 @@
+"""Waterfall and blame while a run trains: on rank 0, from the gathered windows, in a thread of its own.
+
+Nothing here grows with the run: the last ``KEEP`` windows are kept, each one mean step a rank.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from trainsys.layout import Layout
+from trainsys.profiler.blame import judge_window
+from trainsys.profiler.steps import make_table
+from trainsys.profiler.verdict import ALPHA, Verdict
+from trainsys.profiler.waterfall import Work, waterfall
+from trainsys.telemetry.events import Flops, Step
+
+KEEP = 32
+EVERY = 8
+"""Windows between two looks."""
+DEPTH = 64
+
+
+class LiveWatch:
+    """``add`` returns at once. ``found`` is called for each new verdict, ``show`` with ``waterfall/*`` in ms.
+
+    Arguments:
+        peak_flops: FLOP/s of one rank, or None.
+        recompute_share: of forward FLOPs, that backward repeats.
+        found, show: called from the watch's thread; ``show`` takes (step, metrics).
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        peak_flops: float | None,
+        found: Callable[[Verdict], None],
+        show: Callable[[int, dict[str, float]], None],
+        recompute_share: float = 0.0,
+    ) -> None:
+        self._layout, self._peak, self._share = layout, peak_flops, recompute_share
+        self._found, self._show = found, show
+        self._windows: deque[list[Step]] = deque(maxlen=KEEP)
+        self._known: set[tuple[object, ...]] = set()
+        self._count = 0
+        self._calls: queue.SimpleQueue[tuple[list[Step], Flops | None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="trainsys-watch", daemon=True)
+        self._thread.start()
+
+    def add(self, steps: Sequence[Step], flops: Flops | None) -> None:
+        """A window: ``steps[i]`` is rank i's mean step; ``flops`` of a step over all ranks."""
+        if self._calls.qsize() < DEPTH:
+            self._calls.put((list(steps), flops))
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Look at what is queued, then end."""
+        self._calls.put(None)
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            steps, flops = call
+            for step in steps:
+                step.flops = flops
+            self._windows.append(steps)
+            self._count += 1
+            if self._count % EVERY == 0:
+                self._look()
+
+    def _look(self) -> None:
+        """One family of tests a look: consecutive looks share most windows, so they share one ``ALPHA`` too."""
+        recent = list(self._windows)
+        table = make_table(
+            {rank: [window[rank] for window in recent] for rank in range(len(recent[0]))}, self._layout
+        )
+        last = recent[-1][0].step
+        model, hardware = table.flops_model, table.flops_hardware
+        padding = np.maximum(0.0, hardware - self._share * hardware / (3 + self._share) - model)
+        newest = table.select(np.arange(max(0, len(table.steps) - EVERY), len(table.steps)))
+        work = Work(padding[-len(newest.steps) :], np.zeros(len(newest.steps)), self._share)
+        fall = waterfall(newest, self._peak, work)
+        if fall is not None:
+            self._show(last, {f"waterfall/{t.name.replace('/', '_')}_ms": 1e3 * t.seconds for t in fall.terms})
+        if len(recent) < EVERY or len(recent[0]) < 2 or not table.work.all():
+            return
+        for verdict in judge_window(table, ALPHA):
+            if verdict.key not in self._known:
+                self._known.add(verdict.key)
+                self._found(verdict)
