@@ -15,15 +15,12 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainsys.comm.group import AxisGroup
-from trainsys.comm.ledger import Ledger
 from trainsys.config.run import RecomputeConfig
 from trainsys.flops import layer_is_recomputed
 from trainsys.memory.stream import stream_tokens
-from trainsys.models.attention import CoreAttention
+from trainsys.models.attention import SeamAttention
 from trainsys.models.decoder import Decoder
 from trainsys.ops.attention_seam import Method, Rule, WholeRows
-from trainsys.parallel.context.core import ContextAttention
 
 
 def apply_recompute(model: Decoder, cfg: RecomputeConfig) -> None:
@@ -37,8 +34,8 @@ def apply_recompute(model: Decoder, cfg: RecomputeConfig) -> None:
             _recompute(block.attn.core)
         elif cfg.policy == "selective++":
             core = block.attn.core
-            if isinstance(core, CoreAttention):
-                block.attn.core = core = _through_the_seam(core)
+            if not isinstance(core, SeamAttention):
+                block.attn.core = core = SeamAttention(core.window, WholeRows())
             kept = KeptResults(core.method)
             core.method = kept
             _recompute(block, kept)
@@ -51,12 +48,6 @@ def _recompute(module: nn.Module, kept: KeptResults | None = None) -> None:
     module.forward = partial(  # type: ignore[method-assign]  # deliberate: see above
         checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False, **options
     )
-
-
-def _through_the_seam(core: CoreAttention) -> ContextAttention:
-    """The same attention on whole rows, by a method that can be wrapped."""
-    alone = AxisGroup("cp", (0,), 0, None, Ledger())
-    return ContextAttention(core.window, alone, WholeRows())
 
 
 class KeptResults:

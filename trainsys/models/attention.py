@@ -11,6 +11,7 @@ from trainsys.config.model import ModelConfig
 from trainsys.models.layers import Linear, RMSNorm
 from trainsys.models.rope import apply_rope
 from trainsys.ops.attention import attention, attention_mask
+from trainsys.ops.attention_seam import Method, Rule, attend
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,30 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """``q [B, S, H, Dh]``, ``k, v [B, S, K, Dh]`` -> ``[B, S, H, Dh]``; H and K are this rank's heads."""
         return attention(q, k, v, mask=prepared, window=self.window, q_docs=doc_ids, k_docs=doc_ids)
+
+
+class SeamAttention(nn.Module):
+    """The same through the attention seam: by a method that can be exchanged, wrapped or counted."""
+
+    def __init__(self, window: int | None, method: Method) -> None:
+        super().__init__()
+        self.window, self.method = window, method
+
+    def prepare(self, positions: Tensor, doc_ids: Tensor | None) -> Rule:
+        """``doc_ids [B, S]`` is of the whole row, ``positions`` of the part held here."""
+        return Rule(self.window, doc_ids)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        positions: Tensor,
+        doc_ids: Tensor | None,
+        prepared: Rule,
+    ) -> Tensor:
+        return attend(q, k, v, self.method, prepared)[0]
 
 
 class Attention(nn.Module):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainsys.comm.group import AxisGroup
 from trainsys.comm.p2p import Link
 from trainsys.config.run import ContextConfig
 from trainsys.context.balance import ContextPlan, places, reach
 from trainsys.data.packing import Batch
+from trainsys.models.attention import SeamAttention
 from trainsys.models.decoder import Decoder
-from trainsys.ops.attention_seam import Method, Rule, WholeRows, attend
+from trainsys.ops.attention_seam import Method, Rule, WholeRows
 from trainsys.parallel.context.all_gather import AllGatherKV
 from trainsys.parallel.context.blocks import Blocks, Ring
 from trainsys.parallel.context.dist_flash import DistFlash
@@ -27,19 +28,15 @@ from trainsys.parallel.mesh import Mesh
 ONE_RING = {"ring": RingPassKV, "pass_q": RingPassQ, "token_ring": TokenRing, "dist_flash": DistFlash}
 
 
-class ContextAttention(nn.Module):
+class ContextAttention(SeamAttention):
     """Takes the place of :class:`trainsys.models.attention.CoreAttention`: this rank holds part of each row.
 
     ``heads``: the ranks that share heads by all-to-all; a group of one where the flavour has none.
     """
 
     def __init__(self, window: int | None, heads: AxisGroup, method: Method) -> None:
-        super().__init__()
-        self.window, self.heads, self.method = window, heads, method
-
-    def prepare(self, positions: Tensor, doc_ids: Tensor | None) -> Rule:
-        """``doc_ids [B, S]`` is of the whole row, ``positions`` of the part held here."""
-        return Rule(self.window, doc_ids)
+        super().__init__(window, method)
+        self.heads = heads
 
     def forward(
         self,
@@ -54,7 +51,7 @@ class ContextAttention(nn.Module):
         """``q [B, S/cp, H, Dh]``, ``k, v [B, S/cp, K, Dh]`` -> ``[B, S/cp, H, Dh]``."""
         if self.heads.size > 1:
             q, k, v = spread_heads(q, k, v, self.heads)
-        out, _ = attend(q, k, v, self.method, prepared)
+        out = super().forward(q, k, v, positions=positions, doc_ids=doc_ids, prepared=prepared)
         return spread_tokens(out, self.heads) if self.heads.size > 1 else out
 
 
