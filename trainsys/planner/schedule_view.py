@@ -103,5 +103,5 @@ def show_winner(found: Found, target: str | Path | bool, console: Console) -> No
     try:
         Path(str(target)).write_text(svg(sim), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--schedule {target}: {error.strerror or error}") from error
+        raise UserError(f"--show-schedule {target}: {error.strerror or error}") from error
     console.print(f"wrote {target}", highlight=False)
