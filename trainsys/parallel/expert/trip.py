@@ -41,7 +41,7 @@ class Trip:
 
     def home(self) -> Trip:
         """The same rows the other way."""
-        return Trip(self.group, self.receives, self.sends)
+        return type(self)(self.group, self.receives, self.sends)
 
     def _launch(self, x: Tensor, sends: list[int], receives: list[int]) -> Tensor:
         assert self._work is None, "a trip that is under way"

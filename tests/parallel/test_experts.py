@@ -1,0 +1,263 @@
+"""How rows travel: the same rows whatever the route, as many bytes as counted by hand, covered by computation."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from support.ranks import run_ranks
+from trainsys.config.model import ModelConfig, MoEConfig
+from trainsys.config.run import ExpertConfig, ParallelConfig, TrainConfig
+from trainsys.errors import UserError
+from trainsys.layout import Layout
+from trainsys.models.moe import Experts
+from trainsys.models.router import Routing
+from trainsys.parallel.expert import route, trip
+from trainsys.parallel.expert.apply import route_maker
+from trainsys.parallel.expert.dispatch import ExpertDispatch
+from trainsys.parallel.mesh import Mesh
+
+WORLD, EXPERTS, TOP_K, TOKENS, WIDTH = 4, 8, 2, 24, 6
+FLAT = ExpertConfig()
+TWO_LEVEL = ExpertConfig(dispatch="hierarchical", node_ranks=2)
+
+
+def _mesh() -> Mesh:
+    return Mesh(Layout(dp_shard=WORLD, ep=WORLD), torch.device("cpu"))
+
+
+def _routing(rank: int, skew: bool) -> tuple[Tensor, Routing]:
+    """Tokens of a rank and where they go. ``skew``: rank 1 has no expert that anybody wants."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(1, TOKENS, WIDTH, generator=generator)
+    wanted = torch.rand(TOKENS, EXPERTS, generator=generator)
+    if skew:
+        wanted[:, 2:4] = -1
+    gates = torch.rand(1, TOKENS, TOP_K, generator=generator)
+    return x, Routing(wanted.topk(TOP_K).indices.unsqueeze(0), gates, None)
+
+
+class Multiply(Experts):
+    """Expert e multiplies by e + 1, so a row that met the wrong expert shows, and counts its rows."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(1, 1, 1, "gelu")
+        self.first, self.rows = first, 0
+
+    def compute(self, x: Tensor, counts: Tensor) -> Tensor:
+        self.rows += len(x)
+        assert counts.sum() == len(x)
+        factors = torch.arange(len(counts)) + self.first + 1.0
+        return x * factors.repeat_interleave(counts).unsqueeze(-1)
+
+
+def _travel(cfg: ExpertConfig, skew: bool) -> dict[str, Any]:
+    mesh = _mesh()
+    dispatch = ExpertDispatch(route_maker(mesh, cfg), cfg.chunks)
+    x, routing = _routing(mesh.rank, skew)
+    x.requires_grad_()
+    routing.gates.requires_grad_()
+    experts = Multiply(mesh["ep"].index * EXPERTS // WORLD)
+    state, rows, parts = dispatch.send(x.flatten(0, 1), routing, EXPERTS)
+    out = dispatch.receive(state, experts(rows, parts))
+    factors = (routing.choices[0] + 1.0).unsqueeze(-1)
+    want = (routing.gates[0].unsqueeze(-1) * factors).sum(1) * x[0]
+    torch.testing.assert_close(out, want)
+    probe = torch.linspace(1, 2, WIDTH)
+    got = torch.autograd.grad((out * probe).sum(), (x, routing.gates))
+    torch.testing.assert_close(got, torch.autograd.grad((want * probe).sum(), (x, routing.gates)))
+    ledger = mesh.ledger.traffic
+    return {
+        "rows": experts.rows,
+        "bytes": ledger["ep", trip.OP].sent_bytes,
+        "calls": ledger["ep", trip.OP].calls,
+        "out": out.detach().numpy(),
+        "choices": routing.choices.flatten().tolist(),
+    }
+
+
+@pytest.mark.parametrize("skew", [False, True], ids=["random", "one rank idle"])
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("cfg", [FLAT, TWO_LEVEL], ids=lambda c: c.dispatch)
+def test_every_row_meets_its_expert_and_comes_home(cfg: ExpertConfig, chunks: int, skew: bool) -> None:
+    ranks = run_ranks(WORLD, _travel, cfg.model_copy(update={"chunks": chunks}), skew)
+    assert sum(r["rows"] for r in ranks) == WORLD * TOKENS * TOP_K  # none lost, none twice
+    assert (ranks[1]["rows"] == 0) == skew
+    legs = 2 if cfg.dispatch == "hierarchical" else 1
+    for rank, r in enumerate(ranks):
+        goals = [e * WORLD // EXPERTS for e in r["choices"]]
+        assert r["calls"] == 4 * legs * chunks  # there and back, forward and backward
+        if legs == 1:
+            # What is sent there comes back, and the gradients of both go the same ways.
+            away = sum(goal != rank for goal in goals)
+            back = sum(
+                e * WORLD // EXPERTS == rank for other in ranks if other is not r for e in other["choices"]
+            )
+            assert r["bytes"] == 2 * (away + back) * WIDTH * 4
+    if legs == 2:
+        # Inside the node whatever goes to the other place; across whatever goes to the other node.
+        hops = sum(
+            (goal % 2 != rank % 2) + (goal // 2 != rank // 2)
+            for rank, r in enumerate(ranks)
+            for goal in (e * WORLD // EXPERTS for e in r["choices"])
+        )
+        assert sum(r["bytes"] for r in ranks) == 4 * hops * WIDTH * 4
+
+
+# ---- overlap: work that sleeps, a link that is slow ----------------------------------------------------
+
+CHUNKS, ATTEMPTS = 4, 5
+
+
+class SlowTrip(trip.Trip):
+    """A link that takes one message after the other, each for ``seconds``; it is never early."""
+
+    seconds = 0.0
+    free_at = 0.0
+
+    def _launch(self, x: Tensor, sends: list[int], receives: list[int]) -> Tensor:
+        SlowTrip.free_at = max(time.perf_counter(), SlowTrip.free_at) + SlowTrip.seconds
+        self.done = SlowTrip.free_at
+        return super()._launch(x, sends, receives)
+
+    def _land(self) -> Tensor:
+        g = self.group
+        with g.ledger.span(g.axis, "slow", 0):
+            time.sleep(max(0.0, self.done - time.perf_counter()))
+        return super()._land()
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return grad, None
+
+
+class SleepingExperts(Experts):
+    def __init__(self, seconds: float) -> None:
+        super().__init__(1, 1, 1, "gelu")
+        self.seconds = seconds
+
+    def compute(self, x: Tensor, counts: Tensor) -> Tensor:
+        out: Tensor = _Slow.apply(x, self.seconds)
+        return out
+
+
+def _exposed(chunks: int, trip_s: float, compute_s: float) -> list[tuple[float, float]]:
+    """(forward, backward) seconds this rank waited in each attempt; both arguments are of the whole batch."""
+    mesh = _mesh()
+    route.Trip = SlowTrip  # type: ignore[misc]
+    SlowTrip.seconds = trip_s / chunks
+    dispatch = ExpertDispatch(route_maker(mesh, FLAT), chunks)
+    experts = SleepingExperts(compute_s / chunks)
+    waits = []
+    try:
+        for _ in range(ATTEMPTS):
+            x, routing = _routing(mesh.rank, False)
+            x.requires_grad_()
+            both = []
+            for way in ("forward", "backward"):
+                dist.barrier()
+                mesh.ledger.reset()
+                SlowTrip.free_at = 0.0
+                if way == "forward":
+                    state, rows, parts = dispatch.send(x.flatten(0, 1), routing, EXPERTS)
+                    out = dispatch.receive(state, experts(rows, parts))
+                else:
+                    out.sum().backward()
+                both.append(mesh.ledger.traffic["ep", "slow"].blocked_s)
+            waits.append((both[0], both[1]))
+    finally:
+        route.Trip = trip.Trip  # type: ignore[misc]
+    return waits
+
+
+def _predicted(chunks: int, trip_s: float, compute_s: float) -> float:
+    """Waits of one pass: trips on one lane, all of the way there queued at the start."""
+    each, work = trip_s / chunks, compute_s / chunks
+    lane, now, waited = chunks * each, 0.0, 0.0
+    homes = []
+    for c in range(chunks):
+        arrival = (c + 1) * each
+        waited += max(0.0, arrival - now)
+        now = max(now, arrival) + work
+        lane = max(lane, now) + each
+        homes.append(lane)
+    for home in homes:
+        waited += max(0.0, home - now)
+        now = max(now, home)
+    return waited
+
+
+@pytest.mark.parametrize("chunks", [1, CHUNKS])
+def test_chunks_hide_what_arithmetic_says(chunks: int) -> None:
+    trip_s, compute_s = 0.12, 0.16
+    expected = _predicted(chunks, trip_s, compute_s)
+    if chunks == 1:
+        assert expected == pytest.approx(2 * trip_s)
+    else:
+        assert expected < 0.6 * 2 * trip_s
+    by_rank = run_ranks(WORLD, _exposed, chunks, trip_s, compute_s)
+    for way in (0, 1):
+        # A sleeping rank may wake late on a busy machine: of each, the attempt that was least disturbed.
+        nearest = [min((a[way] for a in rank), key=lambda wait: abs(wait - expected)) for rank in by_rank]
+        assert abs(sum(nearest) / WORLD - expected) < 0.1 * expected, (way, nearest, expected)
+
+
+# ---- placement and refusals ------------------------------------------------------------------------------
+
+
+def _held(layout: Layout) -> tuple[int, int, int]:
+    """(first expert here, one past the last, members of expert_fsdp)."""
+    mesh = Mesh(layout, torch.device("cpu"))
+    each = EXPERTS // layout.ep
+    return mesh["ep"].index * each, (mesh["ep"].index + 1) * each, mesh["expert_fsdp"].size
+
+
+def test_neighbours_hold_different_experts() -> None:
+    """ep is innermost in dp_shard × cp, so dispatch stays inside a node where ep does."""
+    held = run_ranks(WORLD, _held, Layout(dp_shard=4, ep=2))
+    assert held == [(0, 4, 2), (4, 8, 2), (0, 4, 2), (4, 8, 2)]
+
+
+MODEL = ModelConfig(
+    n_layers=1, d_model=8, n_heads=2, d_ff=8, vocab=8, moe=MoEConfig(n_experts=8, top_k=2, d_ff=8)
+)
+
+
+def _validate(parallel: ParallelConfig, model: ModelConfig = MODEL) -> list[str]:
+    return Layout.resolve(parallel, 8).validate(model, TrainConfig(seq_len=8, global_batch=8), parallel)
+
+
+@pytest.mark.parametrize(
+    ("expert", "ep", "says"),
+    [
+        ({"node_ranks": 2}, 4, "flat knows no nodes"),
+        ({"dispatch": "hierarchical"}, 8, "node_ranks can be 2 or 4"),
+        ({"dispatch": "hierarchical", "node_ranks": 3}, 8, "node_ranks can be 2 or 4"),
+        ({"dispatch": "hierarchical", "node_ranks": 2}, 2, "use dispatch=flat"),
+    ],
+)
+def test_refusals(expert: dict[str, Any], ep: int, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        _validate(ParallelConfig(ep=ep, expert=ExpertConfig(**expert)))
+
+
+def test_warnings() -> None:
+    (idle,) = _validate(ParallelConfig(expert=ExpertConfig(chunks=2)))
+    assert "parallel.ep=1" in idle
+    one = MoEConfig(n_experts=8, top_k=1, d_ff=8)
+    (gate,) = _validate(ParallelConfig(ep=2), MODEL.model_copy(update={"moe": one}))
+    assert "norm_topk=false" in gate
