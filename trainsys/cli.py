@@ -48,14 +48,69 @@ OVERRIDES = arg(
     "start a run: all of its processes",
     RUN,
     OVERRIDES,
-    arg("--on", choices=["local"], required=True, help="where: local is this machine, by torchrun"),
-    arg("--nproc", type=int, metavar="N", help="processes, where the layout leaves it open"),
-    arg("--dry-run", action="store_true", help="print the command and start nothing"),
+    arg(
+        "--on",
+        choices=["local", "slurm", "kubernetes", "skypilot"],
+        required=True,
+        help="where; local is this machine, by torchrun",
+    ),
+    arg("--nproc", type=int, metavar="N", help="local: processes, where the layout leaves it open"),
+    arg(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="section.key=V,V",
+        help="slurm: an array with a task for each combination of values",
+    ),
+    arg("--dry-run", action="store_true", help="print the command or job file and start nothing"),
+    arg("--detach", action="store_true", help="submit and return; otherwise the log is followed to the end"),
 )
 def _launch(args: argparse.Namespace) -> int:
-    from trainsys.launch.local import launch
+    if args.on == "local":
+        from trainsys.launch.local import launch
 
-    return launch(args.run, args.overrides, args.nproc, args.dry_run)
+        if args.grid or args.detach:
+            raise UserError("--grid and --detach are for schedulers; --on local runs one and waits for it")
+        return launch(args.run, args.overrides, args.nproc, args.dry_run)
+    from trainsys.launch.submit import submit
+
+    return submit(args.on, args.run, args.overrides, args.grid, args.nproc, args.dry_run, args.detach)
+
+
+@command(
+    "jobs ls",
+    "list the jobs and runs of a folder with their state, step and MFU",
+    arg("folder", nargs="?", default="runs", metavar="RUNS", help="telemetry.out of the runs"),
+)
+def _jobs_ls(args: argparse.Namespace) -> None:
+    from trainsys.launch.jobs import ls
+
+    print(ls(args.folder))
+
+
+JOB = arg("job", metavar="JOB", help="a job's id, name or folder")
+JOBS_FOLDER = arg("--folder", default="runs", metavar="RUNS", help="telemetry.out of the runs")
+
+
+@command(
+    "jobs logs",
+    "print the logs of a job's ranks, merged",
+    JOB,
+    JOBS_FOLDER,
+    arg("--rank", type=int, metavar="N", help="of this rank only"),
+    arg("--follow", action="store_true", help="go on until the job is over"),
+)
+def _jobs_logs(args: argparse.Namespace) -> int:
+    from trainsys.launch.jobs import logs
+
+    return logs(args.job, args.folder, args.rank, args.follow)
+
+
+@command("jobs stop", "cancel a job; it saves first", JOB, JOBS_FOLDER)
+def _jobs_stop(args: argparse.Namespace) -> None:
+    from trainsys.launch.jobs import stop
+
+    print(stop(args.job, args.folder))
 
 
 @command("train", "what every process of a run executes, under torchrun or alone", RUN, OVERRIDES)

@@ -1,0 +1,75 @@
+"""What ``srun`` starts: one rank. Slurm's variables become those that ranks read, then it trains.
+
+Ranks started by srun need no agent: rank r is Slurm's task r, in the order of the nodes, so neighbours in the
+layout are neighbours on the network; signals, exit codes and logs go straight between Slurm and the trainer.
+
+usage: python -m trainsys.launch.rank COMMAND RUN.yaml        (COMMAND: train or preflight)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import MutableMapping, Sequence
+
+from trainsys.errors import UserError
+from trainsys.launch.failure import guard
+from trainsys.launch.network import settings
+
+_FIRST_PORT, _PORTS = 15000, 12000  # below Linux's range for outgoing connections, 32768 on
+
+
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """Set RANK, WORLD_SIZE, MASTER_ADDR and the like in ``environment`` from what Slurm has set."""
+    try:
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+        environment["LOCAL_WORLD_SIZE"] = _tasks_here(environment)
+        job, attempt = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", "0"))
+        nodes = environment["SLURM_JOB_NODELIST"]
+    except KeyError as error:
+        raise UserError(f"{error.args[0]} is not set; a rank is started by srun, see docs/slurm.md") from None
+    # A rank left over from an attempt before must not meet this one: each attempt has a port of its own.
+    port = int(environment.get("TRAINSYS_PORT") or _FIRST_PORT + (job * 31 + attempt * 7) % _PORTS)
+    settings(_first(nodes), port, environment.get("TRAINSYS_INTERFACE"), environment)
+
+
+def _tasks_here(environment: MutableMapping[str, str]) -> str:
+    """From ``2(x3),1``, Slurm's tasks by node: those of this node."""
+    counts: list[str] = []
+    for part in environment["SLURM_TASKS_PER_NODE"].split(","):
+        count, _, times = part.partition("(x")
+        counts += [count] * int(times.rstrip(")") or 1)
+    return counts[int(environment["SLURM_NODEID"])]
+
+
+def _first(nodes: str) -> str:
+    """The first name in Slurm's list: ``gpu[003-010]`` begins with gpu003."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        # In a container there is no scontrol.
+        head, _, inside = nodes.partition("[")
+        if "," in head:
+            return head.split(",")[0]
+        return head + inside.replace("]", ",").replace("-", ",").split(",")[0]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare the environment, then run the command line in this process."""
+    with guard():
+        prepare(os.environ)
+    from trainsys.cli import main as run
+
+    return run(list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
