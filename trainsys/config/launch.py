@@ -28,7 +28,7 @@ class KubernetesConfig(Strict):
     mount: Plain = Field(
         default="/workspace", description="where the claim is mounted, and the working folder"
     )
-    cpu: Plain | None = Field(default=None, description="cores a node, e.g. '32'")
+    cpu: PositiveInt | None = Field(default=None, description="cores a node")
     memory: Plain | None = Field(default=None, description="memory a node, e.g. 256Gi")
     device: Plain = Field(default="nvidia.com/gpu", description="the resource that a device is")
 

@@ -36,6 +36,9 @@ def verdict(
         return "done"
     if failure is not None and failure.code == EXIT_USER_ERROR:
         return f"fail {EXIT_USER_ERROR}: rank {failure.rank}: {failure.message}"
+    if code != 0 and not asked:
+        # Slurm ends the other ranks of a failed one with SIGTERM: their marker is not that of a request.
+        drained = None
     step = drained.get("saved_step") if drained else None
     if drained is not None and (step is not None and step != past["step"]):
         _write(history, {**past, "step": step})

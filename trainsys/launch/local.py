@@ -59,7 +59,7 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
         sys.stdout.flush()
         os.execv(command[0], command)
     # Asked to stop, the agent would give the ranks 30 seconds: they are told directly, and it waits for them.
-    before = {number: signal.signal(number, _pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         return run_agent(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *torchrun])
     finally:
@@ -115,7 +115,7 @@ def run_agent(arguments: list[str]) -> int:
     return 0
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
+def pass_on(number: int, frame: FrameType | None) -> None:
     """Send the signal to every child process."""
     for listed in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):

@@ -1,0 +1,54 @@
+"""What a pod or a virtual machine starts: torchrun's agent for this node's ranks, from PET_* variables.
+
+Kubeflow's torch runtime, our JobSet and our SkyPilot file set PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and the
+like, which torchrun reads by itself; TRAINSYS_RUN holds the config, so no volume is needed for it.
+
+A drained run exits with 75 (EX_TEMPFAIL), not with 0: a pod that ends with 0 is complete and is not started again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from trainsys.config.loader import load_run
+from trainsys.errors import UserError
+from trainsys.launch.failure import guard
+from trainsys.launch.local import pass_on, run_agent
+from trainsys.launch.network import settings
+
+EXIT_DRAINED = 75
+_MARKER = "drained.json"
+
+
+def main() -> int:
+    """Run this node's ranks to their end; the exit code."""
+    with guard(), tempfile.TemporaryDirectory(prefix="trainsys-") as scratch:
+        env = os.environ
+        if "TRAINSYS_RUN" not in env:
+            raise UserError("TRAINSYS_RUN is not set: it holds the run's config; see docs/kubernetes.md")
+        file = Path(scratch) / "run.yaml"
+        file.write_text(env["TRAINSYS_RUN"], encoding="utf-8")
+        config = load_run(file)
+        if int(env.get("PET_NNODES", "1").split(":")[0]) > 1:
+            head, port = env.get("PET_MASTER_ADDR"), int(env.get("PET_MASTER_PORT", "29500"))
+            if head is None:
+                raise UserError("PET_MASTER_ADDR is not set: with PET_NNODES > 1 it names the node of rank 0")
+            own: dict[str, str] = {}
+            settings(head, port, env.get("TRAINSYS_INTERFACE"), own)
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                env.setdefault(name, own[name])
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, pass_on)
+        code = run_agent(
+            ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "-m", "trainsys", "train", str(file)]
+        )
+        drained = (Path(config.checkpoint_folder) / _MARKER).exists()
+        return EXIT_DRAINED if code == 0 and drained else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
