@@ -44,6 +44,57 @@ OVERRIDES = arg(
 
 
 @command(
+    "plan",
+    "rank the layouts of a run on a cluster, with MFU and memory predicted",
+    RUN,
+    OVERRIDES,
+    arg("--cluster", required=True, metavar="NAME", help="one of configs/clusters, or a file"),
+    arg("--gpus", type=int, metavar="N", help="devices, where the cluster file does not say"),
+    arg("--top", type=int, default=10, metavar="N", help="rows to print"),
+    arg("--why", metavar="tp=8,pp=2", help="why this layout of yours did not win"),
+    arg("--limit", action="append", default=[], metavar="'tp<=8'", help="keep to it; may be repeated"),
+    arg("--margin", type=float, default=0.05, metavar="SHARE", help="device memory that stays free"),
+    arg("--stack", default="native", help="software whose memory and speed is predicted"),
+    arg("--dtype", choices=["bf16", "fp8", "fp4"], help="of matmuls; the run's own where left out"),
+    arg("--write", metavar="FILE", help="the run with the winning layout, as a config"),
+    arg("--show-schedule", nargs="?", const=True, default=False, metavar="FILE.svg", help="draw the pipeline"),
+    arg("--json", action="store_true", help="print as JSON"),
+)
+def _plan(args: argparse.Namespace) -> None:
+    from trainsys.planner.main import plan
+
+    plan(
+        args.run,
+        args.cluster,
+        args.overrides,
+        gpus=args.gpus,
+        json=args.json,
+        top=args.top,
+        write=args.write,
+        limits=args.limit,
+        margin=args.margin,
+        why=args.why,
+        stack=args.stack,
+        dtype=args.dtype,
+        show_schedule=args.show_schedule,
+    )
+
+
+@command(
+    "plan backtest",
+    "predict published runs and say how far off",
+    arg("csv", metavar="RUNS.csv"),
+    arg("--anchor", choices=["none", "one"], default="none", help="one: a measured run scales the others"),
+    arg("--leave-out", action="store_true", help="refit for each source without its rows (minutes)"),
+    arg("--json", action="store_true", help="print as JSON"),
+)
+def _plan_backtest(args: argparse.Namespace) -> None:
+    from trainsys.planner.backtest import run
+
+    run(args.csv, args.anchor, args.json, args.leave_out)
+
+
+@command(
     "launch",
     "start a run: all of its processes",
     RUN,
@@ -126,6 +177,18 @@ def _train(args: argparse.Namespace) -> int | None:
         return train(args.run, args.overrides)
 
 
+@command("preflight", "check all nodes before step 0: devices, memory, network, disk, versions", RUN, OVERRIDES)
+def _preflight(args: argparse.Namespace) -> int | None:
+    from trainsys.config.loader import load_run
+    from trainsys.launch.failure import guard
+
+    with guard():
+        load_run(args.run, args.overrides)
+        from trainsys.train.preflight import preflight
+
+        return preflight(args.run, args.overrides)
+
+
 @command(
     "flops",
     "what a token of a run costs, by component and convention",
@@ -150,6 +213,19 @@ def _explain(args: argparse.Namespace) -> None:
     from trainsys.profiler.main import run_cli
 
     run_cli(args.run_dir, args.html, args.json)
+
+
+@command(
+    "wandb workspace",
+    "make the W&B dashboard of a project: where MFU goes, loss, memory",
+    arg("project", metavar="PROJECT"),
+    arg("--entity", default="", help="team or user; default: the login's own"),
+    arg("--json", action="store_true", help="print it instead of sending it to the server"),
+)
+def _wandb_workspace(args: argparse.Namespace) -> None:
+    from trainsys.telemetry.sinks.wandb_workspace import save_workspace, workspace_json
+
+    print((workspace_json if args.json else save_workspace)(args.project, args.entity))
 
 
 BENCH = (
@@ -366,6 +442,8 @@ def _dispatch(argv: list[str]) -> int:
 def _find(argv: list[str]) -> tuple[str | None, list[str]]:
     """The command that ``argv`` names and what follows; None where a group's help was printed."""
     first = argv[0]
+    if len(argv) > 1 and f"{first} {argv[1]}" in _COMMANDS:
+        return f"{first} {argv[1]}", argv[2:]
     if first in _COMMANDS:
         return first, argv[1:]
     members = [name for name in _COMMANDS if name.startswith(f"{first} ")]
@@ -373,8 +451,6 @@ def _find(argv: list[str]) -> tuple[str | None, list[str]]:
         if len(argv) > 1 and argv[1] in ("-h", "--help"):
             print(_overview(members))
             return None, []
-        if len(argv) > 1 and f"{first} {argv[1]}" in _COMMANDS:
-            return f"{first} {argv[1]}", argv[2:]
         known = [name.split()[1] for name in members]
         if len(argv) == 1:
             raise UserError(f"trainsys {first}: say what: {' or '.join(known)}")

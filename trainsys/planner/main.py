@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from trainsys.config.loader import load_run, read_tree
 from trainsys.config.text import dump
@@ -22,6 +21,7 @@ from trainsys.planner.memory import GIB
 from trainsys.planner.memory_constants import shipped_memory
 from trainsys.planner.search import Found, search
 from trainsys.planner.space import Job, config_name, parse_limits
+from trainsys.planner.view import render
 
 _MEMORY = ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 
@@ -130,66 +130,6 @@ def confidence(found: Found) -> str:
     return f"constants fitted to published runs ({sources}); see docs/planner.md for errors"
 
 
-def _render(data: dict[str, Any], console: Console) -> None:
-    table = Table(
-        title=f"{data['model']} on {data['devices']} GPUs of {data['cluster']}",
-        caption=data["mfu_definition"],
-    )
-    for name in (
-        "#",
-        "layout",
-        "schedule",
-        "recompute",
-        "MFU %",
-        "step s",
-        "tok/s/GPU",
-        "GiB",
-        "= params",
-        "grads",
-        "optim",
-        "activ",
-        "logits",
-        "other",
-        "lost most to",
-    ):
-        table.add_column(
-            name, justify="left" if name in ("layout", "schedule", "recompute", "lost most to") else "right"
-        )
-    for rank, e in enumerate(data["ranked"], 1):
-        lay, mem = e["layout"], e["memory_gib"]
-        degrees = " ".join(
-            f"{a}{lay[a]}" for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep") if lay[a] != 1
-        )
-        degrees = degrees.replace("dp_replicate", "rep").replace("dp_shard", "shard")
-        schedule = "-" if lay["pp"] == 1 else lay["schedule"] + (f" x{lay['vpp']}" if lay["vpp"] > 1 else "")
-        table.add_row(
-            str(rank), f"{degrees or 'one GPU'} mb{lay['micro_batch']}" + ("" if lay["reshard"] else " keep"), schedule,
-            lay["recompute"], f"{100 * e['mfu']:.1f}", f"{e['step_time_s']:.3g}", f"{e['tokens_per_s_per_gpu']:,.0f}",
-            *(f"{mem[p]:.1f}" for p in _MEMORY),
-            e["bottleneck"],
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        f"{data['considered']:,} layouts divide; {data['refused_memory']:,} refused: more than "
-        f"{100 * (1 - data['memory_margin']):.0f}% of usable memory. "
-        "Shown: the best of each pp, cp, tp, ep and micro-batch (mb); shard and rep: data parallelism",
-        highlight=False,
-    )  # fmt: skip
-    console.print(f"why the first wins: {data['why_first']}", highlight=False)
-    if data["why_not"]:
-        console.print(f"why not {data['why_not']}", highlight=False)
-    gains = ", ".join(f"{s['change']} {s['tokens_per_s_gain_pct']:+.1f}%" for s in data["sensitivity"])
-    console.print(f"sensitivity (tokens/s): {gains}", highlight=False)
-    g = data["goodput"]
-    console.print(
-        f"failures: one in {g['mtbf_s'] / 3600:,.1f} h; checkpoint every {g['checkpoint_every_s'] / 60:.0f} min; "
-        f"{100 * g['share']:.1f}% of time is progress: effective MFU {100 * g['effective_mfu']:.1f}%", highlight=False,
-    )  # fmt: skip
-    console.print(f"confidence: {data['confidence']}", highlight=False)
-    front = "; ".join(f"{e['memory_gib']['total']:.0f} GiB {e['step_time_s']:.3g} s" for e in data["pareto"])
-    console.print(f"time against memory: {front}", highlight=False)
-
-
 def plan(
     run_yaml: str | Path,
     cluster: str,
@@ -228,8 +168,10 @@ def plan(
     if json:
         print(jsonlib.dumps(data, indent=1))
         return data
-    screen = console or Console()
-    _render(data, screen)
+    screen = console or Console(highlight=False)
+    if console is None and not screen.is_terminal:
+        screen = Console(highlight=False, width=100)
+    render(data, screen)
     if write is not None:
         screen.print(f"wrote {write}", highlight=False)
     if show_schedule:
