@@ -119,6 +119,9 @@ def apply_fsdp(model: Decoder, mesh: Mesh, cfg: FsdpConfig, compute_dtype: torch
         mine = [own[i]] if i in own else []
         block.set_modules_to_forward_prefetch([*mine, *blocks[i + 1 : i + 1 + cfg.prefetch]])
         block.set_modules_to_backward_prefetch([*mine, *blocks[max(0, i - cfg.prefetch) : i][::-1]])
+    if mesh.device.type == "cpu":
+        # Without streams a prefetched gather overlaps with compute only if it is started in the background.
+        root._set_unshard_async_op(True)
     return [root, *blocks, *own.values()]
 
 
