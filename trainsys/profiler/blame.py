@@ -22,6 +22,8 @@ from trainsys.profiler.waits import work_between, work_phases
 WINDOW = 200
 """Steps judged at a time; what lasts over several windows is one verdict."""
 MIN_STEPS = 5
+MIN_LASTING = 0.25
+"""Share of a window's steps, up to its end, in which a rank has to be slow."""
 _COMPUTE = ("forward", "backward", "recompute", "optimizer")
 _DATA = ("data", "h2d")
 
@@ -54,11 +56,12 @@ def judge_window(table: StepTable, alpha: float = ALPHA) -> list[Verdict]:
     slow = [
         s for s in find_stragglers(work, peers, alpha=own)
         if s.slowdown / (1 + s.slowdown) * float(np.median(work[:, s.index])) >= LEAST_SHARE * step_s
+        and len(work) - s.since >= MIN_LASTING * len(work)
     ]  # fmt: skip
     nodes, slow = _nodes(table, work, slow, own, step_s)
     out = nodes + [_rank(table, work, s, step_s) for s in slow]
     out += _garbage(table, step_s)
-    out += slow_links(table, own, step_s)
+    out += slow_links(table, work, own, step_s)
     out += stage_imbalance(table, work, own, step_s)
     if not any(v.kind in ("rank", "node") for v in out):
         out += sequence_imbalance(table, work, step_s)

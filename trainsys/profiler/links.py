@@ -20,11 +20,13 @@ LEAST_RATIO = 2.0
 """A link that takes less than twice the usual time is within what contention does."""
 MIN_STEPS_SLOW = 0.8
 """Share of steps in which it must be half again as slow as the usual one."""
+MIN_ABOVE = 0.92
+"""Share of pairs of a later and an earlier step in which the later one is slower."""
 MIN_BEFORE = 8
 """Steps that must show the usual time before a change of it is believed."""
 
 
-def slow_links(table: StepTable, alpha: float, step_s: float) -> list[Verdict]:
+def slow_links(table: StepTable, work: Floats, alpha: float, step_s: float) -> list[Verdict]:
     """At most one verdict an axis."""
     out = []
     for axis in axes_of(table):
@@ -36,7 +38,7 @@ def slow_links(table: StepTable, alpha: float, step_s: float) -> list[Verdict]:
         members = groups[-1]
         own = table.phases[COMM + axis][:, members].min(axis=2)  # [T, groups]
         found = _beside_others(table, axis, own, members, alpha, step_s)
-        found = found or _beside_before(table, axis, own, members, step_s)
+        found = found or _beside_before(table, axis, own, members, work, step_s)
         out += [found] if found else []
     # The throttled axis makes groups of others late at most; the one with most to save is the cause.
     return [max(out, key=lambda v: v.cost_s)] if out else []
@@ -52,7 +54,10 @@ def _beside_others(
         rest = np.setdiff1d(np.flatnonzero(peers == peers[s.index]), [s.index])
         usual = np.median(own[:, rest], axis=1)
         cost = float(np.median(own[:, s.index]) - np.median(usual))
-        lasting = float((own[s.since :, s.index] > 1.5 * usual[s.since :]).mean()) >= MIN_STEPS_SLOW
+        slow = own[s.since :, s.index] > 1.5 * usual[s.since :]
+        # A slow link has no quick steps; a busy machine has some.
+        floor = _floor(own[s.since :, s.index]) >= LEAST_RATIO * _floor(usual[s.since :])
+        lasting = floor and slow.size >= min(MIN_BEFORE, len(own)) and float(slow.mean()) >= MIN_STEPS_SLOW
         if lasting and cost >= LEAST_SHARE * step_s:
             evidence = (
                 f"its communication takes {1e3 * np.median(own[:, s.index]):.2f} ms a step when nobody is late, "
@@ -63,7 +68,7 @@ def _beside_others(
 
 
 def _beside_before(
-    table: StepTable, axis: str, own: Floats, members: npt.NDArray[np.int64], step_s: float
+    table: StepTable, axis: str, own: Floats, members: npt.NDArray[np.int64], work: Floats, step_s: float
 ) -> Verdict | None:
     """A lasting step upwards of one group's own time, by the best split of the window in two."""
     if len(own) < 2 * MIN_BEFORE:
@@ -77,10 +82,19 @@ def _beside_before(
     worth &= (at >= MIN_BEFORE) & (len(own) - at >= MIN_BEFORE)
     for g in np.flatnonzero(worth)[np.argsort(-(high - low)[worth])].tolist():
         x, split = own[:, g], int(at[g])
-        # Apart beyond doubt: nearly all of the one above nearly all of the other.
-        if np.quantile(x[split:], 0.1) > np.quantile(x[:split], 0.9):
+        # Nearly every later step above nearly every earlier one, and not because the machine is busier: then
+        # compute is slower too.
+        above = float((x[split:, None] > x[None, :split]).mean())
+        busier = float(np.median(work[split:, members[g]]) / np.median(work[:split, members[g]]))
+        floor = _floor(x[split:]) >= LEAST_RATIO * _floor(x[:split])
+        if floor and above >= MIN_ABOVE and high[g] >= LEAST_RATIO * max(1.0, busier) * low[g]:
             return _changed(table, axis, members[g], float(low[g]), float(high[g]), step_s, split)
     return None
+
+
+def _floor(x: Floats) -> float:
+    """The time of the quickest fifth of steps."""
+    return float(np.quantile(x, 0.2))
 
 
 def _changed(

@@ -63,7 +63,7 @@ def late_excess(table: StepTable) -> Floats:
     ratio = np.zeros_like(work)
     ratio[rows] = peer_log_ratio(work[rows], table.peers())
     late = np.median(ratio[rows], axis=0) > np.log1p(EFFECT)
-    out[:, late] = np.maximum(0.0, work * -np.expm1(-ratio))[:, late]
+    out[:, late] = (work * -np.expm1(-np.maximum(0.0, ratio)))[:, late]
     return out
 
 
