@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from trainsys.launch.preflight import FREE_BYTES, Report, judge
+
+FIT = Report(
+    rank=0,
+    host="n0",
+    versions={"torch": "2.13.0", "python": "3.11.7"},
+    devices=2,
+    ranks_here=2,
+    on_devices=True,
+    matmul_flops=4e14,
+    matmul_right=True,
+    memory_bytes_s=2e12,
+    memory_right=True,
+    clock_s=0.01,
+    free_bytes=FREE_BYTES * 10,
+    sees_shared=True,
+    folder="/runs",
+)
+
+
+def fleet(**changes: object) -> list[Report]:
+    """Eight ranks on four nodes; ``changes`` are those of rank 5, on n2."""
+    ranks = [replace(FIT, rank=n, host=f"n{n // 2}", matmul_flops=4e14 + n * 1e12) for n in range(8)]
+    ranks[5] = replace(ranks[5], **changes)  # type: ignore[arg-type]
+    return ranks
+
+
+def test_a_fit_fleet_has_no_problem() -> None:
+    assert judge(fleet()) == []
+    assert judge([FIT]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"devices": 1}, "1 devices visible to its 2 ranks"),
+        ({"matmul_right": False}, "rank 5: a matrix product came out wrong"),
+        ({"memory_right": False}, "rank 5: memory does not hold"),
+        ({"matmul_flops": 1e14}, "rank 5: matmul at 100 TFLOP/s, the median rank at 404"),
+        ({"memory_bytes_s": 1e12}, "rank 5: memory at 1e+03 GB/s, the median rank at 2e+03"),
+        ({"clock_s": -7.0}, "its clock is -7.0 s off"),
+        ({"free_bytes": 2**29}, "0.5 GiB free in /runs"),
+        ({"sees_shared": False}, "/runs is not the folder that rank 0 sees"),
+        ({"versions": {"torch": "2.12.0", "python": "3.11.7"}}, "torch 2.12.0, but most ranks have 2.13.0"),
+        ({"versions": {"torch": "2.13.0"}}, "python missing, but most ranks have 3.11.7"),
+    ],
+)
+def test_the_bad_node_is_named(changes: dict[str, object], says: str) -> None:
+    (problem,) = judge(fleet(**changes))
+    assert problem.host == "n2"
+    assert says in str(problem)
+
+
+def test_a_node_is_named_once_for_what_all_its_ranks_have() -> None:
+    ranks = [replace(r, free_bytes=0) if r.host == "n1" else r for r in fleet()]
+    assert [p.host for p in judge(ranks)] == ["n1"]

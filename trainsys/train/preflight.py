@@ -1,0 +1,165 @@
+"""`trainsys preflight`: before step 0, in seconds: is every node fit to train, and do they reach each other?
+
+Every rank measures itself, rank 0 hears all and names the bad node: `trainsys.launch.preflight`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainsys.config.loader import load_run
+from trainsys.launch.preflight import Report, judge
+from trainsys.telemetry.run_dir import versions
+from trainsys.train.process import Process, process
+
+_SECONDS = 0.2
+_SIZE = {"cpu": 384, "cuda": 8192}
+_COPY_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
+_REDUCE_ELEMENTS = 2**20
+
+
+def preflight(path: str, overrides: Sequence[str] = ()) -> int:
+    """Check the ranks that the environment describes; 0 if all are fit, 1 with a line for each problem on rank 0."""
+    cfg = load_run(path, overrides)
+    with process(cfg.train, timeout_s=60.0) as proc:
+        folder = Path(cfg.telemetry.out)
+        report = measure(proc, folder)
+        sums, rate = _all_reduce(proc)
+        reports: list[dict[str, object] | None] = [None] * proc.world
+        if proc.world > 1:
+            dist.all_gather_object(reports, asdict(report))
+        else:
+            reports = [asdict(report)]
+        problems = judge([Report(**r) for r in reports if r])  # type: ignore[arg-type]
+        lines = [str(problem) for problem in problems]
+        if not sums:
+            lines.append("all-reduce of all ranks gives a wrong sum")
+        if proc.rank == 0:
+            hosts = len({r["host"] for r in reports if r})
+            for line in lines:
+                print(f"trainsys: preflight: {line}", file=sys.stderr)
+            state = f"{len(lines)} problems" if lines else "all fit"
+            print(
+                f"trainsys: preflight: {proc.world} ranks on {hosts} nodes: {state}; all-reduce {rate / 1e9:.3g} GB/s"
+            )
+    return 1 if lines else 0
+
+
+def measure(proc: Process, folder: Path) -> Report:
+    """This rank's report."""
+    device = proc.device
+    matmul, right = _matmul(device)
+    memory, held = _memory(device)
+    return Report(
+        rank=proc.rank,
+        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        versions={"python": ".".join(map(str, sys.version_info[:3])), **versions()},
+        devices=torch.cuda.device_count() if device.type == "cuda" else 0,
+        ranks_here=proc.local_world,
+        on_devices=device.type == "cuda",
+        matmul_flops=matmul,
+        matmul_right=right,
+        memory_bytes_s=memory,
+        memory_right=held,
+        clock_s=_clock(proc),
+        free_bytes=_free(folder),
+        sees_shared=_shared(proc, folder),
+        folder=str(folder.absolute()),
+    )
+
+
+def _matmul(device: torch.device) -> tuple[float, bool]:
+    """FLOP/s, and whether a product that is known is right: ones(n) times small whole numbers sums exactly."""
+    n = _SIZE[device.type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    b = (torch.arange(n, device=device) % 2).to(dtype).expand(n, n).contiguous()
+    right = bool(((a @ b) == b * n).all())
+    return 2.0 * n**3 * _rate(lambda: a @ b, device), right
+
+
+def _memory(device: torch.device) -> tuple[float, bool]:
+    """Bytes read and written a second by a copy, and whether the copy holds the pattern."""
+    source = torch.arange(_COPY_BYTES[device.type] // 8, device=device, dtype=torch.int64)
+    target = torch.zeros_like(source)
+    rate = 2.0 * source.nbytes * _rate(lambda: target.copy_(source), device)
+    return rate, bool(torch.equal(source, target))
+
+
+def _rate(work: Callable[[], object], device: torch.device) -> float:
+    """Calls of ``work`` a second, the fastest of what fits into the time: others may share the machine."""
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while True:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - started)
+        if now > end:
+            return 1.0 / best
+
+
+def _clock(proc: Process) -> float:
+    """This host's clock less that of rank 0, read after a barrier."""
+    if proc.world == 1:
+        return 0.0
+    dist.barrier()
+    own = torch.tensor([time.time()], dtype=torch.float64)
+    first = own.clone()
+    dist.broadcast(first, src=0)
+    return float(own - first)
+
+
+def _free(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def _shared(proc: Process, folder: Path) -> bool:
+    """Whether a file that rank 0 writes is seen here."""
+    if proc.world == 1:
+        return True
+    name = [secrets.token_hex(8)]
+    dist.broadcast_object_list(name, src=0)
+    file = folder / f".preflight-{name[0]}"
+    try:
+        if proc.rank == 0:
+            file.touch()
+        dist.barrier()
+        seen = file.exists()
+        dist.barrier()
+        if proc.rank == 0:
+            file.unlink()
+        return seen
+    except OSError:
+        return False
+
+
+def _all_reduce(proc: Process) -> tuple[bool, float]:
+    """Whether the sum over all ranks is right, and bytes of the tensor a second."""
+    if proc.world == 1:
+        return True, float("inf")
+    x = torch.full((_REDUCE_ELEMENTS,), float(proc.rank + 1), device=proc.device)
+    dist.all_reduce(x)
+    right = bool((x == proc.world * (proc.world + 1) / 2).all())
+    started = time.perf_counter()
+    for _ in range(3):
+        dist.all_reduce(x)
+    if proc.device.type == "cuda":
+        torch.cuda.synchronize(proc.device)
+    return right, 3 * x.nbytes / (time.perf_counter() - started)
