@@ -71,7 +71,7 @@ def test_a_command_calls_one_function_with_what_it_was_given(
     ("argv", "says"),
     [
         ("lanch x", "unknown command lanch; did you mean trainsys launch?"),
-        ("frobnicate", "unknown command frobnicate; there are bench, config, "),
+        ("frobnicate", "unknown command frobnicate; there are bench, "),
         ("config", "trainsys config: say what: show or schema"),
         ("config shw", "unknown command config shw; did you mean trainsys config show?"),
         ("config show", "the following arguments are required: RUN.yaml"),

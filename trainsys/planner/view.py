@@ -52,23 +52,30 @@ def render(data: dict[str, Any], console: Console) -> None:
 
 
 def _table(ranked: list[dict[str, Any]]) -> Table:
+    header = ("#", "layout", "pipeline", "recompute", "MFU", "step s", "GiB", "lost most to")
+    rows = [_row(rank, e) for rank, e in enumerate(ranked, 1)]
     table = Table(box=None, padding=(0, 1), header_style="bold", row_styles=["", "dim"])
-    for name in ("#", "layout", "pipeline", "recompute", "MFU", "step s", "GiB", "lost most to"):
+    for i, name in enumerate(header):
         left = name in ("layout", "pipeline", "recompute", "lost most to")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for rank, e in enumerate(ranked, 1):
-        lay = e["layout"]
-        degrees = " ".join(f"{axis}{lay[axis]}" for axis in _DEGREES if lay[axis] != 1) or "one GPU"
-        degrees = degrees.replace("dp_replicate", "rep").replace("dp_shard", "shard")
-        schedule = "-" if lay["pp"] == 1 else lay["schedule"] + (f" x{lay['vpp']}" if lay["vpp"] > 1 else "")
-        table.add_row(
-            str(rank),
-            f"{degrees} mb{lay['micro_batch']}" + ("" if lay["reshard"] else " keep"),
-            schedule,
-            lay["recompute"],
-            f"{100 * e['mfu']:.1f}%",
-            f"{e['step_time_s']:.3g}",
-            f"{e['memory_gib']['total']:.1f}",
-            e["bottleneck"],
-        )
+        # Only the last column gives way on a narrow screen.
+        width = None if name == header[-1] else max(len(name), *(len(row[i]) for row in rows))
+        table.add_column(name, justify="left" if left else "right", no_wrap=width is not None, min_width=width)
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _row(rank: int, e: dict[str, Any]) -> tuple[str, ...]:
+    lay = e["layout"]
+    degrees = " ".join(f"{axis}{lay[axis]}" for axis in _DEGREES if lay[axis] != 1) or "one GPU"
+    degrees = degrees.replace("dp_replicate", "rep").replace("dp_shard", "shard")
+    return (
+        str(rank),
+        f"{degrees} mb{lay['micro_batch']}" + ("" if lay["reshard"] else " keep"),
+        "-" if lay["pp"] == 1 else lay["schedule"] + (f" x{lay['vpp']}" if lay["vpp"] > 1 else ""),
+        lay["recompute"],
+        f"{100 * e['mfu']:.1f}%",
+        f"{e['step_time_s']:.3g}",
+        f"{e['memory_gib']['total']:.1f}",
+        e["bottleneck"],
+    )
