@@ -43,7 +43,7 @@ LAYOUTS = {
     "tp2": {"dp_shard": 1, "tp": 2}, "fsdp2_tp2": {"dp_shard": 2, "tp": 2}, "fsdp4": {"dp_shard": 4},
     "hsdp2x2": {"dp_replicate": 2, "dp_shard": 2},
 }  # fmt: skip
-STEPS, EVERY = 24, 3
+EVERY = 3
 EVENTS = {
     "kill one rank in a save": 30, "kill all ranks in a save": 25, "kill one rank": 15, "kill all ranks": 10,
     "kill all, then truncate a file of the newest": 8, "kill all, then flip a byte of the newest": 7,
@@ -178,6 +178,7 @@ def damage(root: Path, kind: str, rng: random.Random) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--n", type=int, default=200, help="events")
+    parser.add_argument("--steps", type=int, default=24, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     args = parser.parse_args()
@@ -192,7 +193,7 @@ def main() -> int:
         out = base / name
         out.mkdir()
         config = out / "run.yaml"
-        config.write_text(CONFIG.format(hardware="H100-SXM-80", steps=STEPS, every=EVERY, out=out))
+        config.write_text(CONFIG.format(hardware="H100-SXM-80", steps=args.steps, every=EVERY, out=out))
         return out, config, out / "log.txt"
 
     out, config, log = fresh("reference")
@@ -202,10 +203,10 @@ def main() -> int:
         time.sleep(0.01)
     typical_s = time.monotonic() - t0
     want = losses_of(run_dirs(out)[0]) if run_dirs(out) else {}
-    if len(want) != STEPS or any(reference_run.codes.values()):
+    if len(want) != args.steps or any(reference_run.codes.values()):
         print(log.read_text()[-3000:])
         return 2
-    print(f"uninterrupted: {STEPS} steps in {typical_s:.1f} s, loss {want[0]:.4f} -> {want[STEPS - 1]:.4f}")
+    print(f"uninterrupted: {args.steps} steps in {typical_s:.1f} s, loss {want[0]:.4f} -> {want[args.steps - 1]:.4f}")
 
     events = attempts = runs = steps_checked = 0
     worst_gap, most_lost, fell_back = 0.0, 0, 0
@@ -261,7 +262,7 @@ def main() -> int:
             if "then" not in kind and kind != "disk refuses writes" and reached + 1 - must_resume_at > 2 * EVERY:
                 failures.append(f"{kind}: step {reached} was done, and only {must_resume_at} is saved")
             if ok:
-                if reached != STEPS - 1 and kind != "disk refuses writes":
+                if reached != args.steps - 1 and kind != "disk refuses writes":
                     failures.append(f"ended well at step {reached}")
                 break
             if kind == "none":
