@@ -20,6 +20,7 @@ def run_with_blocking_messages(schedule: Schedule, lists: list[list[Instruction]
     waiting: list[list[tuple[int, int, tuple[bool, int, int], bool]]] = [[] for _ in lists]
     arrived: list[set[tuple[bool, int, int]]] = [set() for _ in lists]
     posted: dict[tuple[int, int, bool], deque[tuple[bool, int, int]]] = {}
+    computed: set[tuple[bool, int, int]] = set()
     moved = True
     while moved:
         moved = False
@@ -30,6 +31,7 @@ def run_with_blocking_messages(schedule: Schedule, lists: list[list[Instruction]
             if isinstance(item, Exchange):
                 if not waiting[rank]:
                     for m in item.sends:
+                        assert (m.forward, m.stage, m.micro) in computed, "sent before it is made"
                         posted.setdefault((rank, m.peer, True), deque()).append((m.forward, m.stage, m.micro))
                         waiting[rank].append((rank, m.peer, (m.forward, m.stage, m.micro), True))
                     for m in item.receives:
@@ -54,6 +56,8 @@ def run_with_blocking_messages(schedule: Schedule, lists: list[list[Instruction]
                 for need in schedule.needs(item.action):
                     if schedule.rank_of(need.stage) != rank:
                         assert (need.op == "F", need.stage, need.micro) in arrived[rank], f"{item} has no input"
+                if item.action.op != "W":
+                    computed.add((item.action.op == "F", item.action.stage, item.action.micro))
             at[rank] += 1
             moved = True
     assert at == [len(p) for p in lists], "deadlock"
