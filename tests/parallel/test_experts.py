@@ -213,7 +213,8 @@ def test_chunks_hide_what_arithmetic_says(chunks: int) -> None:
     for way in (0, 1):
         # A sleeping rank may wake late on a busy machine: of each, the attempt that was least disturbed.
         nearest = [min((a[way] for a in rank), key=lambda wait: abs(wait - expected)) for rank in by_rank]
-        assert abs(sum(nearest) / WORLD - expected) < 0.1 * expected, (way, nearest, expected)
+        # Within 10% of all there is to hide.
+        assert abs(sum(nearest) / WORLD - expected) < 0.1 * 2 * trip_s, (way, nearest, expected)
 
 
 # ---- placement and refusals ------------------------------------------------------------------------------
