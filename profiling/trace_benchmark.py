@@ -5,7 +5,7 @@
 The case: eight copies of HTA's own test trace ``df_index_resolver`` (53.7 MB of JSON each, 430 MB in all), each
 with its own rank. The tools alternate; the median of the repeats counts. CPU seconds are user plus system of
 the process and all its children; memory is the largest sum of proportional set sizes over the process tree,
-sampled every 20 ms. HTA does what its documentation starts with: load, temporal breakdown, overlap. TraceLens
+sampled every 50 ms. HTA does what its documentation starts with: load, temporal breakdown, overlap. TraceLens
 builds its tree of each trace and the GPU timeline. ``trainsys`` does the same as HTA (``equal``), and all of its
 report with critical path, JSON and HTML (``full``). Figures go to ``results/trace_benchmark.json``.
 
@@ -115,7 +115,7 @@ def measure(python: str, code: str, folder: Path, script: Path) -> dict[str, flo
             if pid:
                 break
             peak = max(peak, pss_mib(tree(process.pid)))
-            time.sleep(0.02)
+            time.sleep(0.05)
     if status:
         raise RuntimeError(f"{python}: {log.read_text()[-2000:]}")
     return {"cpu_s": used.ru_utime + used.ru_stime, "wall_s": time.perf_counter() - begin, "peak_mib": peak}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -89,6 +90,14 @@ class CallArgs(Struct, gc=False):
     correlation: int = -1
 
 
+class _Numbers(dict[Any, int]):
+    """Numbers keys in the order they are first asked for."""
+
+    def __missing__(self, key: Any) -> int:
+        self[key] = number = len(self)
+        return number
+
+
 class _Flags(dict[str, int]):
     """Whether an operator is counted (1) or noted (2), worked out once a name."""
 
@@ -110,8 +119,7 @@ class Collector:
     def __init__(self, path: Path, decoder: EventDecoder) -> None:
         self.path, self.decoder, self.said = path, decoder, decoder.said
         self.trace = col.RankTrace(path, -1, 0, said=decoder.said)
-        self._names: dict[str, int] = {}
-        self._threads: dict[tuple[int | str, int | str], int] = {}
+        self._names, self._threads = _Numbers(), _Numbers()
         self._meta: dict[tuple[object, ...], int] = {}
         self._parts: dict[str, list[list[Ints]]] = {"device": [], "runtime": [], "notes": [], "ops": []}
         self._busy: list[Spans] = []
@@ -122,11 +130,11 @@ class Collector:
     def add(self, events: list[AnyEvent]) -> bool:
         """Keep what matters of a chunk. False where its times need decoding as decimals first."""
         buckets: list[list[AnyEvent]] = [[], [], [], [], []]
-        kinds = KINDS
+        rest: list[AnyEvent] = []
+        place = {category: buckets[kind].append for category, kind in KINDS.items()}.get
+        leave = rest.append
         for event in events:
-            kind = kinds.get(event.cat)
-            if kind is not None:
-                buckets[kind].append(event)
+            place(event.cat, leave)(event)
         timed: list[tuple[list[AnyEvent], Ints, Ints]] = []
         for bucket in buckets:
             times = self._times(bucket)
@@ -170,11 +178,11 @@ class Collector:
 
     def _name_ids(self, bucket: list[AnyEvent]) -> Ints:
         table = self._names
-        return np.array([table.setdefault(e.name, len(table)) for e in bucket], np.int64)
+        return np.array([table[e.name] for e in bucket], np.int64)
 
     def _thread_ids(self, bucket: list[AnyEvent]) -> Ints:
         table = self._threads
-        return np.array([table.setdefault((e.pid, e.tid), len(table)) for e in bucket], np.int64)
+        return np.array([table[e.pid, e.tid] for e in bucket], np.int64)
 
     def _args(self, bucket: list[AnyEvent]) -> list[Args]:
         try:

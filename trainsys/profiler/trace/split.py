@@ -46,7 +46,9 @@ class Splitter:
         buffer, bare_array = self._header(pieces)
         ended = False
         while True:
-            buffer, ended = self._fill(buffer, pieces)
+            if not ended:
+                buffer, ended = self._fill(buffer, pieces)
+            before = len(buffer)
             events, buffer, closed = self._take(buffer, ended)
             if events:
                 self.n_events += len(events)
@@ -54,7 +56,7 @@ class Splitter:
             if closed:
                 self._tail(buffer, pieces)
                 return
-            if ended:
+            if ended and len(buffer) == before:
                 if bare_array and not buffer.strip(b" \t\r\n,"):
                     return  # the Chrome format lets a bare array go unclosed
                 self._truncated()
@@ -116,12 +118,11 @@ class Splitter:
 
     def _take(self, buffer: bytes, ended: bool) -> tuple[list[AnyEvent], bytes, bool]:
         """Decode what is whole in the buffer. Returns (events, what is left, whether the array closed)."""
-        if not ended:
-            cut = _last_boundary(buffer)
-            if cut is not None:
-                events = self.decoder.try_fast(buffer[: cut[0]])
-                if events is not None:
-                    return events, buffer[cut[1] :], False
+        cut = _last_boundary(buffer)
+        if cut is not None:
+            events = self.decoder.try_fast(buffer[: cut[0]])
+            if events is not None:
+                return events, buffer[cut[1] :], False
         found = separate(buffer)
         if found.close is not None and not _AFTER.match(buffer, found.close + 1):
             # A quote is missing somewhere before, and brackets inside strings were counted.
