@@ -71,7 +71,7 @@ down() {
   for pid in $pids; do kill "$pid" 2>/dev/null || true; done
   for ((n = 0; n < 80; n++)); do
     for pid in $pids; do alive "$pid" && sleep 0.1 && continue 2; done
-    return
+    return 0
   done
   for pid in $pids; do kill -KILL "$pid" 2>/dev/null || true; done
 }
