@@ -13,7 +13,7 @@ from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.checkpoint.resume import find, load
 from trainsys.checkpoint.saver import Progress, Saver
-from trainsys.config.model import ModelConfig
+from trainsys.config.model import ModelConfig, MoEConfig
 from trainsys.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -43,6 +43,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2_tp2_sp": (4, {"dp_shard": 2, "tp": 2}),
     "fsdp2_cp2": (4, {"dp_shard": 2, "cp": 2}),
 }
+# Two layers of experts, whose place in the choice is balanced by a bias that is no parameter.
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "experts": (1, {}),
+    "experts pp2": (2, {"pp": 2}),
+    "experts ep2": (2, {"dp_shard": 2, "ep": 2}),
+    "experts fsdp2_tp2": (4, {"dp_shard": 2, "tp": 2}),
+    "experts pp2_ep2": (4, {"pp": 2, "dp_shard": 2, "ep": 2}),
+}
+EXPERTS: dict[str, Any] = {
+    "n_layers": 2, "moe": MoEConfig(n_experts=4, top_k=2, d_ff=32, balance="bias"),
+}  # fmt: skip
 MODEL: dict[str, Any] = {
     "n_layers": 1, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "vocab": 72, "max_seq_len": 64,
     "qk_norm": True, "init_std": 0.1,
@@ -52,10 +63,10 @@ Pieces = list[tuple[str, tuple[int, ...], tuple[tuple[int, int], ...], np.ndarra
 
 
 def config(layout: str, **checkpoint: Any) -> RunConfig:
-    axes = LAYOUTS[layout][1]
+    axes = {**LAYOUTS, **EXPERT_LAYOUTS}[layout][1]
     readers = axes.get("dp_shard", 1) * axes.get("dp_replicate", 1)
     return RunConfig(
-        model=ModelConfig(**MODEL),
+        model=ModelConfig(**{**MODEL, **(EXPERTS if layout in EXPERT_LAYOUTS else {})}),
         parallel=ParallelConfig(**{"dp_shard": 1, **axes}),
         data=DataConfig(source="synthetic", prefetch=0),
         optim=OptimConfig(lr=2e-3, warmup_steps=2, z_loss=1e-3),
@@ -92,7 +103,9 @@ def saver_of(engine: NativeEngine, root: str | Path, **options: Any) -> Saver:
 
 
 def pieces(engine: NativeEngine) -> Pieces:
-    return [(t.name, t.place.full_shape, t.place.bounds, t.data.numpy().copy()) for t in engine.state()]
+    return [
+        (t.name, t.place.full_shape, t.place.bounds, t.data.float().numpy().copy()) for t in engine.state()
+    ]
 
 
 def assemble(by_rank: Iterable[Pieces]) -> dict[str, np.ndarray]:
