@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainsys.checkpoint import manifest as manifests
@@ -26,6 +27,7 @@ spans = st.integers(0, 9).flatmap(lambda a: st.integers(a, 9).map(lambda b: (a, 
 boxes = st.lists(spans, min_size=2, max_size=2).map(tuple)
 
 
+@settings(deadline=None)
 @given(boxes, boxes)
 def test_an_intersection_is_what_sets_say(a, b) -> None:
     full = np.zeros((9, 9), int)
@@ -38,6 +40,7 @@ def test_an_intersection_is_what_sets_say(a, b) -> None:
         assert inside.shape == shape_of(common)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.data())
 def test_tiles_have_no_gap_and_no_overlap(n, m, data) -> None:
     row, col = data.draw(st.integers(0, n)), data.draw(st.integers(0, m))
@@ -125,8 +128,6 @@ def test_a_newer_version_is_refused_by_name_and_a_newer_minor_is_read(tmp_path: 
     manifest.schema = "1.9"
     data = manifests.encode(manifest)
     body = data[: data.rindex(b',"sha256":"')] + b',"invented_later":[1,2]'
-    import hashlib
-
     newer = body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
     assert manifests.decode(newer, "m").schema == "1.9"
     manifest.schema = "2.0"

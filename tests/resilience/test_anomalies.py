@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainsys.config.run import ResilienceConfig
@@ -56,6 +56,7 @@ def test_no_spike_without_history_or_where_it_is_off() -> None:
     assert all(off.judge(x, 1.0) for x in (*[3.0] * 20, 900.0))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1.0, 9.0), min_size=30, max_size=30), st.integers(9, 25))
 def test_a_resumed_guard_judges_as_the_one_that_went_on(losses: list[float], cut: int) -> None:
     one, two = guard_of(spike=2.0), guard_of(spike=2.0)
