@@ -9,8 +9,10 @@ from trainsys.errors import UserError
 from trainsys.layout import Layout
 
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-# How much it costs to change an axis: model axes are chosen for memory and topology, data axes for size.
-_PRICE = {"tp": 8.0, "pp": 6.0, "cp": 6.0, "ep": 4.0, "dp_replicate": 1.5, "dp_shard": 1.0}
+# How much it costs to change an axis: model axes are chosen for memory and topology, data axes for size. Where
+# there are replicas of shards they are changed first, since the shards were made for memory.
+_PRICE = {"tp": 8.0, "pp": 6.0, "cp": 6.0, "ep": 4.0, "dp_replicate": 0.8, "dp_shard": 1.0}
+_FIRST_REPLICA = 2.0
 
 
 def replan(cfg: RunConfig, world: int) -> RunConfig:
@@ -35,7 +37,8 @@ def replan(cfg: RunConfig, world: int) -> RunConfig:
         for ep in (n for n in divisors if axes["dp_shard"] * axes["cp"] % n == 0):
             candidate = {**axes, "ep": ep}
             price = sum(
-                _PRICE[axis] * abs(_doublings(candidate[axis]) - _doublings(want[axis]))
+                (_FIRST_REPLICA if (axis, want[axis]) == ("dp_replicate", 1) else _PRICE[axis])
+                * abs(_doublings(candidate[axis]) - _doublings(want[axis]))
                 for axis in _AXES
                 if want[axis] != -1
             )
