@@ -30,8 +30,8 @@ _HINTS = (
     ("node count", "launch.nodes", "`sinfo -s` shows how many nodes each partition has"),
     (
         "node configuration",
-        "launch.devices_per_node",
-        "`sinfo -o '%P %D %c %m %G'` shows what the nodes have",
+        "launch.nodes, launch.devices_per_node, launch.memory",
+        "`sinfo -o '%P %D %c %m %G'` shows each partition's nodes, and their cores, MB and devices",
     ),
     ("more processors", "launch.devices_per_node", "`sinfo -o '%P %D %c'` shows the cores of the nodes"),
     ("invalid feature", "launch.constraint", "`sinfo -o '%f'` lists the features"),
@@ -109,8 +109,9 @@ def launch(job: Job, dry_run: bool, detach: bool) -> int:
             "sbatch: not found on this machine; submit from a login node of the cluster, or print the job script "
             "with --dry-run and take it there"
         )
-    ask("sinfo", "--noheader")
-    script = jobs.write(job, "job.sbatch", render(job))
+    text = render(job)
+    _try(text)
+    script = jobs.write(job, "job.sbatch", text)
     identity = ask("sbatch", "--parsable", str(script)).split(";")[0].strip()
     jobs.record(job, "slurm", identity)
     print(
@@ -119,10 +120,21 @@ def launch(job: Job, dry_run: bool, detach: bool) -> int:
     return 0 if detach else follow(identity, job.folder)
 
 
-def ask(*command: str) -> str:
+def _try(script: str) -> None:
+    """Refuse now what Slurm would queue for ever: more nodes than there are, or than a partition may use."""
+    ask("sinfo", "--noheader")
+    try:
+        ask("sbatch", "--test-only", stdin=script)
+    except UserError as error:
+        # Anything else, like nodes that are down today, may change while the job waits.
+        if any(words in str(error).lower() for words, _, _ in _HINTS):
+            raise
+
+
+def ask(*command: str, stdin: str | None = None) -> str:
     """Run one of Slurm's commands; UserError, one line, with what would help, where it refuses."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         raise UserError(f"{command[0]}: not found on this machine; use a login node of the cluster") from None
     except subprocess.TimeoutExpired:
@@ -134,9 +146,8 @@ def ask(*command: str) -> str:
     for words, field, hint in _HINTS:
         if words in text:
             line = next((s for s in said if words in s.lower()), said[-1])
-            raise UserError(
-                f"{command[0]}: {line.removeprefix('Batch job submission failed: ')}: {field}; {hint}"
-            )
+            line = line.removeprefix("allocation failure: ").removeprefix("Batch job submission failed: ")
+            raise UserError(f"{command[0]}: {line}: {field}; {hint}")
     raise UserError(f"{command[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
 
 
