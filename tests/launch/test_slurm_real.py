@@ -179,7 +179,7 @@ def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(
     said = out.read_text()
     assert states(identity) == {"COMPLETED"}, everything(folder)
     assert "attempt 1: again: asked to stop by SIGUSR1, step " in said
-    assert "attempt 2: again: a rank was killed by signal 9; failure 1 of 2" in said
+    assert "attempt 2: again: a rank was killed (srun: exit code 1" in said
     assert (
         "attempt 3: again: asked to stop by SIGTERM, step " in said or "attempt 3: again: preempted" in said
     )

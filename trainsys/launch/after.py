@@ -50,7 +50,8 @@ def verdict(
     elif failure is not None:
         why = f"rank {failure.rank}: {failure.message.splitlines()[0]}"
     else:
-        why = f"a rank was killed by signal {code - 128}" if code > 128 else f"exit code {code}"
+        # The highest of the ranks' codes: 143 may be of a rank that Slurm ended after another was killed.
+        why = f"a rank was killed (srun: exit code {code})" if code > 128 else f"exit code {code}"
     count = past["failures"] + 1
     _write(history, {**past, "failures": count})
     if count > restarts:
