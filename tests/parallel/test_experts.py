@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,9 +49,11 @@ class Multiply(Experts):
     def __init__(self, first: int) -> None:
         super().__init__(1, 1, 1, "gelu")
         self.first, self.rows = first, 0
+        self.arrived: list[Tensor] = []
 
     def compute(self, x: Tensor, counts: Tensor) -> Tensor:
         self.rows += len(x)
+        self.arrived.append(x.detach().clone())
         assert counts.sum() == len(x)
         factors = torch.arange(len(counts)) + self.first + 1.0
         return x * factors.repeat_interleave(counts).unsqueeze(-1)
@@ -76,6 +79,7 @@ def _travel(cfg: ExpertConfig, skew: bool) -> dict[str, Any]:
         "rows": experts.rows,
         "bytes": ledger["ep", trip.OP].sent_bytes,
         "calls": ledger["ep", trip.OP].calls,
+        "arrived": torch.cat(experts.arrived).numpy(),
         "out": out.detach().numpy(),
         "choices": routing.choices.flatten().tolist(),
     }
@@ -107,6 +111,14 @@ def test_every_row_meets_its_expert_and_comes_home(cfg: ExpertConfig, chunks: in
             for goal in (e * WORLD // EXPERTS for e in r["choices"])
         )
         assert sum(r["bytes"] for r in ranks) == 4 * hops * WIDTH * 4
+
+
+def test_rows_arrive_in_the_same_order_by_either_route() -> None:
+    """So that the two routes give the same sums to the last bit."""
+    flat, two_level = (run_ranks(WORLD, _travel, cfg, False) for cfg in (FLAT, TWO_LEVEL))
+    for a, b in zip(flat, two_level, strict=True):
+        assert np.array_equal(a["arrived"], b["arrived"])
+        assert np.array_equal(a["out"], b["out"])
 
 
 # ---- overlap: work that sleeps, a link that is slow ----------------------------------------------------
