@@ -238,6 +238,47 @@ BENCH = (
 
 
 @command(
+    "trace",
+    "analyse profiler traces, flight-recorder dumps and memory snapshots of any framework",
+    arg("paths", nargs="+", metavar="PATH", help="files or folders; kinds are recognised by content"),
+    arg("--against", nargs="+", metavar="PATH", help="an earlier run: say what got slower since"),
+    arg("--json", metavar="FILE", help="write the report as JSON"),
+    arg("--html", metavar="FILE", help="write a self-contained page"),
+    arg("--perfetto", metavar="FILE", help="write an annotated timeline (.gz: compressed)"),
+    arg("--model", metavar="RUN.yaml", help="config whose model was trained, for MFU"),
+    arg("--tokens-per-step", type=int, metavar="N", help="of all ranks together, for MFU"),
+    arg("--device", metavar="NAME", help="catalogue name, where the trace's own is missing or wrong"),
+    arg("--workers", type=int, metavar="N", help="processes that read; as many as cores where left out"),
+    arg("--max-bytes", type=int, metavar="N", help="refuse files that are larger once decompressed"),
+    arg("--keep-truncated", action="store_true", help="use the whole events of files that were cut off"),
+)
+def _trace(args: argparse.Namespace) -> None:
+    from trainsys.profiler.trace.main import run
+
+    model, seq_len = None, None
+    if args.model is not None:
+        from trainsys.config.loader import load_run
+
+        config = load_run(args.model)
+        model, seq_len = config.model, config.train.seq_len
+    text = run(
+        args.paths,
+        args.json,
+        args.html,
+        args.perfetto,
+        model,
+        seq_len=seq_len,
+        tokens_per_step=args.tokens_per_step,
+        device=args.device,
+        against=args.against,
+        workers=args.workers,
+        keep_truncated=args.keep_truncated,
+        max_bytes=args.max_bytes,
+    )
+    print(text)
+
+
+@command(
     "bench matmul",
     "measure this machine's matmul ceiling, against which MFU on unknown hardware is counted",
     arg("--dtype", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp16"]),
