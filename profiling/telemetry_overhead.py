@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import torch  # noqa: E402
 
 from trainsys.layout import Layout  # noqa: E402
 from trainsys.profiler.live import LiveWatch  # noqa: E402
-from trainsys.telemetry.events import Flops  # noqa: E402
+from trainsys.telemetry.events import Flops, Step  # noqa: E402
 from trainsys.telemetry.metrics import step_metrics  # noqa: E402
 from trainsys.telemetry.recorder import Recorder, here  # noqa: E402
 from trainsys.telemetry.sinks.base import RunInfo, Sinks  # noqa: E402
@@ -84,6 +85,13 @@ def main() -> None:
         watch = LiveWatch(Layout(), 1e11, print, sinks.extra)
         wall: dict[bool, list[float]] = {True: [], False: []}
         cpu: dict[bool, list[float]] = {True: [], False: []}
+        reading = ThreadPoolExecutor(1)
+
+        def show(window: torch.Tensor, record: Step) -> None:
+            steps, together = gather.read(window)
+            sinks.step(record.step, step_metrics(record, together, tokens_seen=1))
+            watch.add(steps, flops)
+
         flops = Flops(model=1e9, palm=1e9, hardware=1e9)
         recorder.begin()
         for block in range(args.blocks):
@@ -96,11 +104,11 @@ def main() -> None:
                     gather.add(record)
                     window = gather.exchange()
                     if window is not None:
-                        sinks.step(record.step, step_metrics(record, window, tokens_seen=1))
-                        watch.add(gather.ranks, flops)
+                        reading.submit(show, window, record)
                 wall[on].append(time.perf_counter() - w0)
                 cpu[on].append(time.thread_time() - c0)
         recorder.finish("done")
+        reading.shutdown()
         watch.close()
         sinks.finish({})
     found = {

@@ -10,7 +10,7 @@ import gc
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -64,7 +64,8 @@ class Standin:
     """Share of forward's time that backward sleeps again; the FLOPs say so."""
     faults: tuple[Fault, ...] = field(default=())
     peak_flops: float | None = 1e9
-    config_recompute: str = "none"
+    timed_recompute: bool = False
+    """Whether recomputation is a phase of its own."""
 
 
 class _Throttled(Ledger):
@@ -172,7 +173,9 @@ def _step(
         with recorder.phase("backward"):
             for _ in range(spec.layers):
                 if spec.recompute_share:
-                    injected["recompute"] = injected.get("recompute", 0.0) + work(spec.forward_s * spec.recompute_share)
+                    with recorder.phase("recompute") if spec.timed_recompute else nullcontext():
+                        again = work(spec.forward_s * spec.recompute_share)
+                    injected["recompute"] = injected.get("recompute", 0.0) + again
                 work(spec.backward_s)
                 ops.all_reduce_(small, mesh["fsdp"])
     for f in faults:

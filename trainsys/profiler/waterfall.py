@@ -254,7 +254,7 @@ def waterfall(table: StepTable, peak_flops: float | None, work: Work) -> Waterfa
     for name in sorted(parts, key=place):
         by_rank = parts[name].mean(axis=0)
         seconds = float(by_rank.mean())
-        if seconds == 0.0 and name not in ("useful", "unattributed"):
+        if abs(seconds) < 1e-9 and name not in ("useful", "unattributed"):
             continue
         slowest = int(by_rank.argmax())
         without = None
@@ -296,7 +296,7 @@ def _notes(
             f"matrix products, other compute and launch gaps are split as in the profiler capture of step {capture.step}"
         )
     below = parts.get("compute_below_peak", parts.get("matmul_below_peak"))
-    if below is not None and not below.any():
+    if below is not None and below.mean() < 1e-9:
         notes.append("the steps are as fast as the peak allows or faster: the peak was measured too low")
     if "recompute" in parts and "recompute" not in table.phases:
         notes.append("recomputation is forward's time x the share of forward FLOPs that the policy repeats")

@@ -22,14 +22,12 @@ class WindowGather:
         self._world, self._replicas = world, replicas
         self._window = Window()
         self._pending: tuple[dist.Work | None, Tensor] | None = None
-        self.ranks: list[Step] = []
-        """Each rank's mean step of the window that was read last."""
 
     def add(self, step: Step) -> None:
         self._window.add(step)
 
-    def exchange(self) -> Aggregate | None:
-        """Send this window, which must have a step; returns the one before, if there was one."""
+    def exchange(self) -> Tensor | None:
+        """Send this window, which must have a step; returns the one before, if there was one, for ``read``."""
         before = self.last()
         mine = torch.tensor(self._window.take(), dtype=torch.float64)
         if self._world == 1:
@@ -39,13 +37,17 @@ class WindowGather:
         self._pending = (all_gather_flat(out, mine, async_op=True), out)
         return before
 
-    def last(self) -> Aggregate | None:
-        """The window that was sent last, waiting for it; None if it was read already."""
+    def last(self) -> Tensor | None:
+        """The window that was sent last, waiting for it; None if it was taken already."""
         if self._pending is None:
             return None
         work, out = self._pending
         self._pending = None
         if work is not None:
             work.wait()
-        self.ranks = [Step.from_vector(v) for v in out.view(self._world, -1).tolist()]
-        return aggregate(self.ranks, self._replicas)
+        return out
+
+    def read(self, window: Tensor) -> tuple[list[Step], Aggregate]:
+        """Each rank's mean step, and all of them together. From any thread: it is rank 0's alone to read them."""
+        steps = [Step.from_vector(v) for v in window.view(self._world, -1).tolist()]
+        return steps, aggregate(steps, self._replicas)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from trainsys.config.run import RunConfig
 from trainsys.data import StepData
@@ -23,7 +25,6 @@ from trainsys.profiler.live import LiveWatch
 from trainsys.profiler.steps import load_steps
 from trainsys.profiler.terminal import print_explanation
 from trainsys.profiler.verdict import Verdict
-from trainsys.telemetry.aggregate import Aggregate
 from trainsys.telemetry.events import Flops, RunStart, Step
 from trainsys.telemetry.metrics import step_metrics
 from trainsys.telemetry.recorder import Recorder
@@ -111,6 +112,7 @@ class Reporter:
         self._sinks = Sinks([], self.warn)
         self._capture = StepCapture(self.recorder, self.run_dir, cfg.telemetry.capture_every)
         self._watch: LiveWatch | None = None
+        self._reading = ThreadPoolExecutor(1, "trainsys-window")
         if proc.rank == 0:
             write_config(self.run_dir, cfg)
             write_environment(self.run_dir, {"data": dict(data)})
@@ -192,14 +194,19 @@ class Reporter:
         else:
             self._capture.before(step + 1)
 
-    def _show(self, window: Aggregate | None) -> None:
-        """Rank 0's last shown step, with what all ranks saw since the one before."""
-        if self.proc.rank == 0 and window is not None and self._shown is not None:
-            self._sinks.step(
-                self._shown.step, step_metrics(self._shown, window, tokens_seen=self._tokens_seen)
-            )
-            if self._watch is not None:
-                self._watch.add(self._gather.ranks, self._shown.flops)
+    def _show(self, window: Tensor | None) -> None:
+        """Rank 0's last shown step, with what all ranks saw since the one before, read off the step's thread."""
+        if self._watch is not None and window is not None and self._shown is not None:
+            self._reading.submit(self._read, self._watch, window, self._shown, self._tokens_seen)
+
+    def _read(self, watch: LiveWatch, window: Tensor, shown: Step, tokens_seen: int) -> None:
+        try:
+            steps, together = self._gather.read(window)
+            self._sinks.step(shown.step, step_metrics(shown, together, tokens_seen=tokens_seen))
+            watch.add(steps, shown.flops)
+        except Exception as error:
+            # A defect here must not be silent, nor stop the run.
+            self.warn(f"step {shown.step} could not be shown: {type(error).__name__}: {error}")
 
     def _found(self, verdict: Verdict) -> None:
         self.warn(f"{verdict.title}; {1e3 * verdict.cost_s:.1f} ms a step; {verdict.advice}")
@@ -229,6 +236,7 @@ class Reporter:
             dist.all_reduce(torch.zeros(1))  # every rank's file is whole before rank 0 reads them
         if self.proc.rank != 0:
             return
+        self._reading.shutdown()
         if self._watch is not None:
             self._watch.close()
         data = load_run(self.run_dir)
