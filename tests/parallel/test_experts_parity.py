@@ -29,7 +29,7 @@ from trainsys.telemetry.recorder import Recorder, here
 
 # Two kinds of layer, a shared expert, experts of a width that one kernel takes and one (d_ff 18) that it does not.
 MOE: dict[str, Any] = {"n_experts": 4, "top_k": 2, "d_ff": 24, "n_shared_experts": 1}
-STEPS = 3
+STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ CASES = [
          "pipeline": {"schedule": "zero_bubble"}}, ("ep", "pp", "dp_replicate"), train=ONE),
     Case("pp2_ring2_ep4", 8, {"pp": 2, "dp_shard": 2, "cp": 2, "ep": 4}, ("ep", "pp", "cp"), BIAS, train=ONE),
     Case("pp2_ep2_of_4_dualpipev", 8, {"pp": 2, **EP2, "pipeline": {"schedule": "dualpipev"}},
-         ("ep", "pp", "expert_fsdp"), layers=4, train={"global_batch": 16, **ONE}),
+         ("ep", "pp", "expert_fsdp"), {"n_dense_layers": 1}, layers=4, train={"global_batch": 16, **ONE}),
     # Ways to travel, ways to balance, recomputation, micro-batches.
     Case("two_level", 4, {**EP4, **TWO_LEVEL}, ("ep",)),
     Case("two_level_chunks", 4, {"dp_shard": 4, "ep": 4, "expert": {**TWO_LEVEL["expert"], "chunks": 2}}, ("ep",)),
