@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -71,7 +72,9 @@ class Attempt:
             self.world *= n
         port = free_port()
         overrides = [f"parallel.{axis}={n}" for axis, n in axes.items()]
-        self.pids = [self._fork(rank, port, config, overrides, log, write_limit) for rank in range(self.world)]
+        self.pids = [
+            self._fork(rank, port, config, overrides, log, write_limit) for rank in range(self.world)
+        ]
         self.codes: dict[int, int] = {}
 
     def _fork(
@@ -206,7 +209,17 @@ def main() -> int:
     if len(want) != args.steps or any(reference_run.codes.values()):
         print(log.read_text()[-3000:])
         return 2
-    print(f"uninterrupted: {args.steps} steps in {typical_s:.1f} s, loss {want[0]:.4f} -> {want[args.steps - 1]:.4f}")
+    print(
+        f"uninterrupted: {args.steps} steps in {typical_s:.1f} s, loss {want[0]:.4f} -> {want[args.steps - 1]:.4f}"
+    )
+
+    def summary() -> dict[str, Any]:
+        return {
+            "events": events, "runs": runs, "attempts": attempts, "by_kind": dict(counts), "seed": args.seed,
+            "steps_compared": steps_checked, "worst_relative_loss_gap": worst_gap, "most_steps_repeated": most_lost,
+            "damaged_newest": fell_back, "save_interval": EVERY, "seconds": round(time.monotonic() - began, 1),
+            "failures": failures,
+        }  # fmt: skip
 
     events = attempts = runs = steps_checked = 0
     worst_gap, most_lost, fell_back = 0.0, 0, 0
@@ -236,8 +249,9 @@ def main() -> int:
                         time.sleep(0.005)
             attempt.end()
             ok = not any(attempt.codes.values())
-            events += kind != "none"
-            counts[kind] += 1
+            if not ok and kind != "none":  # an attempt that was done before it struck is no event
+                events += 1
+                counts[kind] += 1
             for run_dir in run_dirs(out)[before:]:
                 got = losses_of(run_dir)
                 if not got:
@@ -259,7 +273,11 @@ def main() -> int:
                 failures.append(f"{kind}: no good checkpoint is left of {Folder(root).names()}")
             must_resume_at = max(steps, default=0)
             # The save in flight may be lost, the one before it never: two intervals behind is too far.
-            if "then" not in kind and kind != "disk refuses writes" and reached + 1 - must_resume_at > 2 * EVERY:
+            if (
+                "then" not in kind
+                and kind != "disk refuses writes"
+                and reached + 1 - must_resume_at > 2 * EVERY
+            ):
                 failures.append(f"{kind}: step {reached} was done, and only {must_resume_at} is saved")
             if ok:
                 if reached != args.steps - 1 and kind != "disk refuses writes":
@@ -268,15 +286,15 @@ def main() -> int:
             if kind == "none":
                 failures.append(f"an undisturbed attempt failed:\n{log.read_text()[-3000:]}")
             if events % 10 == 0:
-                print(f"{events} events, {runs} runs, {attempts} attempts, {time.monotonic() - began:.0f} s", flush=True)
+                if args.out:  # so far, should this be ended from outside
+                    args.out.write_text(json.dumps(summary(), indent=1) + "\n")
+                print(
+                    f"{events} events, {runs} runs, {attempts} attempts, {time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
     if not failures:
         shutil.rmtree(base)
-    result = {
-        "events": events, "runs": runs, "attempts": attempts, "by_kind": dict(counts), "seed": args.seed,
-        "steps_compared": steps_checked, "worst_relative_loss_gap": worst_gap, "most_steps_repeated": most_lost,
-        "damaged_newest": fell_back, "save_interval": EVERY, "seconds": round(time.monotonic() - began, 1),
-        "failures": failures,
-    }  # fmt: skip
+    result = summary()
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
