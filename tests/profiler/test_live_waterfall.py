@@ -61,7 +61,8 @@ def test_terms_sum_to_step_and_stalls_whatever_the_phases(data: st.DataObject) -
     assert all(values.min() >= -1e-9 for values in parts.values())
     fall = waterfall(table, peak, work)
     assert fall is not None
-    assert sum(t.seconds for t in fall.terms) == pytest.approx(fall.wall_s, rel=1e-9, abs=1e-12)
+    # A term below a nanosecond is left out of the list: dust of the arithmetic, not time.
+    assert sum(t.seconds for t in fall.terms) == pytest.approx(fall.wall_s, rel=1e-9, abs=1e-8)
 
 
 def test_waiting_is_what_exceeds_the_least_blocked_of_the_group() -> None:
