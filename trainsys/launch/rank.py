@@ -9,9 +9,9 @@ usage: python -m trainsys.launch.rank COMMAND RUN.yaml        (COMMAND: train or
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
-import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 
 from trainsys.errors import UserError
 from trainsys.launch.failure import guard
@@ -62,14 +62,13 @@ def _first(nodes: str) -> str:
         return head + inside.replace("]", ",").replace("-", ",").split(",")[0]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Prepare the environment, then run the command line in this process."""
+def main() -> None:
+    """Prepare the environment, then run the command line in this process, as ``python -m trainsys`` would."""
     with guard():
         prepare(os.environ)
-    from trainsys.cli import main as run
-
-    return run(list(argv))
+    # By name: the command line is a floor above, and this module is only what stands before it.
+    runpy.run_module("trainsys", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()
