@@ -1,0 +1,94 @@
+"""Checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+
+from trainsys.cli.registry import arg, command
+
+CKPT = arg("checkpoint", metavar="CKPT", help="a checkpoint, or a run's checkpoint folder for its newest")
+
+
+@command("ckpt ls", "list a run's checkpoints", arg("folder", metavar="FOLDER"))
+def _ckpt_ls(args: argparse.Namespace) -> None:
+    from trainsys.checkpoint.inspect import ls
+
+    print(ls(args.folder))
+
+
+@command("ckpt inspect", "what a checkpoint holds", CKPT)
+def _ckpt_inspect(args: argparse.Namespace) -> None:
+    from trainsys.checkpoint.inspect import inspect
+
+    print(inspect(args.checkpoint))
+
+
+@command(
+    "ckpt verify",
+    "read a checkpoint whole, or all of a run's, and name what is damaged",
+    arg("path", metavar="CKPT_OR_FOLDER"),
+)
+def _ckpt_verify(args: argparse.Namespace) -> int:
+    from trainsys.checkpoint.inspect import verify
+
+    damaged = verify(args.path)
+    print("\n".join(damaged) or f"{args.path}: good")
+    return 1 if damaged else 0
+
+
+@command(
+    "ckpt diff",
+    "compare two checkpoints of any layouts, element by element",
+    CKPT,
+    arg("other", metavar="OTHER"),
+)
+def _ckpt_diff(args: argparse.Namespace) -> int:
+    from trainsys.checkpoint.convert import diff
+
+    lines = diff(args.checkpoint, args.other)
+    print("\n".join(lines) or "equal to the bit")
+    return 1 if lines else 0
+
+
+@command(
+    "ckpt convert",
+    "rewrite a checkpoint with whole tensors, or for torch.distributed.checkpoint",
+    CKPT,
+    arg("output", metavar="OUT", help="new folder"),
+    arg("--to", choices=["whole", "dcp"], default="whole"),
+    arg("--weights-only", action="store_true", help="leave the optimizer's moments out"),
+)
+def _ckpt_convert(args: argparse.Namespace) -> None:
+    from trainsys.checkpoint.convert import convert
+
+    print(convert(args.checkpoint, args.output, to=args.to, weights_only=args.weights_only))
+
+
+@command(
+    "ckpt export",
+    "write a checkpoint's weights as a Hugging Face folder",
+    CKPT,
+    arg("output", metavar="OUT", help="new folder"),
+    arg("--dtype", choices=["F32", "BF16", "F16"], default="BF16"),
+)
+def _ckpt_export(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from trainsys.checkpoint.hf import export
+    from trainsys.checkpoint.inspect import resolve
+
+    print("\n".join(map(str, export(resolve(args.checkpoint), Path(args.output), args.dtype))))
+
+
+@command(
+    "ckpt import",
+    "make a Hugging Face folder step 0 of a run's checkpoints",
+    arg("source", metavar="HF_DIR"),
+    arg("folder", metavar="FOLDER", help="the run's checkpoint folder"),
+)
+def _ckpt_import(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from trainsys.checkpoint.hf import import_
+
+    print(import_(Path(args.source), Path(args.folder)))

@@ -1,0 +1,60 @@
+"""Before a run: which layout."""
+
+from __future__ import annotations
+
+import argparse
+
+from trainsys.cli.registry import OVERRIDES, RUN, arg, command
+
+
+@command(
+    "plan",
+    "rank the layouts of a run on a cluster, with MFU and memory predicted",
+    RUN,
+    OVERRIDES,
+    arg("--cluster", required=True, metavar="NAME", help="one of configs/clusters, or a file"),
+    arg("--gpus", type=int, metavar="N", help="devices, where the cluster file does not say"),
+    arg("--top", type=int, default=10, metavar="N", help="rows to print"),
+    arg("--why", metavar="tp=8,pp=2", help="why this layout of yours did not win"),
+    arg("--limit", action="append", default=[], metavar="'tp<=8'", help="keep to it; may be repeated"),
+    arg("--margin", type=float, default=0.05, metavar="SHARE", help="device memory that stays free"),
+    arg("--stack", default="native", help="software whose memory and speed is predicted"),
+    arg("--dtype", choices=["bf16", "fp8", "fp4"], help="of matmuls; the run's own where left out"),
+    arg("--write", metavar="FILE", help="the run with the winning layout, as a config"),
+    arg(
+        "--show-schedule", nargs="?", const=True, default=False, metavar="FILE.svg", help="draw the pipeline"
+    ),
+    arg("--json", action="store_true", help="print as JSON"),
+)
+def _plan(args: argparse.Namespace) -> None:
+    from trainsys.planner.main import plan
+
+    plan(
+        args.run,
+        args.cluster,
+        args.overrides,
+        gpus=args.gpus,
+        json=args.json,
+        top=args.top,
+        write=args.write,
+        limits=args.limit,
+        margin=args.margin,
+        why=args.why,
+        stack=args.stack,
+        dtype=args.dtype,
+        show_schedule=args.show_schedule,
+    )
+
+
+@command(
+    "plan backtest",
+    "predict published runs and say how far off",
+    arg("csv", metavar="RUNS.csv"),
+    arg("--anchor", choices=["none", "one"], default="none", help="one: a measured run scales the others"),
+    arg("--leave-out", action="store_true", help="refit for each source without its rows (minutes)"),
+    arg("--json", action="store_true", help="print as JSON"),
+)
+def _plan_backtest(args: argparse.Namespace) -> None:
+    from trainsys.planner.backtest import run
+
+    run(args.csv, args.anchor, args.json, args.leave_out)
