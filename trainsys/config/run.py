@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from trainsys.config.base import Strict
+from trainsys.config.engines import DeepSpeedConfig, EngineName, MegatronConfig
 from trainsys.config.launch import LaunchConfig
 from trainsys.config.model import ModelConfig
 
@@ -268,7 +269,7 @@ class RunConfig(Strict):
     """One training run, whole."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    engine: Literal["native"] = "native"
+    engine: EngineName = "native"
     hardware: str | None = Field(default=None, description="catalogue name; None: detected")
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -280,6 +281,8 @@ class RunConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     launch: LaunchConfig = LaunchConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    megatron: MegatronConfig = MegatronConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

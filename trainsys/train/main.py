@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Sequence
 
+from trainsys.capabilities import refuse_unable
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.data import Loader, build_source
-from trainsys.engines.native import NativeEngine
+from trainsys.engines import build
 from trainsys.launch.replan import replan
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
@@ -43,6 +44,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
     """Set up and loop. The same global batches and the same loss whatever the layout."""
     started = time.perf_counter(), time.time()
     layout = Layout.resolve(cfg.parallel, proc.world)
+    refuse_unable(cfg, layout)
     warnings = layout.validate(cfg.model, cfg.train, cfg.parallel)
     source = build_source(cfg)
     session = Session(cfg, source, drain)
@@ -64,7 +66,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
         for text in warnings:
             reporter.warn(text)
         mesh.ledger.recorder = reporter.recorder
-        engine = NativeEngine(cfg, mesh, reporter.recorder)
+        engine = build(cfg, mesh, reporter.recorder)
         session.attach(engine, mesh, reporter)
         reporter.begin()
         while not session.over:

@@ -1,0 +1,32 @@
+"""Settings of one engine each; they mean nothing to the others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainsys.config.base import Strict
+
+EngineName = Literal["native", "deepspeed", "megatron"]
+
+
+class DeepSpeedConfig(Strict):
+    """See docs/engines.md."""
+
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        default=None,
+        description="what is sharded over dp_shard: 1 optimizer states, 2 gradients too, 3 parameters too; "
+        "None: 3, or 2 where fsdp.reshard_after_forward is off",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none", description="what is kept in host memory; all needs zero_stage 3"
+    )
+
+
+class MegatronConfig(Strict):
+    """See docs/engines.md."""
+
+    distributed_optimizer: bool = Field(
+        default=True, description="shard optimizer states over dp_shard (its counterpart of ZeRO-1)"
+    )
