@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainsys.config.run import ContextConfig
-from trainsys.context.balance import ContextPlan, Shard, places, reach
-from trainsys.context.refusals import TABLE, Request, refusals, sequence_unit
+from trainsys.context.balance import ContextPlan, Shard, places, reach, sequence_unit
+from trainsys.context.refusals import TABLE, Request, refusals
 from trainsys.context.traffic import AttentionSize, sent_bytes
 
 FLAVOURS = ("ring", "all_gather", "pass_q", "ulysses", "two_d", "dist_flash", "token_ring")

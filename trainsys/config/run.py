@@ -19,6 +19,35 @@ class FsdpConfig(Strict):
     prefetch: NonNegativeInt = Field(default=1, description="how many units are gathered ahead of use")
 
 
+class ShardConfig(Strict):
+    """Over which ranks gradients and optimizer states are sharded: as parameters are, over dp_shard × cp, or over the
+    replicas of dp_replicate as well; see docs/layouts.md."""
+
+    grads: Literal["as_params", "over_replicas"] = Field(
+        default="as_params",
+        description="over_replicas: reduced after each micro-batch, and each replica keeps its piece",
+    )
+    optim: Literal["as_params", "over_replicas"] = Field(
+        default="as_params",
+        description="over_replicas: each replica updates its piece of the weights, and sends it to the others",
+    )
+
+
+class OverlapConfig(Strict):
+    """What communicates while something else is computed. Prefetching of FSDP is fsdp.prefetch, chunks of experts'
+    rows expert.chunks; see docs/overlap.md."""
+
+    gradients: bool = Field(
+        default=True, description="sum gradients over dp_replicate bucket by bucket during backward"
+    )
+    context: bool = Field(default=True, description="cp: compute one block while the next one's data travels")
+    pipeline: bool = Field(default=True, description="pp: go on computing while what was made is being sent")
+    tensor: bool = Field(
+        default=False,
+        description="tp: products in parts, around a ring, each while the next part of the sequence travels",
+    )
+
+
 class ContextConfig(Strict):
     """How the ranks of cp share one sequence; see docs/context-parallel.md."""
 
@@ -87,6 +116,8 @@ class ParallelConfig(Strict):
         default=True, description="with tp > 1: logits stay sharded over the vocabulary"
     )
     fsdp: FsdpConfig = FsdpConfig()
+    shard: ShardConfig = ShardConfig()
+    overlap: OverlapConfig = OverlapConfig()
     context: ContextConfig = ContextConfig()
     pipeline: PipelineConfig = PipelineConfig()
     expert: ExpertConfig = ExpertConfig()
@@ -159,6 +190,9 @@ class RecomputeConfig(Strict):
     every_n: PositiveInt = Field(default=2, description="policy every_n: recompute each n-th layer")
     stream_ffn: NonNegativeInt = Field(
         default=0, description="positions of a row the feed-forward works on at a time; 0: all at once"
+    )
+    stream_attention: NonNegativeInt = Field(
+        default=0, description="queries of a row that attention works on at a time; 0: all at once"
     )
 
 

@@ -132,3 +132,13 @@ def reach(plan: ContextPlan, seq: int, window: int | None) -> int:
         return plan.ring - 1
     held = seq // plan.ring
     return min(plan.ring - 1, -(-(window - 1) // held))
+
+
+def sequence_unit(cfg: ContextConfig, cp: int) -> tuple[int, str]:
+    """What ``train.seq_len`` must be a multiple of, and the reason in words."""
+    if cp == 1:
+        return 1, ""
+    if cfg.flavour in CONTIGUOUS_ONLY or cfg.balance == "contiguous":
+        return cp, f"parallel.cp={cp}"
+    # Also of a two_d grid: its ring of cp / head_degree takes 2 cp / head_degree chunks, cut head_degree times.
+    return 2 * cp, f"2 × parallel.cp={cp}"

@@ -1,13 +1,12 @@
-"""Every combination that context parallelism refuses, in one table: what, why, and what would work.
+"""Every combination that flavours of context parallelism refuse: a section of `trainsys.layout.refused`.
 
-Not in the table because all flavours serve them exactly: grouped queries, document masks, sliding windows,
-tensor and sequence parallelism, every recomputation policy. `Layout.validate` adds the lengths that do not
-divide by `sequence_unit`.
+Not here because all flavours serve them exactly: grouped queries, document masks, sliding windows, tensor and
+sequence parallelism, compiled blocks, every recomputation policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from trainsys.config.run import ContextConfig
@@ -39,16 +38,8 @@ class Refusal:
     name: str
     applies: Callable[[Request], bool]
     says: Callable[[Request], str]
-
-
-def sequence_unit(cfg: ContextConfig, cp: int) -> tuple[int, str]:
-    """What ``train.seq_len`` must be a multiple of, and the reason in words."""
-    if cp == 1:
-        return 1, ""
-    if cfg.flavour in CONTIGUOUS_ONLY or cfg.balance == "contiguous":
-        return cp, f"parallel.cp={cp}"
-    # Also of a two_d grid: its ring of cp / head_degree takes 2 cp / head_degree chunks, cut head_degree times.
-    return 2 * cp, f"2 × parallel.cp={cp}"
+    example: Mapping[str, object]
+    """settings of ``parallel`` that are refused for this reason alone"""
 
 
 def _two_d_only(r: Request) -> list[str]:
@@ -81,6 +72,7 @@ TABLE: tuple[Refusal, ...] = (
             f"parallel.context.balance=zigzag does not go with flavour={r.cfg.flavour}, which is balanced "
             "on contiguous shards; leave balance out, or use ring, pass_q, token_ring, all_gather or two_d"
         ),
+        {"cp": 4, "context.flavour": "ulysses", "context.balance": "zigzag"},
     ),
     Refusal(
         "an option of two_d for another flavour",
@@ -89,6 +81,7 @@ TABLE: tuple[Refusal, ...] = (
             f"parallel.context.{', '.join(_two_d_only(r))}: only for flavour=two_d, but it is "
             f"{r.cfg.flavour}; leave out, or use flavour=two_d"
         ),
+        {"cp": 4, "context.head_degree": 2},
     ),
     Refusal(
         "two_d without its head degree",
@@ -97,6 +90,7 @@ TABLE: tuple[Refusal, ...] = (
             "parallel.context.flavour=two_d needs parallel.context.head_degree, the ranks that share heads; "
             f"with parallel.cp={r.cp} it can be one of {_divisors(r.cp)}"
         ),
+        {"cp": 4, "context.flavour": "two_d"},
     ),
     Refusal(
         "a head degree that does not divide cp",
@@ -105,6 +99,7 @@ TABLE: tuple[Refusal, ...] = (
             f"parallel.context.head_degree={r.degree} does not divide parallel.cp={r.cp}; "
             f"it can be one of {_divisors(r.cp)}"
         ),
+        {"cp": 2, "context.flavour": "two_d", "context.head_degree": 4},
     ),
     Refusal(
         "query heads that do not divide",
@@ -113,6 +108,7 @@ TABLE: tuple[Refusal, ...] = (
             f"{r.degree_name} ranks cannot share the {r.heads} query heads of a tensor-parallel rank; "
             f"degrees that work: {_works_for_heads(r)}; the ring flavours have no such limit"
         ),
+        {"cp": 8, "context.flavour": "ulysses"},
     ),
     Refusal(
         "key heads that neither divide nor replicate",
@@ -121,6 +117,7 @@ TABLE: tuple[Refusal, ...] = (
             f"{r.degree_name} neither divides nor is a multiple of the {r.kv_heads} key-value heads of a "
             f"tensor-parallel rank; degrees that work: {_works_for_heads(r)}; the ring flavours have no such limit"
         ),
+        {"cp": 6, "context.flavour": "ulysses"},
     ),
     Refusal(
         "an inner ring that does not divide the ring",
@@ -133,6 +130,7 @@ TABLE: tuple[Refusal, ...] = (
             f"parallel.context.inner_ring={r.cfg.inner_ring} does not divide the ring of "
             f"cp / head_degree = {r.cp // r.degree} ranks; it can be one of {_divisors(r.cp // r.degree)}"
         ),
+        {"cp": 8, "context.flavour": "two_d", "context.head_degree": 2, "context.inner_ring": 3},
     ),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from trainsys.errors import UserError
@@ -53,31 +53,91 @@ def placement(name: str) -> Placement:
     return _kind(name).placement
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A schedule by name, over so many ranks, of so many micro-batches."""
+
+    name: str
+    ranks: int
+    virtual: int
+    micros: int
+
+    @property
+    def kind(self) -> _Kind:
+        return _kind(self.name)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a schedule asks of stages or micro-batches; a section of `trainsys.layout.refused`."""
+
+    name: str
+    applies: Callable[[Wanted], bool]
+    says: Callable[[Wanted], str]
+    example: Mapping[str, object]
+    of_micros: bool = False
+    """Other micro-batches would help, not other stages."""
+
+
+def _takes(virtual: int) -> str:
+    return " and ".join(n for n, k in _KINDS.items() if not k.fixed and k.fewest <= virtual)
+
+
+def _rounds_that_work(w: Wanted) -> str:
+    below = w.micros // w.ranks * w.ranks
+    return f"{below} or {below + w.ranks}"
+
+
+LIMITS = (
+    Limit(
+        "virtual stages for a schedule with a number of its own",
+        lambda w: w.kind.fixed and w.virtual != w.kind.default_stages,
+        lambda w: (
+            f"parallel.pipeline.virtual_stages={w.virtual}: {w.name} has exactly {w.kind.default_stages} a rank; "
+            f"{_takes(w.virtual)} take {w.virtual}"
+        ),
+        {"parallel.pp": 2, "parallel.pipeline.schedule": "zbv", "parallel.pipeline.virtual_stages": 3},
+    ),
+    Limit(
+        "too few stages to interleave",
+        lambda w: not w.kind.fixed and w.virtual < w.kind.fewest,
+        lambda w: (
+            f"parallel.pipeline.virtual_stages={w.virtual}: {w.name} interleaves at least {w.kind.fewest} stages a "
+            "rank; with one a rank use 1f1b or zero_bubble"
+        ),
+        {
+            "parallel.pp": 2,
+            "parallel.pipeline.schedule": "interleaved_1f1b",
+            "parallel.pipeline.virtual_stages": 1,
+        },
+    ),
+    Limit(
+        "too few micro-batches",
+        lambda w: w.micros < fewest_micros(w.name, w.ranks),
+        lambda w: (
+            f"{w.name} over parallel.pp={w.ranks} needs at least {fewest_micros(w.name, w.ranks)} micro-batches a "
+            f"step, but there are {w.micros}"
+        ),
+        {"parallel.pp": 4, "parallel.pipeline.schedule": "dualpipev", "train.micro_batch": 6},
+        of_micros=True,
+    ),
+    Limit(
+        "micro-batches that make no equal rounds",
+        lambda w: w.kind.in_rounds and w.virtual > 1 and w.micros % orders.rounds(w.ranks, w.micros) != 0,
+        lambda w: (
+            f"{w.name} over parallel.pp={w.ranks} goes in rounds of equally many micro-batches, at least {w.ranks} "
+            f"each, which {w.micros} do not make; {_rounds_that_work(w)} micro-batches work"
+        ),
+        {"parallel.pp": 2, "parallel.pipeline.schedule": "interleaved_1f1b", "train.global_batch": 5},
+        of_micros=True,
+    ),
+)
+
+
 def problems(name: str, ranks: int, virtual: int, micros: int) -> Iterator[str]:
     """Why this schedule cannot run, one line each, with what would work."""
-    kind = _kind(name)
-    if kind.fixed and virtual != kind.default_stages:
-        others = [n for n, k in _KINDS.items() if not k.fixed and k.fewest <= virtual]
-        yield (
-            f"parallel.pipeline.virtual_stages={virtual}: {name} has exactly {kind.default_stages} a rank; "
-            f"{' and '.join(others)} take {virtual}"
-        )
-    elif virtual < kind.fewest:
-        yield (
-            f"parallel.pipeline.virtual_stages={virtual}: {name} interleaves at least {kind.fewest} stages a "
-            "rank; with one a rank use 1f1b or zero_bubble"
-        )
-    if micros < (fewest := fewest_micros(name, ranks)):
-        yield (
-            f"{name} over parallel.pp={ranks} needs at least {fewest} micro-batches a step, "
-            f"but there are {micros}"
-        )
-    if kind.in_rounds and virtual > 1 and micros % orders.rounds(ranks, micros):
-        below = micros // ranks * ranks
-        yield (
-            f"{name} over parallel.pp={ranks} goes in rounds of equally many micro-batches, at least {ranks} each, "
-            f"which {micros} do not make; {below} or {below + ranks} micro-batches work"
-        )
+    wanted = Wanted(name, ranks, virtual, micros)
+    return (limit.says(wanted) for limit in LIMITS if limit.applies(wanted))
 
 
 def fewest_micros(name: str, ranks: int) -> int:
