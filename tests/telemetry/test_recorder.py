@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import math
+import os
 import threading
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from trainsys.telemetry.events import (
 )
 from trainsys.telemetry.reader import event_file, read_events
 from trainsys.telemetry.recorder import Recorder, here, host_memory
+from trainsys.telemetry.spans import MAX_SAMPLES
+from trainsys.telemetry.step_clock import MAX_CACHED
 
 
 class Clock:
@@ -103,7 +106,7 @@ def test_a_collective_cannot_take_more_than_its_phase_had() -> None:
         clock.work(2)
         rec.collective("tp", "all_reduce", 8, 1.0)
     step = rec.end_step(0)
-    assert step.phases == {"forward": 0.0, "comm/tp": 0.002, "other": 0.005}
+    assert step.phases == {"comm/tp": 0.002, "other": 0.005}
     assert step.comm["tp"]["all_reduce"].blocked_s == 0.002
 
 
@@ -131,7 +134,7 @@ def play(rec: Recorder, clock: Clock, action: tuple[str, object], in_comm: bool 
     with spans.get(what, lambda: rec.phase(what))():
         for a in inner:
             play(rec, clock, a, in_comm or what == "span")
-        if what == "told":
+        if what == "told" and not in_comm:
             rec.collective("fsdp", "all_gather", 1, 0.1)
 
 
@@ -197,10 +200,10 @@ def test_micro_batches_are_told_apart() -> None:
     with rec.phase("forward"):
         clock.work(1)
     assert rec.end_step(1).micro_us == {}
-    for _ in range(module.MAX_SAMPLES + 5):
+    for _ in range(MAX_SAMPLES + 5):
         with rec.phase("backward"):
             clock.work(1)
-    assert len(rec.end_step(2).micro_us["backward"]) == module.MAX_SAMPLES
+    assert len(rec.end_step(2).micro_us["backward"]) == MAX_SAMPLES
 
 
 def test_mfu_needs_a_peak_and_counts_every_rank() -> None:
@@ -243,6 +246,21 @@ def test_garbage_collection_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatc
     assert len(stalls) == 1
     assert stalls[0].in_step
     assert stalls[0].detail == "generation 2"
+
+
+def test_a_collection_within_a_collective_is_no_communication() -> None:
+    clock = Clock()
+    rec = make(clock)
+    rec.begin()
+    with rec.phase("forward"):
+        clock.work(1)
+        with rec.collective_span("tp", "all_reduce", 8):
+            clock.work(2)
+            rec._on_gc("start", {})
+            clock.work(4)
+            rec._on_gc("stop", {"generation": 0})
+    step = rec.end_step(0)
+    assert step.phases == {"forward": 0.001, "comm/tp": 0.002, "gc": 0.004, "other": 0.0}
 
 
 class LateTimer:
@@ -330,22 +348,39 @@ def test_nothing_grows_with_the_run() -> None:
     clock = Clock()
     rec = make(clock)
     rec.begin()
-    for i in range(module.MAX_CACHED + 50):
+    for i in range(MAX_CACHED + 50):
         with rec.phase("forward"), rec.collective_span("ep", "all_to_all", i):
             clock.work(1)
         if i % 100 == 0:
             rec.end_step(i)
     rec.end_step(9999)
-    assert len(rec._collectives) <= module.MAX_CACHED
-    assert not rec._comm
-    assert not rec._micro
-    assert not rec._stack
-    assert not rec._acc
+    clock_ = rec._clock
+    assert len(clock_._collectives) <= MAX_CACHED
+    assert not clock_.open
+    assert not clock_.begun
+    assert clock_.end(clock.ns).phases == {"other": 0}
 
 
 def test_memory_of_this_process() -> None:
     memory = host_memory()
     assert memory.peak >= memory.rss > 1 << 20
+    ballast = bytearray(64 << 20)
+    ballast[:: 1 << 12] = b"x" * (len(ballast) >> 12)  # every page is touched
+    assert host_memory().rss > memory.rss + (32 << 20)
     rec = Recorder(None, here(run_id="r", rank=0, world=1), memory=lambda: Memory(allocated=5))
     assert rec.end_step(0).memory == Memory(allocated=5)
     rec.finish("done")
+
+
+def test_memory_of_a_forked_process_is_its_own() -> None:
+    host_memory()
+    read, write = os.pipe()
+    if os.fork() == 0:
+        ballast = bytearray(64 << 20)
+        ballast[:: 1 << 12] = b"x" * (len(ballast) >> 12)
+        os.write(write, str(host_memory().rss).encode())
+        os._exit(0)
+    rss = int(os.read(read, 64))
+    os.wait()
+    assert rss > (64 << 20)
+    assert abs(rss - host_memory().rss) > (32 << 20)

@@ -15,7 +15,8 @@ class Traffic:
     ``sent_bytes`` is what this rank puts on the wire under a bandwidth-optimal (ring) algorithm, for a
     group of ``n`` and a full tensor of ``b`` bytes: all-gather, reduce-scatter and all-to-all
     ``b (n-1)/n``, all-reduce ``2 b (n-1)/n`` (Patarasuk & Yuan 2009), a send ``b``.
-    ``blocked_s`` is time the calling thread waited for it (on CUDA: only the launch).
+    ``blocked_s`` is time the calling thread waited for it (on CUDA: only the launch); where a recorder listens
+    it times them, and this stays 0.
     """
 
     calls: int = 0
@@ -30,40 +31,34 @@ class SpanRecorder(Protocol):
 class _Span:
     """A plain class: a hundred of these a step must not be felt, and a generator would be."""
 
-    __slots__ = ("_began", "_bytes", "_entry", "_inner")
+    __slots__ = ("_began", "_entry")
 
-    def __init__(self, entry: Traffic, sent_bytes: int, inner: AbstractContextManager[None] | None) -> None:
-        self._entry, self._bytes, self._inner = entry, sent_bytes, inner
+    def __init__(self, entry: Traffic) -> None:
+        self._entry = entry
 
     def __enter__(self) -> None:
-        if self._inner is not None:
-            self._inner.__enter__()
         self._began = time.perf_counter()
 
     def __exit__(self, *error: Any) -> None:
-        entry = self._entry
-        entry.blocked_s += time.perf_counter() - self._began
-        entry.calls += 1
-        entry.sent_bytes += self._bytes
-        if self._inner is not None:
-            self._inner.__exit__(*error)
+        self._entry.blocked_s += time.perf_counter() - self._began
 
 
 class Ledger:
-    """Counts every collective of this rank, and tells the recorder of the step, if there is one, about each."""
+    """Counts every collective of this rank, and has each timed by the recorder of the step, if there is one."""
 
     def __init__(self) -> None:
         self.traffic: dict[tuple[str, str], Traffic] = {}
         self.recorder: SpanRecorder | None = None
 
-    def span(self, axis: str, op: str, sent_bytes: int) -> _Span:
+    def span(self, axis: str, op: str, sent_bytes: int) -> AbstractContextManager[None]:
         """Around a blocking collective, or around the wait for one that was started earlier: one call."""
         entry = self.traffic.get((axis, op))
         if entry is None:
             entry = self.traffic[axis, op] = Traffic()
+        entry.calls += 1
+        entry.sent_bytes += sent_bytes
         recorder = self.recorder
-        inner = None if recorder is None else recorder.collective_span(axis, op, sent_bytes)
-        return _Span(entry, sent_bytes, inner)
+        return _Span(entry) if recorder is None else recorder.collective_span(axis, op, sent_bytes)
 
     def calls(self, axis: str) -> int:
         return sum(t.calls for (a, _), t in self.traffic.items() if a == axis)

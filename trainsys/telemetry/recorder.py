@@ -1,8 +1,7 @@
 """Where a rank's time goes, step by step, for a few microseconds a step.
 
-The step thread's time is cut at every transition (a phase begins or ends, a collective returned, a step
-ended) and each piece is given to what was innermost. So phases are exclusive and sum to the step time by
-construction; what no phase claims is ``other``.
+``telemetry.step_clock`` does the accounting: phases are exclusive and sum to the step time by construction; what no
+phase claims is ``other``. Here it becomes records.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,19 +31,20 @@ from trainsys.telemetry.events import (
     Step,
     split_nonfinite,
 )
+from trainsys.telemetry.host_memory import host_memory
 from trainsys.telemetry.reader import event_file
+from trainsys.telemetry.spans import STALL, Collective, Pause, Phase
+from trainsys.telemetry.step_clock import StepClock
 from trainsys.telemetry.timer import DeviceTrack, Timer
 from trainsys.telemetry.writer import EventWriter
 
+__all__ = ["Recorder", "here", "host_memory"]
+
 SAMPLED = ("forward", "backward")
 """Phases whose single calls are kept (one a micro-batch), which tells long sequences from slow hardware."""
-MAX_SAMPLES = 256
 GC_STALL_S = 0.01
 """A garbage collection at least this long gets a record of its own; shorter ones are in the phase ``gc``
 alone."""
-MAX_CACHED = 4096
-"""Distinct collectives kept; sizes that vary without end (uneven all-to-all) start the cache anew."""
-_STALL = "stall/"
 
 
 def here(**fields: Any) -> RunStart:
@@ -58,77 +57,6 @@ def here(**fields: Any) -> RunStart:
         pid=os.getpid(),
         **fields,
     )
-
-
-class _Span:
-    """A reusable context manager: it holds no state of its own, so one object a name serves any nesting."""
-
-    __slots__ = ("_name", "_recorder")
-
-    def __init__(self, recorder: Recorder, name: str) -> None:
-        self._recorder = recorder
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._recorder._enter(self._name)
-
-    def __exit__(self, *_: object) -> None:
-        self._recorder._leave()
-
-
-class _Collective:
-    """The hottest of all, dozens a layer: so it is cached, holds no state, and its two cuts are written out here."""
-
-    __slots__ = ("_key", "_name", "_nbytes", "_recorder")
-
-    def __init__(self, recorder: Recorder, axis: str, op: str, nbytes: int) -> None:
-        self._recorder, self._nbytes = recorder, nbytes
-        self._key, self._name = (axis, op), COMM + axis
-
-    def __enter__(self) -> None:
-        r = self._recorder
-        if r._stall_depth:
-            return
-        acc, top, name = r._acc, r._top, self._name
-        now = r._clock()
-        acc[top] = acc.get(top, 0) + now - r._last
-        r._last = now
-        r._stack.append((top, acc.get(name, 0)))
-        r._top = name
-        if r._device is not None:
-            r._device.mark(name)
-
-    def __exit__(self, *_: object) -> None:
-        r = self._recorder
-        if r._stall_depth:
-            return
-        acc, name = r._acc, self._name
-        now = r._clock()
-        total = acc[name] = acc.get(name, 0) + now - r._last
-        r._last = now
-        r._top, before = r._stack.pop()
-        if r._device is not None:
-            r._device.mark(r._top)
-        r._count(self._key, self._nbytes, total - before)
-
-
-class _Pause:
-    __slots__ = ("_detail", "_kind", "_recorder", "_t0")
-
-    def __init__(self, recorder: Recorder, kind: str, detail: str) -> None:
-        self._recorder, self._kind, self._detail = recorder, kind, detail
-
-    def __enter__(self) -> None:
-        self._recorder._enter(_STALL + self._kind)
-        self._recorder._stall_depth += 1
-        self._t0 = self._recorder._last
-
-    def __exit__(self, *_: object) -> None:
-        r = self._recorder
-        r._stall_depth -= 1
-        r._leave()
-        if r._stall_depth == 0:
-            r._put_stall(self._kind, self._t0, r._last - self._t0, self._detail, in_step=False)
 
 
 class Recorder:
@@ -165,86 +93,62 @@ class Recorder:
         self.info = info
         self.last_device: DeviceStep | None = None
         """The newest step whose device time is known; None without a device timer."""
-        self._clock = clock
+        self._now = clock
         self._memory = memory or host_memory
         self._writer = None if run_dir is None else EventWriter(event_file(run_dir, info.rank))
         self._device = None if timer is None else DeviceTrack(timer)
+        self._clock = StepClock(clock, int(info.t0_mono * 1e9), SAMPLED, self._device)
         self._owner = threading.get_ident()
-        self._spans: dict[str, _Span] = {}
-        self._collectives: dict[tuple[str, str, int], _Collective] = {}
-        self._top = "other"
-        self._stack: list[tuple[str, int]] = []
-        self._stall_depth = 0
         self._step = info.first_step - 1
         self._gc_t0 = 0
         self._closed = False
-        self._comm: dict[tuple[str, str], list[int]] = {}
-        self._micro: dict[str, list[int]] = {}
-        self._reset(int(info.t0_mono * 1e9))
         self.put(info)
         if watch_gc:
             gc.callbacks.append(self._on_gc)
 
-    def phase(self, name: str) -> _Span:
+    def phase(self, name: str) -> Phase:
         """``with rec.phase("forward"):`` the time inside is ``name``'s, less what an inner phase claims."""
-        span = self._spans.get(name)
-        if span is None:
-            span = self._spans[name] = _Span(self, name)
-        return span
+        return self._clock.phase(name)
 
-    def collective_span(self, axis: str, op: str, nbytes: int) -> _Collective:
+    def collective_span(self, axis: str, op: str, nbytes: int) -> Collective:
         """A context manager around a blocking collective, or around the wait for one: on a device it is
         marked too.
 
         ``axis``: mesh axis or combined group; ``nbytes``: payload of this rank. It counts one call. Spans of one
         axis must not be nested.
         """
-        key = (axis, op, nbytes)
-        span = self._collectives.get(key)
-        if span is None:
-            if len(self._collectives) >= MAX_CACHED:
-                self._collectives.clear()
-            span = self._collectives[key] = _Collective(self, axis, op, nbytes)
-        return span
+        return self._clock.collective(axis, op, nbytes)
 
     def collective(self, axis: str, op: str, nbytes: int, blocked_s: float) -> None:
         """The same after the fact: ``blocked_s`` seconds are taken from the phase under way.
 
         No more than that phase has had can be taken (the sum must hold); ``blocked_s`` 0 counts bytes and
-        calls of a collective that overlapped. Within a stall nothing is counted: the stall has the time.
+        calls of a collective that overlapped. Within a stall nothing is counted: the stall has the time. Not for
+        the inside of a ``collective_span``.
         """
-        if self._stall_depth:
-            return
-        ns = 0
+        clock = self._clock
+        total = clock.total(axis, op)
+        total.calls += 1
+        total.nbytes += nbytes
         if blocked_s > 0.0:
-            ns = int(blocked_s * 1e9)
-            acc, top = self._acc, self._top
-            if ns > acc.get(top, 0):
-                self._cut()
-                ns = min(ns, acc[top])
-            if ns > 0:
-                acc[top] -= ns
-                name = COMM + axis
-                acc[name] = acc.get(name, 0) + ns
-        self._count((axis, op), nbytes, ns)
+            total.ns += clock.take(int(blocked_s * 1e9))
 
-    def stall(self, kind: str, detail: str = "") -> _Pause:
+    def stall(self, kind: str, detail: str = "") -> Pause:
         """A pause that is no part of a step: checkpoint, eval, compile, data_retry, report.
 
         Its time, phases inside included, is left out of ``step_time_s`` and stands in ``Step.stalls``; it
         also gets a ``Stall`` record at once, so that a run killed in a checkpoint shows it.
         """
-        return _Pause(self, kind, detail)
+        return Pause(self._clock, kind, detail, self._put_stall)
 
     def begin(self) -> None:
         """The loop starts now: what went before, from ``info.t0_mono``, is the stall ``setup``, and no step's
         time."""
-        now = self._clock()
-        self._put_stall("setup", self._began, now - self._began, "", in_step=False)
-        self._comm, self._micro = {}, {}
-        self._reset(now)
+        now = self._now()
+        self._put_stall("setup", self._clock.began, now - self._clock.began)
+        self._clock.end(now)
         if self._device:
-            self._device.restart(self._top)
+            self._device.restart(self._clock.on_device)
 
     def end_step(
         self,
@@ -264,36 +168,22 @@ class Recorder:
         None.
         """
         memory = self._memory()
-        now = self._cut()
-        began, acc, by_op, micro = self._began, self._acc, self._comm, self._micro
-        self._comm, self._micro = {}, {}
-        self._reset(now)
-        # The total is the clock's and "other" the remainder, so that the sum holds whatever interrupted the
-        # bookkeeping (a collection of garbage can strike between any two of its lines).
-        total = now - began
-        other = total
-        stalls, phases = {}, {}
-        for name, ns in acc.items():
-            if name.startswith(_STALL):
-                stalls[name[len(_STALL) :]] = ns / 1e9
-                total -= ns
-                other -= ns
-            elif name != "other":
-                phases[name] = ns / 1e9
-                other -= ns
-        phases["other"] = other / 1e9
-        step_time_s = total / 1e9
+        times = self._clock.end(self._now())
+        step_time_s = times.step_ns / 1e9
+        phases = {name: ns / 1e9 for name, ns in times.phases.items()}
         comm: dict[str, dict[str, Comm]] = {}
-        for (axis, op), (calls, nbytes, ns) in by_op.items():
+        for (axis, op), (calls, nbytes, ns) in times.totals.items():
             comm.setdefault(axis, {})[op] = Comm(calls, nbytes, ns / 1e9)
+            if ns:
+                phases[COMM + axis] = phases.get(COMM + axis, 0.0) + ns / 1e9
         record = Step(
             step=step,
-            start_s=self._time_of(began),
+            start_s=self._time_of(times.began),
             step_time_s=step_time_s,
             phases=phases,
-            stalls=stalls,
+            stalls={kind: ns / 1e9 for kind, ns in times.stalls.items()},
             comm=comm,
-            micro_us={name: calls for name, calls in micro.items() if len(calls) > 1},
+            micro_us=times.calls_us,
             tokens=tokens,
             tokens_padded=tokens_padded,
             attn_pairs=attn_pairs,
@@ -304,7 +194,7 @@ class Recorder:
             flops=flops,
             nonfinite=split_nonfinite((("loss", loss), ("grad_norm", grad_norm), ("lr", lr))),
         )
-        if flops is not None and self.info.peak_flops and total > 0:
+        if flops is not None and self.info.peak_flops and times.step_ns > 0:
             possible = step_time_s * self.info.peak_flops * self.info.world
             record.mfu = flops.model / possible
             record.mfu_palm = None if flops.palm is None else flops.palm / possible
@@ -312,12 +202,12 @@ class Recorder:
         self._step = step
         self.put(record)
         if self._device:
-            self._put_device(self._device.end_step(step, self._top))
+            self._put_device(self._device.end_step(step, self._clock.on_device))
         return record
 
     def message(self, level: Literal["info", "warning", "error"], text: str) -> None:
         """Something said to the user, kept beside the numbers."""
-        self.put(Message(level=level, text=text, time_s=self._time_of(self._clock()), step=self._step))
+        self.put(Message(level=level, text=text, time_s=self._time_of(self._now()), step=self._step))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Named values that belong to no step record (evaluation)."""
@@ -337,7 +227,7 @@ class Recorder:
             gc.callbacks.remove(self._on_gc)
         if self._device:
             self._put_device(self._device.resolve())
-        now = self._time_of(self._clock())
+        now = self._time_of(self._now())
         lost = 0 if self._writer is None else self._writer.lost
         self.put(RunEnd(status=status, time_s=now, step=self._step, reason=reason, lost=lost))
         if self._writer is not None:
@@ -354,68 +244,23 @@ class Recorder:
         else:
             self.finish("failed", f"{type(error).__name__}: {error}")
 
-    # ---- bookkeeping: everything below runs on the hot path ----
-
-    def _reset(self, now: int) -> None:
-        """A new step starts at ``now``; phases under way go on in it."""
-        self._began = self._last = now
-        self._acc: dict[str, int] = {}
-        self._stack = [(name, 0) for name, _ in self._stack]
-
-    def _cut(self) -> int:
-        """Gives the time since the last cut to the innermost phase."""
-        now = self._clock()
-        top = self._top
-        self._acc[top] = self._acc.get(top, 0) + now - self._last
-        self._last = now
-        return now
-
-    def _enter(self, name: str) -> None:
-        self._cut()
-        if self._stall_depth:
-            name = self._top  # within a stall all time is the stall's
-        self._stack.append((self._top, self._acc.get(name, 0)))
-        self._top = name
-        if self._device:
-            self._device.mark(name)
-
-    def _leave(self) -> None:
-        self._cut()
-        name = self._top
-        self._top, before = self._stack.pop()
-        if name in SAMPLED:
-            calls = self._micro.setdefault(name, [])
-            if len(calls) < MAX_SAMPLES:
-                calls.append((self._acc[name] - before) // 1000)
-        if self._device:
-            self._device.mark(self._top)
-
-    def _count(self, key: tuple[str, str], nbytes: int, ns: int) -> None:
-        entry = self._comm.get(key)
-        if entry is None:
-            entry = self._comm[key] = [0, 0, 0]
-        entry[0] += 1
-        entry[1] += nbytes
-        entry[2] += ns
-
     def _on_gc(self, phase: str, info: dict[str, int]) -> None:
         # A collection in a helper thread does not stop the step's native code; one in autograd's does (the
         # step waits for it). Threads that Python did not start, such as autograd's, are "Dummy-" threads.
         if threading.get_ident() != self._owner and not threading.current_thread().name.startswith("Dummy-"):
             return
         if phase == "start":
-            self._gc_t0 = self._clock()
-            return
-        if not self._gc_t0 or self._stall_depth:
+            self._gc_t0 = self._now()
             return
         t0, self._gc_t0 = self._gc_t0, 0
-        ns = self._cut() - t0
-        self._acc[self._top] -= ns
-        self._acc["gc"] = self._acc.get("gc", 0) + ns
+        if not t0 or self._clock.stall_depth:
+            return
+        ns = self._now() - t0
+        self._clock.collected(ns)
         if ns >= GC_STALL_S * 1e9:
             self._put_stall("gc", t0, ns, f"generation {info['generation']}", in_step=True)
 
-    def _put_stall(self, kind: str, t0: int, ns: int, detail: str, *, in_step: bool) -> None:
+    def _put_stall(self, kind: str, t0: int, ns: int, detail: str = "", in_step: bool = False) -> None:
         self.put(
             Stall(
                 kind=kind,
@@ -429,27 +274,10 @@ class Recorder:
 
     def _put_device(self, finished: list[tuple[int, dict[str, float]]]) -> None:
         for step, seconds in finished:
-            phases = {name: s for name, s in seconds.items() if not name.startswith(_STALL)}
+            phases = {name: s for name, s in seconds.items() if not name.startswith(STALL)}
             self.last_device = DeviceStep(step=step, step_time_s=sum(phases.values()), phases=phases)
             self.put(self.last_device)
 
     def _time_of(self, mono: int) -> float:
         """Seconds since the epoch of a reading of the clock, to the microsecond."""
         return round(self.info.t0_wall + mono / 1e9 - self.info.t0_mono, 6)
-
-
-_page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-
-
-def host_memory() -> Memory:
-    """Resident set of this process now and at its highest, in bytes (0 where the system does not tell)."""
-    import resource
-
-    # ru_maxrss: KiB on Linux, bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    try:
-        with open("/proc/self/statm", "rb") as f:
-            rss = int(f.read().split()[1]) * _page
-    except OSError:
-        rss = 0
-    return Memory(peak=max(peak, rss), rss=rss)
