@@ -49,7 +49,7 @@ def init_weights(
             name = canonical_name(wrapped_name)
             local, spec = local_part(param, shards.get(name) or ShardSpec.whole(param.shape))
             assert tuple(local.shape) == spec.local_shape, f"{name}: {tuple(local.shape)} is not {spec}"
-            _fill(local, spec, name, cfg, seed)
+            fill(local, spec, name, cfg, seed)
         for buffer in model.buffers():
             buffer.zero_()
 
@@ -57,7 +57,7 @@ def init_weights(
 def initial_value(name: str, shape: Sequence[int], cfg: ModelConfig, seed: int) -> Tensor:
     """The whole of one parameter as `init_weights` makes it, fp32 on the CPU."""
     out = torch.empty(tuple(shape), device="cpu")
-    _fill(out, ShardSpec.whole(shape), name, cfg, seed)
+    fill(out, ShardSpec.whole(shape), name, cfg, seed)
     return out
 
 
@@ -85,7 +85,8 @@ def _distribution(name: str, cfg: ModelConfig) -> tuple[float, float]:
     return 0.0, cfg.init_std
 
 
-def _fill(local: Tensor, spec: ShardSpec, name: str, cfg: ModelConfig, seed: int) -> None:
+def fill(local: Tensor, spec: ShardSpec, name: str, cfg: ModelConfig, seed: int) -> None:
+    """Give ``local``, which is the part ``spec`` of the parameter ``name``, its initial values in place."""
     constant, std = _distribution(name, cfg)
     if std:
         _fill_normal(local, spec, seed, name, std)
