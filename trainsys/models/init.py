@@ -124,7 +124,7 @@ def _fill_normal(local: Tensor, spec: ShardSpec, seed: int, name: str, std: floa
         range(start // edge, -(-stop // edge)) for (start, stop), edge in zip(spec.bounds, edges, strict=True)
     ]
 
-    def fill(tile: tuple[int, ...]) -> None:
+    def draw(tile: tuple[int, ...]) -> None:
         low = [t * edge for t, edge in zip(tile, edges, strict=True)]
         shape = [min(edge, n - at) for n, at, edge in zip(spec.full_shape, low, edges, strict=True)]
         values = _generator(seed, name, tile).standard_normal(shape, dtype=np.float32)
@@ -139,10 +139,10 @@ def _fill_normal(local: Tensor, spec: ShardSpec, seed: int, name: str, std: floa
     threads = torch.get_num_threads()
     if threads == 1 or local.numel() <= _TILE**2:
         for tile in product(*tiles):
-            fill(tile)
+            draw(tile)
     else:  # numpy releases the interpreter lock while it draws
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, product(*tiles)))
+            list(pool.map(draw, product(*tiles)))
     if not direct:
         local.copy_(staging)
 
