@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from trainsys.launch.bandwidth import AxisRate
 from trainsys.launch.preflight import FREE_BYTES, Report, judge
 
 FIT = Report(
@@ -54,7 +55,37 @@ def test_a_fit_fleet_has_no_problem() -> None:
 def test_the_bad_node_is_named(changes: dict[str, object], says: str) -> None:
     (problem,) = judge(fleet(**changes))
     assert problem.host == "n2"
+    assert problem.sure
     assert says in str(problem)
+
+
+def test_of_two_that_differ_neither_is_surely_wrong() -> None:
+    two = [r for r in fleet() if r.host in ("n0", "n1")]
+    for changes in ({"clock_s": 9.0}, {"versions": {}}, {"sees_shared": False}):
+        found = judge([replace(r, **changes) if r.host == "n1" else r for r in two])  # type: ignore[arg-type]
+        assert {(p.host, p.sure) for p in found} == {("n1", False)}
+    slow = judge([replace(r, matmul_flops=1e13) if r.host == "n1" else r for r in two])
+    assert {(p.host, p.sure) for p in slow} == {("n1", True)}
+    full = judge([replace(r, free_bytes=0) for r in two])
+    assert {(p.host, p.sure) for p in full} == {("n0", False), ("n1", False)}, "what all have is nobody's"
+
+
+def test_cores_may_be_shared() -> None:
+    half = [
+        replace(r, on_devices=False, matmul_flops=r.matmul_flops * (0.5 if r.rank == 5 else 1))
+        for r in fleet()
+    ]
+    assert judge(half) == []
+    tenth = [replace(r, matmul_flops=4e13) if r.rank == 5 else r for r in half]
+    assert [p.host for p in judge(tenth)] == ["n2"]
+
+
+def test_a_slow_network_is_a_nodes_problem() -> None:
+    rate = AxisRate("fsdp", tuple(range(8)), 1e9)
+    ranks = [replace(r, axes=(rate,)) for r in fleet()]
+    assert judge(ranks) == []
+    (problem,) = judge(ranks, {"fsdp": 50e9})
+    assert "fsdp: all-reduce of ranks 0, 1, 2, 3, 4, 5, 6, 7 at 1 GB/s a rank, 50 expected" in str(problem)
 
 
 def test_a_node_is_named_once_for_what_all_its_ranks_have() -> None:

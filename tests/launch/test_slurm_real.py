@@ -2,137 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from support.slurm import everything, losses, missing, quiet, ranks_of, saved, states, submit, wait_for
 from trainsys.cli import main
 from trainsys.launch import slurm
-from trainsys.telemetry.events import Step
-from trainsys.telemetry.reader import read_events
 
-MISSING = [name for name in ("slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
 pytestmark = [
-    pytest.mark.skipif(
-        bool(MISSING), reason=f"no Slurm: {', '.join(MISSING)} not found; apt-get install slurm-wlm"
-    ),
+    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()} not found; apt-get install slurm-wlm"),
     pytest.mark.timeout(900),
 ]
-
-CLUSTER = Path(__file__).resolve().parents[1] / "support" / "slurm_cluster.sh"
-PATIENCE_S = 300.0
-
-RUN = """
-name: tiny
-model: {n_layers: 2, d_model: 32, n_heads: 4, n_kv_heads: 2, d_ff: 64, vocab: 320, max_seq_len: 64}
-parallel: {dp_shard: -1}
-train: {steps: 150, seq_len: 32, global_batch: 8, micro_batch: 2, device: cpu, dtype: fp32, threads: 1}
-data: {source: text, path: corpus.txt, tokenizer: bytes}
-optim: {lr: 3e-3}
-telemetry: {console: plain, out: runs}
-checkpoint: {every: 10, keep_last: 2}
-resilience: {grace_s: 25}
-launch: {nodes: 2, devices_per_node: 2, max_restarts: 2, time: "1:00:00"}
-"""
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    folder = tmp_path_factory.mktemp("slurm")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    patch.setenv("SLURM_TEST_PORT", str(21000 + os.getpid() % 500 * 10))
-
-    def call(action: str, *arguments: str) -> None:
-        subprocess.run([str(CLUSTER), action, str(folder), *arguments], check=True, timeout=60)
-
-    try:
-        call("up", "3")
-        yield call
-    finally:
-        call("down")
-        patch.undo()
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "run.yaml").write_text(RUN)
-    lines = (f"{n} and {n + 1} make {2 * n + 1}" for n in range(3000))
-    (tmp_path / "corpus.txt").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def submit(*arguments: str) -> tuple[str, Path]:
-    """A job's id and folder."""
-    before = set(Path("runs/jobs").glob("*"))
-    assert main(["launch", "run.yaml", *arguments, "--on", "slurm", "--detach"]) == 0
-    (folder,) = set(Path("runs/jobs").glob("*")) - before
-    return str(json.loads((folder / "job.json").read_text())["id"]), folder
-
-
-def wait_for(what: str, ready: Callable[[], bool], folder: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not ready():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not seen in {PATIENCE_S:g} s: {what}\n{everything(folder)}")
-        time.sleep(0.05)
-
-
-def everything(folder: Path) -> str:
-    found = [*folder.glob("logs/*.out"), *folder.glob("logs/*/*/*.log")]
-    return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(found))
-
-
-def states(identity: str) -> set[str]:
-    return {state for state, _ in slurm.states(identity).values()}
-
-
-def losses(runs: Path, name: str) -> dict[int, float]:
-    """Loss by step over all attempts; two attempts that did the same step must agree to the bit."""
-    found: dict[int, float] = {}
-    for path in sorted(runs.glob(f"{name}-*/events/rank_00000.jsonl")):
-        for event in read_events(path)[0]:
-            if isinstance(event, Step):
-                assert found.setdefault(event.step, event.loss) == event.loss, (path, event.step)
-    return found
-
-
-def quiet(name: str, *overrides: str) -> dict[int, float]:
-    """The same run in one process, undisturbed."""
-    command = [sys.executable, "-m", "trainsys", "train", "run.yaml", f"name={name}", *overrides]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE_S)
-    return losses(Path("runs"), name)
-
-
-def saved(folder: Path, attempt: int) -> bool:
-    """Whether this attempt trains, and has made progress that a next one can build on."""
-    log = folder / f"logs/task-0/attempt-{attempt}/train-00000.log"
-    return log.exists() and "\nstep " in log.read_text()
-
-
-def ranks_of(identity: str) -> list[int]:
-    """Process ids of a job's training ranks."""
-    found = []
-    for proc in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"trainsys.launch.rank" not in (proc / "cmdline").read_bytes():
-                continue
-            if f"SLURM_JOB_ID={identity}\0".encode() not in (proc / "environ").read_bytes():
-                continue
-            if (proc / "cmdline").read_bytes().split(b"\0")[0].endswith((b"python", b"python3")):
-                found.append(int(proc.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.slow  # minutes: SlurmdTimeout and requeue waits add up over five faults
@@ -168,14 +52,24 @@ def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(
         ]
         slurm.ask(*wrapped)
 
+    frozen: list[int] = []
+
     def kill_node() -> None:
+        # A node that is gone says nothing any more, not even that a connection is closed.
+        frozen.extend(ranks_of(identity, "127.0.0.12"))
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
         cluster("kill", "127.0.0.12")
 
     for attempt, disturb in enumerate([requeue, warning, kill_rank, preempt, kill_node]):
         wait_for(f"attempt {attempt} trains", lambda a=attempt: saved(folder, a), folder)
         wait_for("a rank", lambda: len(ranks_of(identity)) == 4, folder)
         disturb()
-    wait_for("the end", lambda: states(identity) <= {"COMPLETED", "FAILED", "CANCELLED"}, folder)
+    try:
+        wait_for("the end", lambda: states(identity) <= {"COMPLETED", "FAILED", "CANCELLED"}, folder)
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGKILL)
 
     said = out.read_text()
     assert states(identity) == {"COMPLETED"}, everything(folder)

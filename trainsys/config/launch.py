@@ -89,5 +89,15 @@ class LaunchConfig(Strict):
     preflight: bool | None = Field(
         default=None, description="check all nodes first; None: where devices are GPUs"
     )
+    cluster: Plain | None = Field(
+        default=None, description="one of configs/clusters, or a file: what pre-flight expects of the network"
+    )
+    evict_share: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="a node that costs everyone this share of a step is left: the run saves, and is requeued "
+        "without it; 0: never",
+    )
     kubernetes: KubernetesConfig = KubernetesConfig()
     skypilot: SkyPilotConfig = SkyPilotConfig()

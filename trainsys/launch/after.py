@@ -2,9 +2,11 @@
 
 Prints one line, ``done``, ``again`` or ``fail N``, with the reason. A run that was asked to stop, and saved,
 goes on in the next attempt and costs nothing. A failure counts, and so does an attempt that was asked to stop
-but saved nothing new: neither may loop for ever.
+but saved nothing new: neither may loop for ever. After ``again`` a second line, ``exclude NODES: why``, tells
+which nodes the next attempt is to do without.
 
 usage: python -m trainsys.launch.after CHECKPOINT_FOLDER --code N --restarts N --history FILE --failure FILE
+           [--blamed FILE --nodes N --usable N]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainsys.errors import EXIT_USER_ERROR
+from trainsys.launch.blame import read, to_leave
 from trainsys.launch.failure import Failure, read_failure
 
 _MARKER = (
@@ -59,6 +62,22 @@ def verdict(
     return f"again: {why}; failure {count} of {restarts} that are started again"
 
 
+def exclusion(blamed: Path, nodes: int, usable: int) -> str:
+    """The line about blamed nodes; empty: none. ``usable`` nodes may be used by a job that needs ``nodes``."""
+    leave = to_leave(read(blamed))
+    spare = max(0, usable - nodes)
+    kept, left = dict(list(leave.items())[spare:]), dict(list(leave.items())[:spare])
+    lines = []
+    if left:
+        why = "; ".join(f"{host}: {reason}" for host, reason in left.items())
+        lines.append(f"exclude {','.join(left)}: {why}")
+    if kept:
+        lines.append(
+            f"keep {','.join(kept)}: blamed, but of {usable} nodes that may be used the job needs {nodes}"
+        )
+    return "\n".join(lines)
+
+
 def _drained(folder: Path) -> dict[str, object] | None:
     try:
         note = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
@@ -90,9 +109,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--restarts", type=int, required=True)
     parser.add_argument("--history", type=Path, required=True)
     parser.add_argument("--failure", type=Path, required=True)
+    parser.add_argument("--blamed", type=Path)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--usable", type=int, default=0)
     args = parser.parse_args(argv)
     failure = read_failure(args.failure)
-    print(verdict(args.folder, args.code, args.asked, failure, args.history, args.restarts))
+    said = verdict(args.folder, args.code, args.asked, failure, args.history, args.restarts)
+    print(said)
+    if said.startswith("again") and args.blamed and (more := exclusion(args.blamed, args.nodes, args.usable)):
+        print(more)
 
 
 if __name__ == "__main__":

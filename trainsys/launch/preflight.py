@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLOW = 0.6
-"""A rank below this share of the median rank's rate is bad: nodes of one kind are within a few percent."""
+from trainsys.launch.bandwidth import AxisRate, slow_groups
+
+SLOW, SLOW_CORES = 0.6, 0.25
+"""A rank below this share of the median rank's rate is bad: nodes of one kind are within a few percent, but cores
+may be lent to others for a while."""
 CLOCK_S = 2.0
 FREE_BYTES = 2 * 2**30
 
@@ -31,67 +34,96 @@ class Report:
     free_bytes: int
     sees_shared: bool
     folder: str
+    axes: tuple[AxisRate, ...] = ()
 
 
 @dataclass(frozen=True)
 class Problem:
+    """``sure``: this node is to blame beyond doubt, so a job may go on without it."""
+
     host: str
     text: str
+    sure: bool
 
     def __str__(self) -> str:
         return f"node {self.host}: {self.text}"
 
 
-def judge(reports: Sequence[Report]) -> list[Problem]:
-    """Every problem, each with the node to blame; several ranks of a node make one problem of a kind."""
-    found: dict[tuple[str, str], Problem] = {}
+class _Found:
+    """Several ranks of a node make one problem of a kind."""
 
-    def blame(kind: str, r: Report, text: str) -> None:
-        found.setdefault((kind, r.host), Problem(r.host, text))
+    def __init__(self, reports: Sequence[Report]) -> None:
+        self._hosts = len({r.host for r in reports})
+        self._texts: dict[str, dict[str, str]] = {}
 
+    def blame(self, kind: str, r: Report, text: str) -> None:
+        self._texts.setdefault(kind, {}).setdefault(r.host, text)
+
+    def problems(self) -> list[Problem]:
+        return [
+            Problem(host, text, self._sure(kind, len(texts)))
+            for kind, texts in self._texts.items()
+            for host, text in texts.items()
+        ]
+
+    def _sure(self, kind: str, hosts: int) -> bool:
+        if kind in _OWN:
+            return True
+        if kind in _RELATIVE:
+            # Rank 0's node is the measure of these: it is right only as long as most agree with it.
+            return 2 * hosts < self._hosts
+        return hosts < self._hosts  # what all nodes have is not a node's fault
+
+
+_OWN = ("devices", "wrong", "memory")
+_RELATIVE = ("clock", "shared", "version")
+
+
+def judge(reports: Sequence[Report], expected: dict[str, float] | None = None) -> list[Problem]:
+    """Every problem, each with the node to blame. ``expected``: bytes/s of a ring over each axis."""
+    found = _Found(reports)
     for r in reports:
         if r.on_devices and r.devices < r.ranks_here:
-            blame("devices", r, f"{r.devices} devices visible to its {r.ranks_here} ranks")
+            found.blame("devices", r, f"{r.devices} devices visible to its {r.ranks_here} ranks")
         if not r.matmul_right:
-            blame("wrong", r, f"rank {r.rank}: a matrix product came out wrong; take the node out of service")
+            text = "a matrix product came out wrong; take the node out of service"
+            found.blame("wrong", r, f"rank {r.rank}: {text}")
         if not r.memory_right:
-            blame(
-                "memory",
-                r,
-                f"rank {r.rank}: memory does not hold what was written; take the node out of service",
-            )
+            text = "memory does not hold what was written; take the node out of service"
+            found.blame("memory", r, f"rank {r.rank}: {text}")
         if abs(r.clock_s) > CLOCK_S:
-            blame("clock", r, f"its clock is {r.clock_s:+.1f} s off that of rank 0; does NTP run?")
+            found.blame("clock", r, f"its clock is {r.clock_s:+.1f} s off that of rank 0; does NTP run?")
         if r.free_bytes < FREE_BYTES:
-            blame(
-                "disk",
-                r,
-                f"{r.free_bytes / 2**30:.1f} GiB free in {r.folder}; {FREE_BYTES // 2**30} are needed",
-            )
+            free = f"{r.free_bytes / 2**30:.1f} GiB free in {r.folder}"
+            found.blame("disk", r, f"{free}; {FREE_BYTES // 2**30} are needed")
         if not r.sees_shared:
-            blame(
-                "shared",
-                r,
-                f"{r.folder} is not the folder that rank 0 sees; set telemetry.out to a shared one",
-            )
-    _versions(reports, blame)
+            text = f"{r.folder} is not the folder that rank 0 sees; set telemetry.out to a shared one"
+            found.blame("shared", r, text)
+    _versions(reports, found)
+    _rates(reports, found)
+    by_rank = {r.rank: r for r in reports}
+    for rank, text in slow_groups({r.rank: r.axes for r in reports}, expected or {}):
+        found.blame("slow network", by_rank[rank], text)
+    return found.problems()
+
+
+def _rates(reports: Sequence[Report], found: _Found) -> None:
     for what, unit, scale, rates in (
         ("matmul", "TFLOP/s", 1e12, [r.matmul_flops for r in reports]),
         ("memory", "GB/s", 1e9, [r.memory_bytes_s for r in reports]),
     ):
         median = statistics.median(rates)
         for r, rate in zip(reports, rates, strict=True):
-            if rate < SLOW * median:
+            if rate < (SLOW if r.on_devices else SLOW_CORES) * median:
                 shown = f"{rate / scale:.3g} {unit}, the median rank at {median / scale:.3g}"
-                blame(f"slow {what}", r, f"rank {r.rank}: {what} at {shown}")
-    return list(found.values())
+                found.blame(f"slow {what}", r, f"rank {r.rank}: {what} at {shown}")
 
 
-def _versions(reports: Sequence[Report], blame: Callable[[str, Report, str], None]) -> None:
+def _versions(reports: Sequence[Report], found: _Found) -> None:
     """Blame whoever differs from most."""
     for name in sorted({name for r in reports for name in r.versions}):
         usual = Counter(r.versions.get(name, "missing") for r in reports).most_common(1)[0][0]
         for r in reports:
             own = r.versions.get(name, "missing")
             if own != usual:
-                blame(name, r, f"{name} {own}, but most ranks have {usual}")
+                found.blame("version", r, f"{name} {own}, but most ranks have {usual}")

@@ -79,6 +79,7 @@ def render(job: Job) -> str:
         f"MAX_RESTARTS={launch.max_restarts}",
         f"PYTHON={shlex.quote(job.python)}",
         f"PREFLIGHT={'yes' if preflight else 'no'}",
+        f"EXCLUDE={shlex.quote(','.join(launch.exclude))}",
         f"SRUN_OPTIONS=({' '.join(map(shlex.quote, srun))})",
         *(
             [f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}"]

@@ -94,14 +94,19 @@ class Drain:
     def _listen(self) -> None:
         while data := self._read.recv(64):
             asked = [number for number in data if number in SIGNALS]
-            if not asked or self.requested:
-                continue
-            with self._lock:
-                self._asked = signal.Signals(asked[0]).name
-                began = self._began
-            if not began:
-                self._leave("before the first step: nothing to save")
-            threading.Thread(target=self._limit, name="trainsys-grace", daemon=True).start()
+            if asked:
+                self.ask(signal.Signals(asked[0]).name)
+
+    def ask(self, by: str) -> None:
+        """What a signal does, for another reason; from any thread. Only the first to ask counts."""
+        with self._lock:
+            if self._asked:
+                return
+            self._asked = by
+            began = self._began
+        if not began:
+            self._leave("before the first step: nothing to save")
+        threading.Thread(target=self._limit, name="trainsys-grace", daemon=True).start()
 
     def _limit(self) -> None:
         if not self._over.wait(self.grace_s):

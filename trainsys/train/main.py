@@ -11,11 +11,13 @@ from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.data import Loader, build_source
 from trainsys.engines import build
+from trainsys.launch.blame import this_node
 from trainsys.launch.replan import replan
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.drain import Drain
 from trainsys.resilience.session import Session
+from trainsys.train.evict import Eviction
 from trainsys.train.process import Process, process
 from trainsys.train.report import Reporter
 
@@ -45,14 +47,17 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
     started = time.perf_counter(), time.time()
     layout = Layout.resolve(cfg.parallel, proc.world)
     refuse_unable(cfg, layout)
-    warnings = layout.validate(cfg.model, cfg.train, cfg.parallel)
+    warnings = layout.validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
     source = build_source(cfg)
     session = Session(cfg, source, drain)
     if session.complete:
         return session.say_complete()
     mesh = Mesh(layout, proc.device)
+    eviction = Eviction(cfg.launch, session.ranks.to_all(this_node()), drain)
     with (
-        Reporter(cfg, proc, layout, started, session.data, session.first_step, session.attempt) as reporter,
+        Reporter(
+            cfg, proc, layout, started, session.data, session.first_step, session.attempt, eviction
+        ) as reporter,
         session,
         Loader(
             source,

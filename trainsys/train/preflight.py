@@ -5,21 +5,25 @@ Every rank measures itself, rank 0 hears all and names the bad node: `trainsys.l
 
 from __future__ import annotations
 
-import os
+import math
 import secrets
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from trainsys.config.loader import load_run
+from trainsys.launch.bandwidth import AxisRate, expected
+from trainsys.launch.blame import note, this_node
 from trainsys.launch.preflight import Report, judge
+from trainsys.layout import Axis, Layout
+from trainsys.parallel.mesh import Mesh
+from trainsys.planner.cluster import load_cluster
 from trainsys.telemetry.run_dir import versions
 from trainsys.train.process import Process, process
 
@@ -27,33 +31,48 @@ _SECONDS = 0.2
 _SIZE = {"cpu": 384, "cuda": 8192}
 _COPY_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 _REDUCE_ELEMENTS = 2**20
+_TIMES = 3
+_AXES: tuple[Axis, ...] = ("pp", "dp_replicate", "fsdp", "cp", "tp")
 
 
 def preflight(path: str, overrides: Sequence[str] = ()) -> int:
-    """Check the ranks that the environment describes; 0 if all are fit, 1 with a line for each problem on rank 0."""
+    """Check the ranks that the environment describes; 0 if all are fit, 1 with a line for each problem on rank 0.
+
+    A node that is bad beyond doubt is noted for the job, whose next attempt does without it.
+    """
     cfg = load_run(path, overrides)
+    cluster = load_cluster(cfg.launch.cluster) if cfg.launch.cluster else None
     with process(cfg.train, timeout_s=60.0) as proc:
-        folder = Path(cfg.telemetry.out)
-        report = measure(proc, folder)
-        sums, rate = _all_reduce(proc)
-        reports: list[dict[str, object] | None] = [None] * proc.world
+        layout = Layout.resolve(cfg.parallel, proc.world)
+        mesh = Mesh(layout, proc.device)
+        axes = [axis for axis in _AXES if mesh[axis].size > 1]
+        report = measure(proc, Path(cfg.telemetry.out))
+        right, rates = _all_reduce(mesh, axes)
+        report = replace(report, axes=rates)
+        reports: list[Report] = [report] * proc.world
         if proc.world > 1:
-            dist.all_gather_object(reports, asdict(report))
-        else:
-            reports = [asdict(report)]
-        problems = judge([Report(**r) for r in reports if r])  # type: ignore[arg-type]
+            dist.all_gather_object(reports, report)
+        problems = judge(reports, expected(cluster, layout, axes) if cluster else None)
         lines = [str(problem) for problem in problems]
-        if not sums:
-            lines.append("all-reduce of all ranks gives a wrong sum")
+        if not right:
+            lines.append("an all-reduce gives a wrong sum")
         if proc.rank == 0:
-            hosts = len({r["host"] for r in reports if r})
-            for line in lines:
-                print(f"trainsys: preflight: {line}", file=sys.stderr)
-            state = f"{len(lines)} problems" if lines else "all fit"
-            print(
-                f"trainsys: preflight: {proc.world} ranks on {hosts} nodes: {state}; all-reduce {rate / 1e9:.3g} GB/s"
-            )
+            for problem in problems:
+                note(problem.host, f"pre-flight: {problem.text}", problem.sure)
+            _tell(reports, lines)
     return 1 if lines else 0
+
+
+def _tell(reports: Sequence[Report], lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"trainsys: preflight: {line}", file=sys.stderr)
+    slowest: dict[str, float] = {}
+    for rate in (rate for r in reports for rate in r.axes):
+        slowest[rate.axis] = min(slowest.get(rate.axis, math.inf), rate.bytes_s)
+    shown = "".join(f"; {axis} all-reduce {rate / 1e9:.3g} GB/s a rank" for axis, rate in slowest.items())
+    state = f"{len(lines)} problem{'s' * (len(lines) > 1)}" if lines else "all fit"
+    hosts = len({r.host for r in reports})
+    print(f"trainsys: preflight: {len(reports)} ranks on {hosts} nodes: {state}{shown}")
 
 
 def measure(proc: Process, folder: Path) -> Report:
@@ -63,7 +82,7 @@ def measure(proc: Process, folder: Path) -> Report:
     memory, held = _memory(device)
     return Report(
         rank=proc.rank,
-        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        host=this_node(),
         versions={"python": ".".join(map(str, sys.version_info[:3])), **versions()},
         devices=torch.cuda.device_count() if device.type == "cuda" else 0,
         ranks_here=proc.local_world,
@@ -150,16 +169,26 @@ def _shared(proc: Process, folder: Path) -> bool:
         return False
 
 
-def _all_reduce(proc: Process) -> tuple[bool, float]:
-    """Whether the sum over all ranks is right, and bytes of the tensor a second."""
-    if proc.world == 1:
-        return True, float("inf")
-    x = torch.full((_REDUCE_ELEMENTS,), float(proc.rank + 1), device=proc.device)
-    dist.all_reduce(x)
-    right = bool((x == proc.world * (proc.world + 1) / 2).all())
-    started = time.perf_counter()
-    for _ in range(3):
-        dist.all_reduce(x)
-    if proc.device.type == "cuda":
-        torch.cuda.synchronize(proc.device)
-    return right, 3 * x.nbytes / (time.perf_counter() - started)
+def _all_reduce(mesh: Mesh, axes: Sequence[Axis]) -> tuple[bool, tuple[AxisRate, ...]]:
+    """Whether sums over each axis are right, and their rates; all groups of an axis work at once, as in training."""
+    right, rates = True, []
+    for axis in axes:
+        group = mesh[axis]
+        x = torch.full((_REDUCE_ELEMENTS,), float(group.index + 1), device=mesh.device)
+        dist.all_reduce(x, group=group.group)
+        right &= bool((x == group.size * (group.size + 1) / 2).all())
+        x.fill_(1.0)
+        best = math.inf
+        for _ in range(_TIMES):
+            dist.barrier()
+            started = time.perf_counter()
+            dist.all_reduce(x, group=group.group)
+            if mesh.device.type == "cuda":
+                torch.cuda.synchronize(mesh.device)
+            best = min(best, time.perf_counter() - started)
+        sent = 2 * x.nbytes * (group.size - 1) / group.size
+        rates.append(AxisRate(axis, group.ranks, sent / best))
+    verdict = torch.tensor(float(right), device=mesh.device)
+    if mesh.layout.world > 1:
+        dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
+    return bool(verdict), tuple(rates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from trainsys.config.run import RunConfig
 from trainsys.data import StepData
 from trainsys.engines.base import StepResult
 from trainsys.flops import CONVENTIONS, StepWork, param_counts, step_flops
+from trainsys.launch.blame import this_node
 from trainsys.layout import Layout
 from trainsys.profiler.capture import StepCapture
 from trainsys.profiler.explain import explain_table, summary_of
@@ -50,7 +51,7 @@ class Reporter:
 
     ``started``: (monotonic, wall) clocks at the start of the process's work, so that set-up is accounted for.
     ``first_step``: where a resumed run goes on; ``attempt``: how often the job was started before.
-    ``data``: what the source says of itself, for the run's record.
+    ``data``: what the source says of itself, for the run's record. ``blame``: told of each live verdict (rank 0).
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Reporter:
         data: Mapping[str, Any],
         first_step: int = 0,
         attempt: int = 0,
+        blame: Callable[[Verdict], None] = lambda verdict: None,
     ) -> None:
+        self._blame = blame
         self.cfg, self.proc, self.layout = cfg, proc, layout
         self.run_dir = Path(
             _from_rank0(str(create_run_dir(cfg.telemetry.out, cfg.name)) if proc.rank == 0 else "")
@@ -77,7 +80,7 @@ class Reporter:
             t0_mono=started[0],
             t0_wall=started[1],
             name=cfg.name,
-            hostname=os.uname().nodename,
+            hostname=this_node(),
             pid=os.getpid(),
             local_rank=proc.local_rank,
             engine=cfg.engine,
@@ -116,9 +119,7 @@ class Reporter:
         if proc.rank == 0:
             write_config(self.run_dir, cfg)
             write_environment(self.run_dir, {"data": dict(data)})
-            self._sinks = build_sinks(
-                cfg.telemetry, self.warn, self.say
-            )
+            self._sinks = build_sinks(cfg.telemetry, self.warn, self.say)
             self._sinks.start(
                 RunInfo(
                     name=cfg.name,
@@ -210,6 +211,7 @@ class Reporter:
 
     def _found(self, verdict: Verdict) -> None:
         self.warn(f"{verdict.title}; {1e3 * verdict.cost_s:.1f} ms a step; {verdict.advice}")
+        self._blame(verdict)
 
     def done(self, stopped: str = "") -> None:
         """The loop is over, before its last step if ``stopped`` says why: end the files, print what they say."""

@@ -1,0 +1,84 @@
+"""A Slurm of its own, of which one node is bad: the job finds it, leaves it and completes on the others."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.slurm import everything, losses, missing, quiet, states, submit, wait_for
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()} not found; apt-get install slurm-wlm"),
+    pytest.mark.timeout(900),
+]
+
+BAD = "127.0.0.12"
+FULL_DISK = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 9, 0)"
+# Holds the interpreter's lock most of the time, as a node does whose cores are busy with something else.
+SLOW = """
+import ctypes, threading, time
+held = ctypes.PyDLL(None)
+def hold():
+    while True:
+        held.usleep(15000)
+        time.sleep(0.005)
+threading.Thread(target=hold, daemon=True).start()
+"""
+
+
+def spoil(work: Path, code: str) -> str:
+    """A virtual environment whose python runs ``code`` first, on the bad node alone; the override that uses it."""
+    (work / "venv/bin").mkdir(parents=True)
+    (work / "venv/bad").mkdir()
+    (work / "venv/bad/sitecustomize.py").write_text(code)
+    python = work / "venv/bin/python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[ "${{SLURMD_NODENAME:-}}" = {BAD} ] && export PYTHONPATH={work}/venv/bad:$PYTHONPATH\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    return f"launch.venv={work}/venv"
+
+
+def completed(identity: str, folder: Path) -> str:
+    """The job script's own words."""
+    over = {"COMPLETED", "FAILED", "CANCELLED"}
+    wait_for("the end", lambda: states(identity) <= over, folder)
+    assert states(identity) == {"COMPLETED"}, everything(folder)
+    return (folder / "logs/slurm-0.out").read_text()
+
+
+def test_a_node_that_fails_preflight_is_left_out(cluster: Callable[..., None], work: Path) -> None:
+    # -P keeps sitecustomize of PYTHONPATH: it drops only the script's own folder.
+    identity, folder = submit(spoil(work, FULL_DISK), "launch.preflight=true", "train.steps=6")
+    said = completed(identity, folder)
+    assert f"exclude {BAD}: {BAD}: pre-flight: 0.0 GiB free" in said, everything(folder)
+    assert "attempt 1 on 127.0.0.[11,13]" in said
+    assert "attempt 1: done" in said
+    assert "2 problems" not in everything(folder), "the good node is not blamed"
+
+
+def test_a_slow_node_is_left_and_nothing_is_lost(cluster: Callable[..., None], work: Path) -> None:
+    steps = 240
+    options = [
+        "launch.evict_share=0.2",
+        "telemetry.log_every=2",
+        f"train.steps={steps}",
+        "checkpoint.every=0",
+    ]
+    identity, folder = submit(spoil(work, SLOW), *options)
+    said = completed(identity, folder)
+    assert f"asked to stop by {BAD}, which costs" in said, everything(folder)
+    assert f"exclude {BAD}: {BAD}: " in said
+    assert "attempt 1 on 127.0.0.[11,13]" in said
+    assert "attempt 1: done" in said
+    disturbed = losses(Path("runs"), "tiny")
+    assert sorted(disturbed) == list(range(steps))
+    assert disturbed == pytest.approx(quiet("quiet", f"train.steps={steps}"), rel=1e-4)
+    assert "resumed from step" in everything(folder)
+    assert os.path.exists(folder / "blamed.jsonl")

@@ -1,0 +1,107 @@
+"""A Slurm of several nodes on this machine, a run for it, and what tests ask about a job."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trainsys.cli import main
+from trainsys.launch import slurm
+from trainsys.telemetry.events import Step
+from trainsys.telemetry.reader import read_events
+
+CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
+PATIENCE_S = 300.0
+
+RUN = """
+name: tiny
+model: {n_layers: 2, d_model: 32, n_heads: 4, n_kv_heads: 2, d_ff: 64, vocab: 320, max_seq_len: 64}
+parallel: {dp_shard: -1}
+train: {steps: 150, seq_len: 32, global_batch: 8, micro_batch: 2, device: cpu, dtype: fp32, threads: 1}
+data: {source: text, path: corpus.txt, tokenizer: bytes}
+optim: {lr: 3e-3}
+telemetry: {console: plain, out: runs}
+checkpoint: {every: 10, keep_last: 2}
+resilience: {grace_s: 25}
+launch: {nodes: 2, devices_per_node: 2, max_restarts: 2, time: "1:00:00"}
+"""
+
+
+def missing() -> str:
+    """What of Slurm is not installed; empty: nothing."""
+    return ", ".join(name for name in ("slurmctld", "slurmd", "sbatch") if shutil.which(name) is None)
+
+
+def submit(*arguments: str) -> tuple[str, Path]:
+    """A job's id and folder."""
+    before = set(Path("runs/jobs").glob("*"))
+    assert main(["launch", "run.yaml", *arguments, "--on", "slurm", "--detach"]) == 0
+    (folder,) = set(Path("runs/jobs").glob("*")) - before
+    return str(json.loads((folder / "job.json").read_text())["id"]), folder
+
+
+def wait_for(what: str, ready: Callable[[], bool], folder: Path) -> None:
+    """Until ``ready``; fails after PATIENCE_S with all that the job has said."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not ready():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not seen in {PATIENCE_S:g} s: {what}\n{everything(folder)}")
+        time.sleep(0.05)
+
+
+def everything(folder: Path) -> str:
+    found = [*folder.glob("logs/*.out"), *folder.glob("logs/*/*/*.log")]
+    return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(found))
+
+
+def states(identity: str) -> set[str]:
+    return {state for state, _ in slurm.states(identity).values()}
+
+
+def losses(runs: Path, name: str) -> dict[int, float]:
+    """Loss by step over all attempts; two attempts that did the same step must agree to the bit."""
+    found: dict[int, float] = {}
+    for path in sorted(runs.glob(f"{name}-*/events/rank_00000.jsonl")):
+        for event in read_events(path)[0]:
+            if isinstance(event, Step):
+                assert found.setdefault(event.step, event.loss) == event.loss, (path, event.step)
+    return found
+
+
+def quiet(name: str, *overrides: str) -> dict[int, float]:
+    """The same run in one process, undisturbed."""
+    command = [sys.executable, "-m", "trainsys", "train", "run.yaml", f"name={name}", *overrides]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE_S)
+    return losses(Path("runs"), name)
+
+
+def saved(folder: Path, attempt: int) -> bool:
+    """Whether this attempt trains, and has made progress that a next one can build on."""
+    log = folder / f"logs/task-0/attempt-{attempt}/train-00000.log"
+    return log.exists() and "\nstep " in log.read_text()
+
+
+def ranks_of(identity: str, node: str = "") -> list[int]:
+    """Process ids of a job's training ranks, on all nodes or on one."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"trainsys.launch.rank" not in (proc / "cmdline").read_bytes():
+                continue
+            environment = (proc / "environ").read_bytes().split(b"\0")
+            if f"SLURM_JOB_ID={identity}".encode() not in environment:
+                continue
+            if node and f"SLURMD_NODENAME={node}".encode() not in environment:
+                continue
+            if (proc / "cmdline").read_bytes().split(b"\0")[0].endswith((b"python", b"python3")):
+                found.append(int(proc.name))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,77 @@
+"""All-reduce bandwidth of each axis: what a cluster should give, and which node's links give less."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainsys.layout import Axis, Layout
+from trainsys.planner.cluster import Cluster
+
+SHARE = 0.5
+"""Of what is expected, or of the axis's median group; rings reach 70-90% of line rate where all is well."""
+
+
+@dataclass(frozen=True)
+class AxisRate:
+    """An all-reduce by one group of an axis. ``bytes_s`` is what a rank sends: 2 (n-1)/n of the tensor, a second."""
+
+    axis: str
+    ranks: tuple[int, ...]
+    bytes_s: float
+
+
+def expected(cluster: Cluster, layout: Layout, axes: Sequence[Axis]) -> dict[str, float]:
+    """Bytes/s that a rank of each axis can send at line rate, when all groups of the axis work at once.
+
+    Inside of a scale-up domain that of its link; across domains its part of the NICs, which the groups that
+    leave the domain share.
+    """
+    machine = cluster.machine()
+    found = {}
+    for axis in axes:
+        ranks = layout.groups(axis)[0]
+        local = sum(rank // cluster.domain == ranks[0] // cluster.domain for rank in ranks)
+        inside = min(machine.link_bw, machine.pair_bw) if local <= 2 else machine.link_bw
+        found[str(axis)] = (
+            inside if local == len(ranks) else min(inside, machine.nic_bw * local / machine.domain)
+        )
+    return found
+
+
+def slow_groups(
+    rates: Mapping[int, Sequence[AxisRate]], expected: Mapping[str, float]
+) -> list[tuple[int, str]]:
+    """(rank, what is wrong): of each group that is slow, the rank whose own groups are slow on most axes.
+
+    A group is slow below ``SHARE`` of ``expected`` or, where that is not known, of its axis's median group.
+    """
+    groups: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
+    for own in rates.values():
+        for rate in own:
+            # A ring is as fast as its slowest member says.
+            known = groups[rate.axis].get(rate.ranks, float("inf"))
+            groups[rate.axis][rate.ranks] = min(known, rate.bytes_s)
+    slow: list[tuple[str, tuple[int, ...], float, str]] = []
+    for axis, by_ranks in groups.items():
+        median = statistics.median(by_ranks.values())
+        for ranks, rate in by_ranks.items():
+            if axis in expected and rate < SHARE * expected[axis]:
+                slow.append((axis, ranks, rate, f"{expected[axis] / 1e9:.3g} expected"))
+            elif axis not in expected and rate < SHARE * median:
+                slow.append((axis, ranks, rate, f"the median group at {median / 1e9:.3g}"))
+    times = {rank: sum(rank in ranks for _, ranks, _, _ in slow) for rank in rates}
+    return [
+        (
+            max(ranks, key=lambda rank: times[rank]),
+            f"{axis}: all-reduce of ranks {_short(ranks)} at {rate / 1e9:.3g} GB/s a rank, {than}",
+        )
+        for axis, ranks, rate, than in slow
+    ]
+
+
+def _short(ranks: Sequence[int]) -> str:
+    shown = [str(rank) for rank in ranks]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:7], f"… {shown[-1]}"])
