@@ -16,6 +16,7 @@ from trainsys.profiler.shape import forward_backward
 from trainsys.profiler.steps import StepTable
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.events import Flops, Step
+from trainsys.telemetry.vectors import to_vector
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "profiling"))
 from blame_injection import KINDS, real_run, right, simulated, simulated_run
@@ -133,11 +134,11 @@ def test_the_live_watch_says_it_once_and_shows_the_waterfall() -> None:
     for window in range(3 * EVERY):
         work = 0.1 * (1 + 0.01 * rng.normal(size=4)) * np.array([1, 1, 1.5, 1])
         wait = work.max() - work + 0.01
-        watch.add(
-            [Step(step=window, start_s=0.0, step_time_s=float(w + c), phases={"forward": float(w), "comm/fsdp": float(c)})
-             for w, c in zip(work, wait, strict=True)],
-            Flops(model=1e8, palm=None, hardware=1e8),
-        )  # fmt: skip
+        rows = [
+            to_vector(Step(step=window, start_s=0.0, step_time_s=w + c, phases={"forward": w, "comm/fsdp": c}))
+            for w, c in zip(work.tolist(), wait.tolist(), strict=True)
+        ]
+        watch.add(np.array(rows), Flops(model=1e8, palm=None, hardware=1e8))
     watch.close()
     assert [(v.kind, v.ranks) for v in found] == [("rank", (2,))]
     assert len(shown) == 3

@@ -101,3 +101,16 @@ def test_a_stuck_disk_does_not_fill_memory(tmp_path: Path) -> None:
     assert writer.lost == 15
     writer.close()
     assert len(read_events(writer.path)[0]) == 10
+
+
+def test_an_event_that_json_cannot_hold_is_lost_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    writer = EventWriter(tmp_path / "e.jsonl", flush_s=60)
+    writer.put(note(1))
+    writer.put(Message(level="info", text="of no type", time_s=object()))  # type: ignore[arg-type]
+    writer.put(note(2))
+    writer.close()
+    assert writer.lost == 1
+    events, damage = read_events(writer.path)
+    assert events == [note(1), note(2)]
+    assert not damage
+    assert "events are not being written" in capfd.readouterr().err

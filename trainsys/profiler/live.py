@@ -8,16 +8,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from trainsys.layout import Layout
 from trainsys.profiler.blame import judge_window
-from trainsys.profiler.steps import make_table
+from trainsys.profiler.steps import Floats, table_of_windows
 from trainsys.profiler.verdict import ALPHA, Verdict
 from trainsys.profiler.waterfall import Work, waterfall
-from trainsys.telemetry.events import Flops, Step
+from trainsys.telemetry.events import Flops
 
 KEEP = 32
 EVERY = 8
@@ -44,17 +44,17 @@ class LiveWatch:
     ) -> None:
         self._layout, self._peak, self._share = layout, peak_flops, recompute_share
         self._found, self._show = found, show
-        self._windows: deque[list[Step]] = deque(maxlen=KEEP)
+        self._windows: deque[tuple[Floats, Flops | None]] = deque(maxlen=KEEP)
         self._known: set[tuple[object, ...]] = set()
         self._count = 0
-        self._calls: queue.SimpleQueue[tuple[list[Step], Flops | None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Floats, Flops | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trainsys-watch", daemon=True)
         self._thread.start()
 
-    def add(self, steps: Sequence[Step], flops: Flops | None) -> None:
-        """A window: ``steps[i]`` is rank i's mean step; ``flops`` of a step over all ranks."""
+    def add(self, ranks: Floats, flops: Flops | None) -> None:
+        """A window ``[R, V]``: each rank's mean step (``telemetry.vectors``); ``flops`` of a step over all ranks."""
         if self._calls.qsize() < DEPTH:
-            self._calls.put((list(steps), flops))
+            self._calls.put((ranks, flops))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Look at what is queued, then end."""
@@ -63,10 +63,7 @@ class LiveWatch:
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
-            steps, flops = call
-            for step in steps:
-                step.flops = flops
-            self._windows.append(steps)
+            self._windows.append(call)
             self._count += 1
             if self._count % EVERY == 0:
                 self._look()
@@ -74,10 +71,8 @@ class LiveWatch:
     def _look(self) -> None:
         """One family of tests a look: consecutive looks share most windows, so they share one ``ALPHA`` too."""
         recent = list(self._windows)
-        table = make_table(
-            {rank: [window[rank] for window in recent] for rank in range(len(recent[0]))}, self._layout
-        )
-        last = recent[-1][0].step
+        table = table_of_windows(np.stack([w for w, _ in recent]), [f for _, f in recent], self._layout)
+        last = int(table.steps[-1])
         model, hardware = table.flops_model, table.flops_hardware
         padding = np.maximum(0.0, hardware - self._share * hardware / (3 + self._share) - model)
         newest = table.select(np.arange(max(0, len(table.steps) - EVERY), len(table.steps)))
@@ -85,7 +80,7 @@ class LiveWatch:
         fall = waterfall(newest, self._peak, work)
         if fall is not None:
             self._show(last, {f"waterfall/{t.name.replace('/', '_')}_ms": 1e3 * t.seconds for t in fall.terms})
-        if len(recent) < EVERY or len(recent[0]) < 2 or not table.work.all():
+        if len(recent) < EVERY or len(table.ranks) < 2 or not table.work.all():
             return
         for verdict in judge_window(table, ALPHA):
             if verdict.key not in self._known:

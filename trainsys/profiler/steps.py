@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trainsys.layout import AXES, Axis, Layout
-from trainsys.telemetry.events import COMM, DeviceStep, Metrics, RunStart, Stall, Step
+from trainsys.telemetry.events import COMM, COMM_AXES, DeviceStep, Flops, Metrics, RunStart, Stall, Step
 from trainsys.telemetry.reader import Damage, event_file, iter_events
 from trainsys.telemetry.run_data import WARMUP
+from trainsys.telemetry.vectors import BYTES, PLACE, TIMED
 
 Floats = npt.NDArray[np.float64]
 CAPTURE = "capture/"
@@ -182,7 +183,7 @@ def _timed(rows: _Rows, on_device: bool) -> list[Step]:
 
 
 def make_table(by_rank: dict[int, Sequence[Step]], layout: Layout) -> StepTable:
-    """From step records by rank, e.g. those of a live window."""
+    """From step records by rank."""
     ranks = sorted(by_rank)
     steps = np.array(sorted({s.step for found in by_rank.values() for s in found}), np.int64)
     at = {int(step): i for i, step in enumerate(steps)}
@@ -233,6 +234,30 @@ def make_table(by_rank: dict[int, Sequence[Step]], layout: Layout) -> StepTable:
     return StepTable(
         ranks, steps, time, phases, stalls, nbytes, tokens, padded, model, hardware, whole, layout, micro,
         memory=memory, clock_spread_s=spread,
+    )  # fmt: skip
+
+
+def table_of_windows(windows: Floats, flops: Sequence[Flops | None], layout: Layout) -> StepTable:
+    """From gathered windows ``[T, R, V]`` (``telemetry.vectors``), each row one rank's mean step; ``flops[T]``."""
+
+    def column(name: str) -> Floats:
+        return np.ascontiguousarray(windows[:, :, PLACE[name]])
+
+    def columns(names: Iterable[str]) -> dict[str, Floats]:
+        found = {name: column(name) for name in names}
+        return {name: values for name, values in found.items() if values.any()}
+
+    time = column("step_time_s")
+    pauses = column("stalls_s")
+    return StepTable(
+        list(range(windows.shape[1])), windows[:, 0, PLACE["step"]].astype(np.int64), time, columns(TIMED),
+        {"all": pauses} if pauses.any() else {},
+        {name[len(BYTES) :]: values for name, values in columns(BYTES + a for a in COMM_AXES).items()},
+        column("tokens"), column("tokens_padded"),
+        np.array([f.model if f else 0.0 for f in flops]),
+        np.array([(f.hardware or f.model) if f else 0.0 for f in flops]),
+        np.asarray(np.isfinite(time).all(axis=1)), layout,
+        memory={name: column(name) for name in ("allocated", "reserved", "peak", "rss")},
     )  # fmt: skip
 
 

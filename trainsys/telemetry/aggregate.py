@@ -1,21 +1,25 @@
-"""From one rank's steps to a window's mean, and from all ranks' vectors to what rank 0 shows.
+"""From one rank's steps to a window's mean, and from all ranks' means to what rank 0 shows.
 
 A rank adds each step to a ``Window``; every few steps the engine gathers ``window.take()`` (a few dozen
-float64) to rank 0, which makes ``aggregate([Step.from_vector(v) for v in gathered])`` of it. Nothing grows
-with the run.
+float64) to rank 0, which makes ``aggregate(gathered)`` of it. Nothing grows with the run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
-from trainsys.telemetry.events import VECTOR, Step
+from trainsys.telemetry.events import COMM, COMM_AXES, Step
+from trainsys.telemetry.vectors import BYTES, PLACE, TIMED, VECTOR, to_vector
 
-_HIGHEST = tuple(VECTOR.index(name) for name in ("reserved", "peak"))
-_LATEST = tuple(VECTOR.index(name) for name in ("step", "lr", "allocated", "rss"))
+Floats = npt.NDArray[np.float64]
+FOLD = 64
+"""Steps kept until they are summed: a mean of many at once costs a hundredth of adding each."""
+_HIGHEST = [PLACE[name] for name in ("reserved", "peak")]
+_LATEST = [PLACE[name] for name in ("step", "lr", "allocated", "rss")]
 
 
 class Window:
@@ -26,36 +30,42 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
         self.count = 0
-        self._sum = [0.0] * len(VECTOR)
-        self._have = [0] * len(VECTOR)
-        self._last = [math.nan] * len(VECTOR)
-        self._high = [0.0] * len(_HIGHEST)
+        self._rows: list[list[float]] = []
+        self._sum = np.zeros(len(VECTOR))
+        self._have = np.zeros(len(VECTOR))
+        self._high = np.zeros(len(_HIGHEST))
 
     def add(self, step: Step) -> None:
-        vector = step.vector()
-        for i, value in enumerate(vector):
-            if value == value:  # not nan: the value is there
-                self._sum[i] += value
-                self._have[i] += 1
-        self._last = vector
-        self._high = [max(old, vector[i]) for old, i in zip(self._high, _HIGHEST, strict=True)]
+        self._rows.append(to_vector(step))
         self.count += 1
+        if len(self._rows) > FOLD:
+            self._fold(self._rows[:-1])
+            del self._rows[:-1]
 
-    def take(self) -> list[float]:
+    def _fold(self, steps: list[list[float]]) -> None:
+        rows = np.array(steps)
+        there = ~np.isnan(rows)
+        self._sum += np.where(there, rows, 0.0).sum(axis=0)
+        self._have += there.sum(axis=0)
+        self._high = np.maximum(self._high, rows[:, _HIGHEST].max(axis=0))
+
+    def take(self) -> Floats:
         """The window's vector (order ``VECTOR``); the next window starts empty. There must have been a
         step."""
         assert self.count, "take() of a window without a step"
-        mean = [s / n if n else math.nan for s, n in zip(self._sum, self._have, strict=True)]
-        for i in _LATEST:
-            mean[i] = self._last[i]
-        for high, i in zip(self._high, _HIGHEST, strict=True):
-            mean[i] = high
-        self._clear()
-        return mean
+        last = np.array(self._rows[-1])
+        if self.count > 1:
+            self._fold(self._rows)
+            mean = np.divide(self._sum, self._have, out=np.full(len(VECTOR), math.nan), where=self._have > 0)
+            mean[_LATEST] = last[_LATEST]
+            mean[_HIGHEST] = self._high
+            last = mean
+            self._sum[:] = self._have[:] = 0.0
+            self._high[:] = 0.0
+        self._rows.clear()
+        self.count = 0
+        return last
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -87,33 +97,35 @@ class Aggregate(msgspec.Struct, frozen=True):
     rss: Spread
 
 
-def aggregate(steps: Sequence[Step], replicas: int = 1) -> Aggregate:
-    """``steps[i]`` is rank i's; ``replicas`` is how many ranks read the same rows (world / data ranks)."""
-    if not steps:
-        raise ValueError("no steps to aggregate")
-    names: dict[str, None] = {}
-    axes: dict[str, None] = {}
-    for s in steps:
-        names.update(dict.fromkeys(s.phases))
-        axes.update(dict.fromkeys(s.comm))
-    memory = [s.memory for s in steps]
+def aggregate(ranks: Floats, replicas: int = 1) -> Aggregate:
+    """``ranks[R, V]``: a row of ``VECTOR`` each; ``replicas``: how many ranks read the same rows of data.
+
+    Raises ValueError for rows of another length: those of another version.
+    """
+    if ranks.shape[1] != len(VECTOR):
+        raise ValueError(f"a step vector has {len(VECTOR)} values, not {ranks.shape[1]}")
+    low, high, mean = ranks.min(axis=0), ranks.max(axis=0), ranks.mean(axis=0)
+    low_rank, high_rank = ranks.argmin(axis=0), ranks.argmax(axis=0)
+
+    def spread(name: str) -> Spread:
+        i = PLACE[name]
+        return Spread(float(mean[i]), float(low[i]), float(high[i]), int(low_rank[i]), int(high_rank[i]))
+
+    count = len(ranks)
     return Aggregate(
-        step=max(s.step for s in steps),
-        ranks=len(steps),
-        step_time_s=_spread([s.step_time_s for s in steps]),
-        phases={name: _spread([s.phases.get(name, 0.0) for s in steps]) for name in names},
-        stalls_s=_spread([sum(s.stalls.values()) for s in steps]),
+        step=int(high[PLACE["step"]]),
+        ranks=count,
+        step_time_s=spread("step_time_s"),
+        phases={name: spread(name) for name in TIMED if high[PLACE[name]] > 0 or name == "other"},
+        stalls_s=spread("stalls_s"),
         comm_bytes={
-            axis: float(sum(c.bytes for s in steps for c in s.comm.get(axis, {}).values())) for axis in axes
+            axis: float(mean[PLACE[BYTES + axis]]) * count
+            for axis in COMM_AXES
+            if high[PLACE[BYTES + axis]] > 0 or high[PLACE[COMM + axis]] > 0
         },
-        tokens=sum(s.tokens for s in steps) / replicas,
-        tokens_padded=sum(s.tokens_padded for s in steps) / replicas,
-        attn_pairs=_spread([float(s.attn_pairs) for s in steps]),
-        memory_peak=_spread([float(m.peak) if m else 0.0 for m in memory]),
-        rss=_spread([float(m.rss) if m else 0.0 for m in memory]),
+        tokens=float(mean[PLACE["tokens"]]) * count / replicas,
+        tokens_padded=float(mean[PLACE["tokens_padded"]]) * count / replicas,
+        attn_pairs=spread("attn_pairs"),
+        memory_peak=spread("peak"),
+        rss=spread("rss"),
     )
-
-
-def _spread(values: list[float]) -> Spread:
-    low, high = min(values), max(values)
-    return Spread(math.fsum(values) / len(values), low, high, values.index(low), values.index(high))

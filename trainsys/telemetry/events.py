@@ -12,7 +12,7 @@ file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -21,7 +21,7 @@ SCHEMA = "1.0"
 SCHEMA_MAJOR = 1
 
 # Phases that every engine uses. A phase of another name is kept in the file and counted as "other" in
-# vectors.
+# ``telemetry.vectors``.
 PHASES = ("data", "h2d", "forward", "backward", "optimizer", "gc", "other")
 # Mesh axes, then the combined groups that a collective may run over. Their time appears in a step's phases as
 # "comm/<axis>".
@@ -157,77 +157,6 @@ class Step(Event):
         """Seconds of exposed communication over all axes."""
         return sum(s for name, s in self.phases.items() if name.startswith(COMM))
 
-    def vector(self) -> list[float]:
-        """This step as ``len(VECTOR)`` floats in the order of ``VECTOR``, for a gather (use float64).
-
-        None becomes nan. Phases and axes with no place of their own are added to ``other`` and ``unknown``,
-        so the phases still sum to the step time.
-        """
-        nan = math.nan
-        memory = self.memory or Memory()
-        head = [
-            float(self.step),
-            self.step_time_s,
-            sum(self.stalls.values()),
-            float(self.tokens),
-            float(self.tokens_padded),
-            float(self.attn_pairs),
-            nan if self.loss is None else self.loss,
-            nan if self.grad_norm is None else self.grad_norm,
-            nan if self.lr is None else self.lr,
-            float(memory.allocated),
-            float(memory.reserved),
-            float(memory.peak),
-            float(memory.rss),
-        ]
-        seconds = dict.fromkeys(_TIMED, 0.0)
-        for name, s in self.phases.items():
-            home = name if name in seconds else f"{COMM}unknown" if name.startswith(COMM) else "other"
-            seconds[home] += s
-        moved = dict.fromkeys(COMM_AXES, 0.0)
-        for axis, ops in self.comm.items():
-            moved[axis if axis in moved else "unknown"] += sum(c.bytes for c in ops.values())
-        return [*head, *seconds.values(), *moved.values()]
-
-    @classmethod
-    def from_vector(cls, values: Sequence[float]) -> Step:
-        """The step that ``vector`` described, without what a vector does not hold (start, micro-batches,
-        MFU)."""
-        if len(values) != len(VECTOR):
-            raise ValueError(f"a step vector has {len(VECTOR)} values, not {len(values)}")
-        v = dict(zip(VECTOR, (float(x) for x in values), strict=True))
-        blocked = {a: v[COMM + a] for a in COMM_AXES}
-        moved = {a: int(v[f"bytes/{a}"]) for a in COMM_AXES}
-        return cls(
-            step=int(v["step"]),
-            start_s=0.0,
-            step_time_s=v["step_time_s"],
-            phases={name: v[name] for name in _TIMED if v[name] or name == "other"},
-            stalls={"all": v["stalls_s"]} if v["stalls_s"] else {},
-            comm={a: {"all": Comm(0, moved[a], blocked[a])} for a in COMM_AXES if moved[a] or blocked[a]},
-            tokens=int(v["tokens"]),
-            tokens_padded=int(v["tokens_padded"]),
-            attn_pairs=int(v["attn_pairs"]),
-            loss=_maybe(v["loss"]),
-            grad_norm=_maybe(v["grad_norm"]),
-            lr=_maybe(v["lr"]),
-            memory=Memory(
-                allocated=int(v["allocated"]),
-                reserved=int(v["reserved"]),
-                peak=int(v["peak"]),
-                rss=int(v["rss"]),
-            ),
-        )
-
-
-_TIMED = (*PHASES, *(COMM + axis for axis in COMM_AXES))
-_HEAD = (
-    "step", "step_time_s", "stalls_s", "tokens", "tokens_padded", "attn_pairs", "loss", "grad_norm", "lr",
-    "allocated", "reserved", "peak", "rss",
-)  # fmt: skip
-VECTOR: tuple[str, ...] = (*_HEAD, *_TIMED, *(f"bytes/{axis}" for axis in COMM_AXES))
-"""The documented order of ``Step.vector``: scalars, seconds by phase, bytes by axis."""
-
 
 class DeviceStep(Event):
     """Device time of a step by phase, known only some steps later (no synchronise on the hot path).
@@ -303,7 +232,3 @@ def _float(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
-
-
-def _maybe(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainsys.comm.ops import all_gather_flat
-from trainsys.telemetry.aggregate import Aggregate, Window, aggregate
+from trainsys.telemetry.aggregate import Aggregate, Floats, Window, aggregate
 from trainsys.telemetry.events import Step
 
 
@@ -29,7 +29,7 @@ class WindowGather:
     def exchange(self) -> Tensor | None:
         """Send this window, which must have a step; returns the one before, if there was one, for ``read``."""
         before = self.last()
-        mine = torch.tensor(self._window.take(), dtype=torch.float64)
+        mine = torch.from_numpy(self._window.take())
         if self._world == 1:
             self._pending = (None, mine)
             return before
@@ -47,7 +47,8 @@ class WindowGather:
             work.wait()
         return out
 
-    def read(self, window: Tensor) -> tuple[list[Step], Aggregate]:
-        """Each rank's mean step, and all of them together. From any thread: it is rank 0's alone to read them."""
-        steps = [Step.from_vector(v) for v in window.view(self._world, -1).tolist()]
-        return steps, aggregate(steps, self._replicas)
+    def read(self, window: Tensor) -> tuple[Floats, Aggregate]:
+        """Each rank's mean step ``[R, V]``, and all of them together. From any thread: it is rank 0's alone to read
+        them."""
+        ranks: Floats = window.view(self._world, -1).numpy()
+        return ranks, aggregate(ranks, self._replicas)

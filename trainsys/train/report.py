@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from torch import Tensor
 from trainsys.config.run import RunConfig
 from trainsys.data import StepData
 from trainsys.engines.base import StepResult
-from trainsys.flops import CONVENTIONS, StepWork, param_counts, step_flops
+from trainsys.flops import CONVENTIONS, param_counts
 from trainsys.launch.blame import this_node
 from trainsys.layout import Layout
 from trainsys.profiler.capture import StepCapture
@@ -26,7 +25,9 @@ from trainsys.profiler.live import LiveWatch
 from trainsys.profiler.steps import load_steps
 from trainsys.profiler.terminal import print_explanation
 from trainsys.profiler.verdict import Verdict
-from trainsys.telemetry.events import Flops, RunStart, Step
+from trainsys.telemetry.batches import Batches
+from trainsys.telemetry.events import RunStart, Step
+from trainsys.telemetry.flops_meter import FlopsMeter
 from trainsys.telemetry.metrics import step_metrics
 from trainsys.telemetry.recorder import Recorder
 from trainsys.telemetry.report import final_report, summarize
@@ -115,7 +116,8 @@ class Reporter:
         self._sinks = Sinks([], self.warn)
         self._capture = StepCapture(self.recorder, self.run_dir, cfg.telemetry.capture_every)
         self._watch: LiveWatch | None = None
-        self._reading = ThreadPoolExecutor(1, "trainsys-window")
+        self._flops = FlopsMeter(cfg.model, cfg.train.seq_len, cfg.recompute)
+        self._reading: Batches[tuple[Tensor, Step, int]] | None = None
         if proc.rank == 0:
             write_config(self.run_dir, cfg)
             write_environment(self.run_dir, {"data": dict(data)})
@@ -137,6 +139,7 @@ class Reporter:
             self._watch = LiveWatch(
                 layout, self.info.peak_flops, self._found, self._sinks.extra, recomputed_share(cfg)
             )
+            self._reading = Batches(self._read, "trainsys-windows")
 
     def warn(self, text: str) -> None:
         """A line for the user and the record; from any thread, shown once (rank 0)."""
@@ -159,13 +162,11 @@ class Reporter:
     def end_step(self, step: int, data: StepData, result: StepResult) -> None:
         """Close the step's record; every ``log_every`` steps show the window of all ranks."""
         loss, norm = result.scalars.tolist()
-        work = StepWork(
-            tokens=data.real_tokens_global,
-            attn_pairs=data.attn_pairs_global,
-            seq_len=self.cfg.train.seq_len,
-            computed_tokens=data.real_tokens_global + data.padded_tokens_global,
+        flops = self._flops(
+            data.real_tokens_global,
+            data.attn_pairs_global,
+            data.real_tokens_global + data.padded_tokens_global,
         )
-        flops = step_flops(self.cfg.model, work, self.cfg.recompute)
         counts = [b.counts for b in data.micro_batches]
         record = self.recorder.end_step(
             step,
@@ -175,7 +176,7 @@ class Reporter:
             loss=loss,
             grad_norm=norm,
             lr=result.lr,
-            flops=Flops(model=flops.model, palm=flops.palm, hardware=flops.hardware),
+            flops=flops,
         )
         self._capture.after(record)
         self._tokens_seen += data.real_tokens_global
@@ -197,14 +198,16 @@ class Reporter:
 
     def _show(self, window: Tensor | None) -> None:
         """Rank 0's last shown step, with what all ranks saw since the one before, read off the step's thread."""
-        if self._watch is not None and window is not None and self._shown is not None:
-            self._reading.submit(self._read, self._watch, window, self._shown, self._tokens_seen)
+        if self._reading is not None and window is not None and self._shown is not None:
+            self._reading.put((window, self._shown, self._tokens_seen))
 
-    def _read(self, watch: LiveWatch, window: Tensor, shown: Step, tokens_seen: int) -> None:
+    def _read(self, item: tuple[Tensor, Step, int]) -> None:
+        window, shown, tokens_seen = item
         try:
-            steps, together = self._gather.read(window)
+            ranks, together = self._gather.read(window)
             self._sinks.step(shown.step, step_metrics(shown, together, tokens_seen=tokens_seen))
-            watch.add(steps, shown.flops)
+            if self._watch is not None:
+                self._watch.add(ranks, shown.flops)
         except Exception as error:
             # A defect here must not be silent, nor stop the run.
             self.warn(f"step {shown.step} could not be shown: {type(error).__name__}: {error}")
@@ -238,7 +241,8 @@ class Reporter:
             dist.all_reduce(torch.zeros(1))  # every rank's file is whole before rank 0 reads them
         if self.proc.rank != 0:
             return
-        self._reading.shutdown()
+        if self._reading is not None:
+            self._reading.close()
         if self._watch is not None:
             self._watch.close()
         data = load_run(self.run_dir)

@@ -1,0 +1,28 @@
+"""Nothing is lost, order is kept, and the thread that puts does not wait."""
+
+import threading
+import time
+
+from trainsys.telemetry.batches import Batches
+
+
+def test_everything_comes_in_order_from_another_thread() -> None:
+    seen: list[tuple[int, int]] = []
+    batches: Batches[int] = Batches(lambda i: seen.append((i, threading.get_ident())), "test", every_s=0.005)
+    for i in range(300):
+        batches.put(i)
+        if i % 100 == 0:
+            time.sleep(0.02)
+    batches.close()
+    assert [i for i, _ in seen] == list(range(300))
+    assert {thread for _, thread in seen} != {threading.get_ident()}
+
+
+def test_one_that_hangs_is_left_behind() -> None:
+    hang = threading.Event()
+    batches: Batches[int] = Batches(lambda i: hang.wait(30) and None, "test", every_s=0.001)
+    batches.put(1)
+    began = time.monotonic()
+    batches.close(timeout_s=0.05)
+    assert time.monotonic() - began < 10
+    hang.set()

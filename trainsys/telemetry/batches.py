@@ -1,0 +1,41 @@
+"""Work for later: handed over at once, done together in a thread of its own a few times a second.
+
+A thread that wakes up for every step takes the interpreter from the step each time; a batch takes it once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+EVERY_S = 0.25
+
+T = TypeVar("T")
+
+
+class Batches(Generic[T]):
+    """``handle`` gets each item that was put, in order, from one thread; it must not raise."""
+
+    def __init__(self, handle: Callable[[T], None], name: str, every_s: float = EVERY_S) -> None:
+        self._handle, self._every_s = handle, every_s
+        self._items: deque[T] = deque()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, item: T) -> None:
+        self._items.append(item)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Handles the rest and ends; one that hangs is left behind after ``timeout_s``."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        over = False
+        while not over:
+            over = self._stop.wait(self._every_s)
+            while self._items:
+                self._handle(self._items.popleft())
