@@ -42,6 +42,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp2_tp2": (4, {"dp_replicate": 2, "tp": 2, **NO_SP}),
     "fsdp2_tp2_sp": (4, {"dp_shard": 2, "tp": 2}),
     "fsdp2_cp2": (4, {"dp_shard": 2, "cp": 2}),
+    "zero1_3": (3, {"dp_replicate": 3, "shard": {"optim": "over_replicas"}}),
+    "hsdp2x2_zero2": (
+        4,
+        {"dp_replicate": 2, "dp_shard": 2, "shard": {"optim": "over_replicas", "grads": "over_replicas"}},
+    ),
 }
 # Two layers of experts, whose place in the choice is balanced by a bias that is no parameter.
 EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

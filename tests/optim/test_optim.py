@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainsys.config.run import OptimConfig
+from trainsys.models.shards import ShardSpec
 from trainsys.optim.adamw import LocalAdamW
+from trainsys.optim.local import Owned
 from trainsys.optim.norm import clip_, square_sum
 from trainsys.optim.schedule import learning_rate
 
@@ -60,7 +62,7 @@ def test_adamw_is_torchs_and_spares_vectors_from_decay() -> None:
     cfg = OptimConfig(lr=1e-2, weight_decay=0.5)
     named = {"w": nn.Parameter(torch.randn(4, 3)), "norm": nn.Parameter(torch.randn(3))}
     twins = {k: nn.Parameter(p.detach().clone()) for k, p in named.items()}
-    ours = LocalAdamW(named.items(), cfg)
+    ours = LocalAdamW({n: Owned(p, ShardSpec.whole(p.shape), 1) for n, p in named.items()}, cfg)
     theirs = torch.optim.AdamW(
         [{"params": [twins["w"]], "weight_decay": 0.5}, {"params": [twins["norm"]], "weight_decay": 0.0}],
         lr=1e-2, betas=cfg.betas, eps=cfg.eps, fused=True,

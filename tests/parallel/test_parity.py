@@ -81,6 +81,8 @@ LAYOUTS = [
     ),
 ]
 BASE = {c.name: c for c in LAYOUTS}
+ZERO1 = {"shard": {"optim": "over_replicas"}}
+ZERO2 = {"shard": {"optim": "over_replicas", "grads": "over_replicas"}}
 VARIANTS = [
     Case(f"{name}-{label}", BASE[name].world, {**BASE[name].parallel, **parallel}, BASE[name].axes, options)
     for label, parallel, options, names in (
@@ -88,6 +90,14 @@ VARIANTS = [
         ("accumulate1", {}, {"micro_batch": 2, "global_batch": 8}, ("ddp4", "fsdp4")),
         ("zero2", {"fsdp": {"reshard_after_forward": False}}, {}, ("fsdp2", "hsdp2x2")),
         ("gathered_logits", {"loss_parallel": False}, {}, ("tp2", "tp2_sp")),
+        ("zero1", ZERO1, {}, ("ddp2", "ddp4", "hsdp2x2", "ddp2_tp2_sp", "hsdp2x2_tp2_sp")),
+        ("zero1_small_buckets", {**ZERO1, "bucket_mb": 0.01}, {}, ("ddp2",)),
+        ("zero1_odd", ZERO1, {"model": {"d_model": 36, "head_dim": 10, "n_heads": 6, "d_ff": 60}}, ("ddp4",)),
+        ("zero1_tied", ZERO1, {"model": {"tied_embeddings": True}}, ("hsdp2x2",)),
+        ("zero2_replicas", ZERO2, {}, ("ddp2", "hsdp2x2", "hsdp2x2_tp2_sp")),
+        ("zero2_accumulate1", ZERO2, {"micro_batch": 2, "global_batch": 8}, ("ddp4",)),
+        ("waits", {"overlap": {"gradients": False}}, {}, ("ddp2", "hsdp2x2")),
+        ("zero2_waits", {**ZERO2, "overlap": {"gradients": False}}, {}, ("ddp2",)),
         ("small_buckets", {"bucket_mb": 0.01}, {}, ("ddp2",)),
         ("tied", {}, {"model": {"tied_embeddings": True}}, ("tp2_sp", "fsdp2", "hsdp2x2_tp2_sp")),
         ("parallel_block", {}, {"model": {"parallel_block": True}}, ("tp2_sp", "fsdp2_tp2_sp")),

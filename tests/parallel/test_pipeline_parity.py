@@ -13,6 +13,7 @@ from trainsys.config.run import ParallelConfig
 from trainsys.schedules import NAMES
 
 STEPS = 2
+ZERO1 = {"shard": {"optim": "over_replicas"}}
 SPLITS = ("zero_bubble", "zbv", "dualpipev", "blockwise")
 
 
@@ -59,6 +60,10 @@ CASES = [
     Case("dualpipev", 4, {"tp": 2}, model=EIGHT),
     Case("interleaved_1f1b", 2, {"cp": 2, "tp": 2}),
     Case("blockwise", 2, {"dp_shard": 2, "cp": 2}),
+    # Optimizer states over replicas too.
+    Case("1f1b", 2, {**DDP, **ZERO1}),
+    Case("zbv", 2, {**DDP, **ZERO1}, model=TIED),
+    Case("1f1b", 2, {"dp_replicate": 2, "dp_shard": 2, **ZERO1}, model=TIED),
 ]
 
 

@@ -232,11 +232,11 @@ def _options(r: ParityResult) -> str:
     """What the run sets beside its layout, of the things that could change the answer."""
     said: list[str] = []
     plain, cfg = type(r.cfg.parallel)(), r.cfg
-    for section in ("context", "pipeline", "expert"):
+    for section in ("context", "pipeline", "expert", "shard", "overlap"):
         ours, default = getattr(cfg.parallel, section, None), getattr(plain, section, None)
         if ours is not None and ours != default:
             said += [
-                f"{section}.{k}={v}"
+                f"{section}.{k}={str(v).lower() if isinstance(v, bool) else v}"
                 for k, v in ours.model_dump(mode="json").items()
                 if v != getattr(default, k, None)
             ]
@@ -246,6 +246,13 @@ def _options(r: ParityResult) -> str:
         said.append("whole logits")
     if cfg.recompute.policy != "none":
         said.append(f"recompute {cfg.recompute.policy}")
+    said += [
+        f"{name}={value}"
+        for name in ("stream_ffn", "stream_attention")
+        if (value := getattr(cfg.recompute, name))
+    ]
+    if cfg.train.loss_chunk:
+        said.append(f"loss_chunk={cfg.train.loss_chunk}")
     if cfg.model.tied_embeddings:
         said.append("tied")
     if cfg.model.parallel_block:

@@ -16,7 +16,7 @@ from trainsys.models.shards import ShardSpec
 from trainsys.ops.chunked_loss import chunked_cross_entropy_sum
 from trainsys.ops.loss import cross_entropy_sum
 from trainsys.optim.adamw import LocalAdamW
-from trainsys.optim.local import local, local_grad
+from trainsys.optim.local import local
 from trainsys.optim.norm import clip_, square_sum
 from trainsys.optim.schedule import learning_rate
 from trainsys.parallel.expert.balance import ExpertBalance
@@ -41,7 +41,7 @@ class NativeEngine:
         parts = list(self.model.parts.values()) if isinstance(self.model, PipelineModel) else [self.model]
         self._headed = next((part.module for part in parts if part.module.head is not None), None)
         self.experts = ExpertBalance((part.module for part in parts), mesh["loss"])
-        self.optimizer = LocalAdamW(self.model.named_parameters(), cfg.optim)
+        self.optimizer = LocalAdamW(self.model.owned, cfg.optim)
         # Over which ranks the vocabulary of the logits is split.
         self._vocab = mesh["tp"] if cfg.parallel.loss_parallel and mesh["tp"].size > 1 else None
         self._tokens_global = 0
@@ -69,6 +69,7 @@ class NativeEngine:
                 applied = judge(float(totals[0]), float(totals[1]))
             if applied:
                 self.optimizer.step(lr)
+                self.model.share_weights()
                 self.experts.update()
         return StepResult(totals[:2], lr, totals[2], applied)
 
@@ -115,14 +116,14 @@ class NativeEngine:
 
     def _clip(self, nll: Tensor, stop: bool) -> Tensor:
         """Clip by the global norm; returns [loss, norm, ranks that are to stop], over all in one all-reduce."""
-        named = [(n, g) for n, p in self.model.named_parameters() if (g := local_grad(p)) is not None]
-        squares = square_sum(((g, self.model.copies[n]) for n, g in named), self.device)
+        held = [(g, o.copies) for o in self.model.owned.values() if (g := o.grad) is not None]
+        squares = square_sum(held, self.device)
         # Every rank of a tp group has the same loss.
         mine = torch.stack([nll / self.mesh.layout.tp, squares, torch.full_like(squares, stop)])
         totals = ops.all_reduce_(mine, self.mesh["world"])
         totals[1].sqrt_()
         if self.cfg.optim.clip_norm:
-            clip_([g for _, g in named], totals[1], self.cfg.optim.clip_norm)
+            clip_([g for g, _ in held], totals[1], self.cfg.optim.clip_norm)
         return totals
 
     def parameters(self) -> Iterator[LocalTensor]:
@@ -130,17 +131,14 @@ class NativeEngine:
             yield LocalTensor(name, local(p), self.model.shards[name])
 
     def gradients(self) -> Iterator[LocalTensor]:
-        for name, p in self.model.named_parameters():
-            grad = local_grad(p)
-            yield LocalTensor(
-                name, torch.zeros_like(local(p)) if grad is None else grad, self.model.shards[name]
-            )
+        for name, o in self.model.owned.items():
+            yield LocalTensor(name, torch.zeros_like(o.weight) if o.grad is None else o.grad, o.place)
 
     def state(self) -> Iterator[LocalTensor]:
         for weight in self.parameters():
             yield weight
             for moment, data in self.optimizer.state(weight.name).items():
-                yield LocalTensor(f"{weight.name}@{moment}", data, weight.place)
+                yield LocalTensor(f"{weight.name}@{moment}", data, self.model.owned[weight.name].place)
         for name, bias in self.experts.state():
             yield LocalTensor(name, bias, ShardSpec.whole(bias.shape))
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from trainsys.config.run import OptimConfig
-from trainsys.optim.local import local, local_grad
+from trainsys.optim.local import Owned
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LocalAdamW:
-    """``torch.optim.AdamW`` (Loshchilov & Hutter 2019) on the local shard of every named parameter.
+    """``torch.optim.AdamW`` (Loshchilov & Hutter 2019) on what this rank owns of every named parameter.
 
     Matrices decay, vectors (norms, biases) do not; the full shape decides, so a shard decays as the whole
     does. Moments are fp32 like the parameters, ``state(name)`` gives them for checkpoints.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig) -> None:
-        self._params = dict(named)
-        # A leaf that shares storage with the shard: what it is told, the model has.
-        self._leaves = {name: nn.Parameter(local(p)) for name, p in self._params.items() if local(p).numel()}
-        decay = [leaf for name, leaf in self._leaves.items() if self._params[name].dim() >= 2]
-        rest = [leaf for name, leaf in self._leaves.items() if self._params[name].dim() < 2]
+    def __init__(self, owned: Mapping[str, Owned], cfg: OptimConfig) -> None:
+        self._owned = dict(owned)
+        # Leaves that share storage with the weights: what they are told, the model has.
+        self._leaves = {name: nn.Parameter(o.weight) for name, o in self._owned.items() if o.weight.numel()}
+        decay = [leaf for name, leaf in self._leaves.items() if len(self._owned[name].place.full_shape) >= 2]
+        rest = [leaf for name, leaf in self._leaves.items() if len(self._owned[name].place.full_shape) < 2]
         groups = [
             {"params": params, "weight_decay": wd}
             for params, wd in ((decay, cfg.weight_decay), (rest, 0.0))
@@ -40,7 +40,7 @@ class LocalAdamW:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         for name, leaf in self._leaves.items():
-            leaf.grad = local_grad(self._params[name])
+            leaf.grad = self._owned[name].grad
         self._optimizer.step()
 
     def state(self, name: str) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class LocalAdamW:
         no update yet, and empty tensors where this rank holds nothing of the parameter."""
         leaf = self._leaves.get(name)
         if leaf is None:
-            nothing = torch.zeros_like(local(self._params[name]))
+            nothing = torch.zeros_like(self._owned[name].weight)
             return dict.fromkeys(MOMENTS, nothing)
         held = self._optimizer.state[leaf]
         if not held:

@@ -1,7 +1,8 @@
 """Fully sharded data parallelism (ZeRO-3 or ZeRO-2) with torch's FSDP2, over dp_shard × cp.
 
 Gradients are summed, never averaged: the loss is already divided by the tokens of the whole global batch.
-With dp_replicate > 1 (HSDP) a hook sums each reduced shard over the replicas. With ep > 1 a rank's experts are
+With dp_replicate > 1 (HSDP) a hook sums each reduced shard over the replicas, unless replicas shard gradients and
+optimizer (`replica_shards`). With ep > 1 a rank's experts are
 sharded over the ranks that have the same ones (``expert_fsdp``), and left alone where there is no other.
 """
 
@@ -24,6 +25,7 @@ from trainsys.config.run import FsdpConfig
 from trainsys.models.decoder import Decoder
 from trainsys.models.moe import MoE
 from trainsys.parallel.mesh import Mesh
+from trainsys.parallel.replicate import ShardSums
 
 
 class _CountedWork(dist.Work):
@@ -75,13 +77,19 @@ class _CountedReduceScatter(_Counted):
         return self._run("reduce_scatter", output_tensor, start, async_op)
 
 
-def apply_fsdp(model: Decoder, mesh: Mesh, cfg: FsdpConfig, compute_dtype: torch.dtype) -> list[FSDPModule]:
+def apply_fsdp(
+    model: Decoder,
+    mesh: Mesh,
+    cfg: FsdpConfig,
+    compute_dtype: torch.dtype,
+    sums: ShardSums | None = None,
+) -> list[FSDPModule]:
     """Shard every block, and embedding, final norm and head together, over the ``fsdp`` axis; with ep > 1 the
     experts of a block are a unit of their own.
 
-    Parameters and reductions are fp32, gathered copies are of ``compute_dtype``. Returns the units: the root comes
-    first and its parameters stay gathered from forward to backward, then blocks in the order of forward, then
-    experts.
+    Parameters and reductions are fp32, gathered copies are of ``compute_dtype``. ``sums`` is told of each reduced
+    shard. Returns the units: the root comes first and its parameters stay gathered from forward to backward, then
+    blocks in the order of forward, then experts.
     """
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
@@ -111,9 +119,9 @@ def apply_fsdp(model: Decoder, mesh: Mesh, cfg: FsdpConfig, compute_dtype: torch
     ]
     root = fully_shard(model, **options)
     for unit in (root, *blocks):
-        _count_and_sum(unit, mesh, "fsdp")
+        _count_and_sum(unit, mesh["fsdp"], sums)
     for unit in own.values():
-        _count_and_sum(unit, mesh, "expert_fsdp")
+        _count_and_sum(unit, mesh["expert_fsdp"], sums)
     for i, block in enumerate(blocks):
         # A block's own experts are needed before the next block, and in backward before its own attention.
         mine = [own[i]] if i in own else []
@@ -136,12 +144,11 @@ def _even(group: AxisGroup) -> Callable[[nn.Parameter], Shard | None]:
     return place
 
 
-def _count_and_sum(unit: FSDPModule, mesh: Mesh, axis: str) -> None:
-    group, replicas = mesh[axis], mesh["dp_replicate"]
+def _count_and_sum(unit: FSDPModule, group: AxisGroup, sums: ShardSums | None) -> None:
     unit.set_custom_all_gather(_CountedAllGather(group))
     unit.set_custom_reduce_scatter(_CountedReduceScatter(group))
     unit.set_gradient_divide_factor(1.0)
     # gloo has no PREMUL_SUM; a plain sum is what is wanted anyway.
     unit.set_force_sum_reduction_for_comms(True)
-    if replicas.size > 1:
-        unit.set_all_reduce_hook(lambda shard: ops.all_reduce_(shard, replicas))
+    if sums is not None:
+        unit.set_all_reduce_hook(sums)

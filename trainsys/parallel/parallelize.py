@@ -8,7 +8,7 @@
 5. torch.compile, one block at a time
 6. FSDP over dp_shard × cp           shards what is left of each parameter
 7. materialise and initialise        each rank fills only what it holds
-8. replicated data parallelism       buckets need the real gradients
+8. replicas                          buckets need the real parameters; who updates what is settled
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from trainsys.memory.recompute import apply_recompute
 from trainsys.models.decoder import Decoder
 from trainsys.models.init import init_weights, local_part
 from trainsys.models.shards import ShardSpec
-from trainsys.optim.local import local_grad
+from trainsys.optim.local import Owned
 from trainsys.parallel.context.core import SequenceCut, apply_context_parallel
 from trainsys.parallel.expert.apply import apply_expert_parallel
 from trainsys.parallel.fsdp import apply_fsdp
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.pipeline.cut import keep_part, pass_hidden
-from trainsys.parallel.replicate import GradientBuckets
+from trainsys.parallel.replica_shards import ReplicaShards
+from trainsys.parallel.replicate import GradientBuckets, ShardSums
 from trainsys.parallel.tensor import apply_tensor_parallel, needs_tp_reduction
 from trainsys.schedules.partition import StagePart
 
@@ -47,11 +48,13 @@ class ParallelModel:
     module: Decoder
     mesh: Mesh
     shards: dict[str, ShardSpec]
-    copies: dict[str, int]
-    """How many ranks of the world hold the same shard of a parameter."""
+    """Of what this rank holds."""
+    owned: dict[str, Owned]
+    """Of what it updates."""
     units: list[FSDPModule]
-    buckets: GradientBuckets | None
-    tp_partial: list[nn.Parameter]
+    sums: ShardSums | None
+    buckets: GradientBuckets | ReplicaShards | None
+    tp_partial: list[Owned]
     cut: SequenceCut
     """what of each row is this rank's; to be applied to every batch"""
 
@@ -61,20 +64,28 @@ class ParallelModel:
     def set_sync(self, last: bool) -> None:
         """Reduce gradients over data ranks in the next backward only if it is the step's last."""
         if self.units:
-            self.units[0].set_requires_gradient_sync(last)
-            self.units[0].set_is_last_backward(last)
+            each = isinstance(self.buckets, ReplicaShards) and self.buckets.each_backward
+            self.units[0].set_requires_gradient_sync(last or each)
+            self.units[0].set_is_last_backward(last or each)
         if self.buckets is not None:
             self.buckets.sync = last
 
     def finish_gradients(self) -> None:
         """After the last backward: wait for reductions, and sum what tp ranks computed in parts."""
+        if self.sums is not None:
+            self.sums.wait()
         if self.buckets is not None:
             self.buckets.wait()
-        grads = [g for p in self.tp_partial if (g := local_grad(p)) is not None and g.numel()]
+        grads = [g for o in self.tp_partial if (g := o.grad) is not None and g.numel()]
         if grads:
             flat = ops.all_reduce_(torch.cat([g.reshape(-1) for g in grads]), self.mesh["tp"])
             parts = flat.split([g.numel() for g in grads])
             torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+
+    def share_weights(self) -> None:
+        """After an update: what this rank holds and others updated."""
+        if self.buckets is not None:
+            self.buckets.share()
 
     def zero_gradients(self) -> None:
         held = set()
@@ -112,7 +123,12 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
     if cfg.train.compile:
         for block in model.layers.values():
             block.compile()
-    units = apply_fsdp(model, mesh, parallel.fsdp, dtype) if mesh["fsdp"].size > 1 else []
+    replicas, over = mesh["dp_replicate"], parallel.shard
+    overlap = parallel.overlap.gradients
+    sums = None
+    if replicas.size > 1 and over.optim == "as_params":
+        sums = ShardSums(replicas, overlap=overlap)
+    units = apply_fsdp(model, mesh, parallel.fsdp, dtype, sums) if mesh["fsdp"].size > 1 else []
     model.to_empty(device=mesh.device)
     # Ranks that differ only on these axes hold the same shard: replicas, and tp unless it splits the parameter.
     # What ep splits, tp splits as well.
@@ -122,15 +138,25 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
     }
     init_weights(model, cfg.model, cfg.train.seed, shards)
     shards = {name: local_part(p, shards[name])[1] for name, p in model.named_parameters()}
-    buckets = None
+    owned: dict[str, Owned] = {
+        name: Owned(p, shards[name], copies[name]) for name, p in model.named_parameters()
+    }
+    buckets: GradientBuckets | ReplicaShards | None = None
     # What FSDP does not hold, and so does not reduce: everything, or experts that no other rank of fsdp has.
     plain = [p for p in model.parameters() if not isinstance(p, DTensor)]
-    if plain and mesh["dp_replicate"].size > 1:
-        buckets = GradientBuckets(plain, mesh["dp_replicate"], parallel.bucket_mb)
+    if replicas.size > 1 and over.optim == "over_replicas":
+        buckets = pieces = ReplicaShards(
+            model.parameters(),
+            replicas,
+            parallel.bucket_mb,
+            overlap=overlap,
+            each_backward=over.grads == "over_replicas",
+        )
+        owned = {name: pieces.piece(o.param, o.place, o.copies) for name, o in owned.items()}
+    elif plain and replicas.size > 1:
+        buckets = GradientBuckets(plain, replicas, parallel.bucket_mb, overlap=overlap)
     tp_partial = [
-        p
-        for name, p in model.named_parameters()
-        if layout.tp > 1 and needs_tp_reduction(name, sequence_parallel)
+        o for name, o in owned.items() if layout.tp > 1 and needs_tp_reduction(name, sequence_parallel)
     ]
     cut = SequenceCut(parallel.context, mesh["cp"], cfg.train.seq_len)
-    return ParallelModel(model, mesh, shards, copies, units, buckets, tp_partial, cut)
+    return ParallelModel(model, mesh, shards, owned, units, sums, buckets, tp_partial, cut)

@@ -1,4 +1,8 @@
-"""Replicated data parallelism: gradients live in flat buckets, summed as soon as backward fills one."""
+"""Replicated data parallelism: gradients are summed over the replicas as soon as backward has made them.
+
+Plain parameters have their gradients in flat buckets (`GradientBuckets`); what FSDP has reduced over its own ranks
+is summed shard by shard (`ShardSums`).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,26 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from trainsys.comm.group import AxisGroup
 from trainsys.comm.ops import nbytes
+from trainsys.optim.local import local
+
+
+def in_buckets(params: Iterable[nn.Parameter], bucket_mb: float) -> list[list[nn.Parameter]]:
+    """About ``bucket_mb`` MB of this rank's parts each, last parameters first: nearly the order in which backward
+    makes gradients (Li et al. 2020, PyTorch DDP)."""
+    buckets: list[list[nn.Parameter]] = []
+    size = 0
+    for p in reversed(list(params)):
+        each = nbytes(local(p))
+        if not buckets or size + each > bucket_mb * 1e6:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(p)
+        size += each
+    return buckets
 
 
 class _Bucket:
@@ -27,35 +47,26 @@ class _Bucket:
 class GradientBuckets:
     """All-reduce (sum) of gradients over ``group``, overlapped with the rest of backward.
 
-    Buckets of about ``bucket_mb`` MB are filled in reverse order of ``params``, which is nearly the order
-    in which backward produces gradients (Li et al. 2020, PyTorch DDP). A parameter's ``.grad`` is a view
-    into its bucket, so nothing is copied; use :meth:`zero` and never ``set_to_none``. Set ``sync`` False
-    for all but the last micro-batch.
+    A parameter's ``.grad`` is a view into its bucket, so nothing is copied; use :meth:`zero` and never
+    ``set_to_none``. Set ``sync`` False for all but the last micro-batch. Without ``overlap`` everything is
+    sent by `wait`.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], group: AxisGroup, bucket_mb: float) -> None:
-        self.group = group
+    def __init__(
+        self, params: Iterable[nn.Parameter], group: AxisGroup, bucket_mb: float, *, overlap: bool = True
+    ) -> None:
+        self.group, self.overlap = group, overlap
         self.sync = True
         params = list(params)
         self.held = set(params)
         """whose gradients live here"""
-        self.buckets: list[_Bucket] = []
-        current: list[nn.Parameter] = []
-        size = 0
-        for p in reversed(params):
-            if current and size + nbytes(p) > bucket_mb * 1e6:
-                self.buckets.append(_Bucket(current))
-                current, size = [], 0
-            current.append(p)
-            size += nbytes(p)
-        if current:
-            self.buckets.append(_Bucket(current))
+        self.buckets = [_Bucket(some) for some in in_buckets(params, bucket_mb)]
         for bucket in self.buckets:
             for p in bucket.params:
                 p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._ready(bucket))
 
     def _ready(self, bucket: _Bucket) -> None:
-        if not self.sync:
+        if not (self.sync and self.overlap):
             return
         bucket.missing -= 1
         if bucket.missing == 0:
@@ -82,3 +93,28 @@ class GradientBuckets:
 
     def zero(self) -> None:
         torch._foreach_zero_([bucket.flat for bucket in self.buckets])
+
+    def share(self) -> None:
+        """Every replica has made the same update: nothing to send."""
+
+
+class ShardSums:
+    """FSDP's all-reduce hook: sums each reduced shard over ``group``, in place, while backward goes on."""
+
+    def __init__(self, group: AxisGroup, *, overlap: bool = True) -> None:
+        self.group, self.overlap = group, overlap
+        self._under_way: list[tuple[Tensor, dist.Work]] = []
+
+    def __call__(self, shard: Tensor) -> None:
+        work = dist.all_reduce(shard, group=self.group.group, async_op=True)
+        self._under_way.append((shard, work))
+        if not self.overlap:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until every shard is summed. The gradients are views of them."""
+        g = self.group
+        for shard, work in self._under_way:
+            with g.ledger.span(g.axis, "all_reduce", 2 * nbytes(shard) * (g.size - 1) // g.size):
+                work.wait()
+        self._under_way.clear()

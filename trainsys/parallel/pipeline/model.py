@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainsys.config.run import RunConfig
 from trainsys.models.shards import ShardSpec
+from trainsys.optim.local import Owned
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.parallelize import DTYPES, parallelize
 from trainsys.parallel.pipeline.runtime import Runtime
@@ -39,12 +40,13 @@ class PipelineModel:
         # A middle rank may have neither end of the tie, and takes part in making the group all the same.
         self._tie = self._tied() if cfg.model.tied_embeddings else None
         self.shards: dict[str, ShardSpec] = {}
-        self.copies: dict[str, int] = {}
+        self.owned: dict[str, Owned] = {}
         for model in self.parts.values():
             self.shards.update(model.shards)
-            self.copies.update(model.copies)
+            # The first copy of a tied embedding is the one that is updated.
+            self.owned = {**model.owned, **self.owned}
         if isinstance(self._tie, TiedAcross):
-            self.copies[NAME] *= 2
+            self._tie.weight.copies *= 2
         program = programs(self.schedule, cfg.parallel.pipeline.gathered_stages)[me]
         shape = _hidden_shape(cfg, mesh)
         dtype = DTYPES[cfg.train.dtype]
@@ -65,7 +67,7 @@ class PipelineModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """By canonical name; a tied embedding that this rank holds twice comes once."""
-        second = self._tie.second if isinstance(self._tie, TiedWithin) else None
+        second = self._tie.second.param if isinstance(self._tie, TiedWithin) else None
         for name, p in chain.from_iterable(m.named_parameters() for m in self.parts.values()):
             if p is not second:
                 yield name, p
@@ -83,9 +85,13 @@ class PipelineModel:
         if self._tie is not None:
             self._tie.finish_gradients()
 
+    def share_weights(self) -> None:
+        for model in self.parts.values():
+            model.share_weights()
+
     def _tied(self) -> TiedAcross | TiedWithin | None:
         last = self.schedule.rank_of(self.schedule.stages - 1)
-        held = [p for m in self.parts.values() for n, p in m.named_parameters() if n == NAME]
+        held = [model.owned[NAME] for model in self.parts.values() if NAME in model.owned]
         if last == 0:
             return TiedWithin(*held) if held else None
         others = [[i] for i in range(self.schedule.ranks) if i not in (0, last)]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from trainsys.comm import ops
 from trainsys.comm.group import AxisGroup
-from trainsys.optim.local import local, local_grad
+from trainsys.optim.local import Owned, local
 
 NAME = "embed.weight"
 
@@ -14,11 +12,11 @@ NAME = "embed.weight"
 class TiedAcross:
     """The two stages are on different ranks: their gradients are summed, so both make the same update."""
 
-    def __init__(self, weight: nn.Parameter, pair: AxisGroup) -> None:
+    def __init__(self, weight: Owned, pair: AxisGroup) -> None:
         self.weight, self.pair = weight, pair
 
     def finish_gradients(self) -> None:
-        grad = local_grad(self.weight)
+        grad = self.weight.grad
         assert grad is not None
         ops.all_reduce_(grad, self.pair)
 
@@ -32,14 +30,14 @@ class TiedWithin:
     Not one parameter, because each stage is sharded and reduced on its own.
     """
 
-    def __init__(self, first: nn.Parameter, second: nn.Parameter) -> None:
+    def __init__(self, first: Owned, second: Owned) -> None:
         self.first, self.second = first, second
 
     def finish_gradients(self) -> None:
-        first, second = local_grad(self.first), local_grad(self.second)
+        first, second = self.first.grad, self.second.grad
         assert first is not None
         assert second is not None
         first += second
 
     def begin_step(self) -> None:
-        local(self.second).copy_(local(self.first))
+        local(self.second.param).copy_(local(self.first.param))
