@@ -1,85 +1,117 @@
 """Counts the collectives of an engine that is not ours, by axis, in the same ledger.
 
-The functions of ``torch.distributed`` are wrapped; a process group is told by its ranks. Call `observe` before
-the engine's package is imported, for some keep these functions under names of their own.
+The methods of ``torch.distributed.ProcessGroup`` are wrapped: below the functions of which other packages keep
+references, so it does not matter when they were imported or under what names. Each call counts once, when it is
+waited for, and the wait is what is timed: a blocking function of ``torch.distributed`` waits at once. Calls from
+trainsys are left alone, for `trainsys.comm` counts itself. What C++ starts by itself (torch's own DDP) is not seen.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trainsys.comm.ops import nbytes
 from trainsys.parallel.mesh import Mesh
 
-# Which axis a group of ranks is counted as, where several axes have the same ranks.
-_PRIORITY = ("tp", "cp", "pp", "ep", "fsdp", "dp_replicate", "loss", "expert_fsdp", "world")
+# As which axis a group counts that is known by its ranks alone, where several axes have the same ranks.
+_PRIORITY = ("tp", "cp", "pp", "ep", "fsdp", "dp_replicate", "expert_fsdp", "loss", "world")
+
+Sent = Callable[..., int]
+"""(rank in the group, its size, *arguments of the method) -> bytes that this rank puts on the wire by a
+bandwidth-optimal algorithm; see :class:`trainsys.comm.ledger.Traffic`."""
 
 
-class _Bytes:
-    """What one rank puts on the wire by a bandwidth-optimal algorithm (see ``comm.ledger.Traffic``): functions
-    of the call's arguments and the group's size."""
-
-    @staticmethod
-    def all_reduce(n: int, tensor: Tensor, *_: Any, **__: Any) -> int:
-        return 2 * nbytes(tensor) * (n - 1) // n
-
-    @staticmethod
-    def all_gather_flat(n: int, output: Tensor, source: Tensor, *_: Any, **__: Any) -> int:
-        return nbytes(source) * (n - 1)
-
-    @staticmethod
-    def reduce_scatter_flat(n: int, output: Tensor, source: Tensor, *_: Any, **__: Any) -> int:
-        return nbytes(output) * (n - 1)
-
-    @staticmethod
-    def all_gather(n: int, outputs: list[Tensor], tensor: Tensor, *_: Any, **__: Any) -> int:
-        return nbytes(tensor) * (n - 1)
-
-    @staticmethod
-    def all_to_all_single(n: int, output: Tensor, source: Tensor, *_: Any, **__: Any) -> int:
-        return nbytes(source) * (n - 1) // n
-
-    @staticmethod
-    def rooted(n: int, tensor: Tensor, *_: Any, **__: Any) -> int:
-        """Broadcast and reduce, along a chain."""
-        return nbytes(tensor)
+def _all(tensors: Any) -> int:
+    """Bytes of a tensor, or of lists of them."""
+    return nbytes(tensors) if isinstance(tensors, Tensor) else sum(map(_all, tensors))
 
 
-_BYTES: dict[str, tuple[str, Callable[..., int]]] = {
-    "all_reduce": ("all_reduce", _Bytes.all_reduce),
-    "all_gather_into_tensor": ("all_gather", _Bytes.all_gather_flat),
-    "all_gather_single": ("all_gather", _Bytes.all_gather_flat),
-    "_all_gather_base": ("all_gather", _Bytes.all_gather_flat),
-    "reduce_scatter_tensor": ("reduce_scatter", _Bytes.reduce_scatter_flat),
-    "reduce_scatter_single": ("reduce_scatter", _Bytes.reduce_scatter_flat),
-    "_reduce_scatter_base": ("reduce_scatter", _Bytes.reduce_scatter_flat),
-    "all_gather": ("all_gather", _Bytes.all_gather),
-    "all_to_all_single": ("all_to_all", _Bytes.all_to_all_single),
-    "broadcast": ("broadcast", _Bytes.rooted),
-    "reduce": ("reduce", _Bytes.rooted),
-    "send": ("send", _Bytes.rooted),
-    "isend": ("send", _Bytes.rooted),
+def _all_reduce(rank: int, n: int, tensors: Any, *_: Any) -> int:
+    return 2 * _all(tensors) * (n - 1) // n
+
+
+def _gathered(rank: int, n: int, output: Any, source: Any, *_: Any) -> int:
+    return _all(source) * (n - 1)
+
+
+def _scattered(rank: int, n: int, output: Any, source: Any, *_: Any) -> int:
+    return _all(output) * (n - 1)
+
+
+def _exchanged(
+    rank: int, n: int, output: Any, source: Any, out_splits: Any = None, splits: Any = None, *_: Any
+) -> int:
+    """All but what stays here; ``splits``: rows for each rank, equal where there are none."""
+    if not isinstance(splits, (list, tuple)) or not splits:
+        return _all(source) * (n - 1) // n
+    return _all(source) * (sum(splits) - splits[rank]) // max(1, sum(splits))
+
+
+def _lists_exchanged(rank: int, n: int, outputs: Any, sources: Any, *_: Any) -> int:
+    return _all(sources) - _all(sources[rank])
+
+
+def _from_root(rank: int, n: int, tensors: Any, options: Any = None, *_: Any) -> int:
+    return _all(tensors) if options is None or options.rootRank == rank else 0
+
+
+def _to_root(rank: int, n: int, tensors: Any, options: Any = None, *_: Any) -> int:
+    return _all(tensors) - _from_root(rank, n, tensors, options)
+
+
+def _sent(rank: int, n: int, tensors: Any, *_: Any) -> int:
+    return _all(tensors)
+
+
+def _nothing(rank: int, n: int, *_: Any) -> int:
+    return 0
+
+
+# torch 2.13 renamed some; those that this torch lacks are passed over.
+_METHODS: dict[str, tuple[str, Sent]] = {
+    "allreduce": ("all_reduce", _all_reduce),
+    "allreduce_coalesced": ("all_reduce", _all_reduce),
+    "allgather": ("all_gather", _gathered),
+    "allgather_coalesced": ("all_gather", _gathered),
+    "_allgather_base": ("all_gather", _gathered),
+    "all_gather_single": ("all_gather", _gathered),
+    "allgather_into_tensor_coalesced": ("all_gather", _gathered),
+    "all_gather_single_coalesced": ("all_gather", _gathered),
+    "reduce_scatter": ("reduce_scatter", _scattered),
+    "_reduce_scatter_base": ("reduce_scatter", _scattered),
+    "reduce_scatter_single": ("reduce_scatter", _scattered),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _scattered),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", _scattered),
+    "alltoall": ("all_to_all", _lists_exchanged),
+    "alltoall_base": ("all_to_all", _exchanged),
+    "all_to_all_single": ("all_to_all", _exchanged),
+    "broadcast": ("broadcast", _from_root),
+    "reduce": ("reduce", _to_root),
+    "send": ("send", _sent),
+    "recv": ("recv", _nothing),
+    "recv_anysource": ("recv", _nothing),
 }
-_RECEIVES = ("recv", "irecv")
+
+Span = Callable[[], AbstractContextManager[Any]]
 
 
 class _Awaited:
-    """A collective in flight; the wait for it is what is timed."""
+    """A ``Work`` whose first wait is one call in the ledger."""
 
-    def __init__(self, work: Any, span: Callable[[], Any]) -> None:
+    def __init__(self, work: Any, span: Span) -> None:
         self._work, self._span = work, span
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
-        if self._span is None:
+        span = self.__dict__.pop("_span", None)
+        if span is None:
             return self._work.wait(*args, **kwargs)
-        span, self._span = self._span, None  # type: ignore[assignment]
         with span():
             return self._work.wait(*args, **kwargs)
 
@@ -88,98 +120,93 @@ class _Awaited:
 
 
 class Observer:
-    """Wraps ``torch.distributed`` of this process until `stop`."""
+    """Counts into the ledger of ``mesh`` until `stop`.
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.ledger = mesh.ledger
+    ``names``: group description -> axis, for packages that describe their groups; others are told by their ranks.
+    Groups that are neither count as ``other``; groups of one rank do not count.
+    """
+
+    def __init__(self, mesh: Mesh, names: Mapping[str, str] | None = None) -> None:
+        self._ledger, self._names = mesh.ledger, dict(names or {})
         self._axis_of = {mesh[axis].ranks: axis for axis in reversed(_PRIORITY) if mesh[axis].size > 1}
-        self._known: dict[int, tuple[dist.ProcessGroup, str, int]] = {}
-        self._inside = False
+        self._known: dict[str, tuple[str, int, int]] = {}
+        self._open: dict[str, list[tuple[str, int]]] = {}
+        """Of groups that are collecting calls into one: what those were."""
         self._real: dict[str, Any] = {}
-        for name in (*_BYTES, *_RECEIVES):
-            if (real := getattr(dist, name, None)) is not None:
-                self._replace(name, self._wrapped(name, real))
-        self._replace("batch_isend_irecv", self._batch(dist.batch_isend_irecv))
-
-    def _replace(self, name: str, by: Any) -> None:
-        self._real[name] = getattr(dist, name)
-        setattr(dist, name, by)
+        for name, (op, sent) in _METHODS.items():
+            if hasattr(dist.ProcessGroup, name):
+                self._replace(name, functools.partial(self._called, op, sent))
+        for name in ("_start_coalescing", "_end_coalescing"):
+            self._replace(name, getattr(self, name))
 
     def stop(self) -> None:
+        """torch's own methods are back."""
         for name, real in self._real.items():
-            setattr(dist, name, real)
+            setattr(dist.ProcessGroup, name, real)
         self._real.clear()
 
-    def _place(self, group: dist.ProcessGroup | None) -> tuple[str, int]:
-        """(axis, size) of a process group."""
-        group = group or dist.group.WORLD
-        assert group is not None
-        found = self._known.get(id(group))
-        if found is None:
+    def _replace(self, name: str, by: Callable[..., Any]) -> None:
+        real = self._real[name] = getattr(dist.ProcessGroup, name)
+
+        @functools.wraps(real)
+        def method(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            return by(real, group, *args, **kwargs)
+
+        setattr(dist.ProcessGroup, name, method)
+
+    def _place(self, group: dist.ProcessGroup) -> tuple[str, int, int]:
+        """(axis, this rank's place, size) of a group."""
+        name = group.group_name
+        if name not in self._known:
             ranks = tuple(sorted(dist.get_process_group_ranks(group)))
-            # The group is kept: an id is of one object only as long as it lives.
-            found = self._known[id(group)] = (group, self._axis_of.get(ranks, "other"), len(ranks))
-        return found[1:]
+            axis = self._names.get(group.group_desc) or self._axis_of.get(ranks, "other")
+            self._known[name] = (axis, group.rank(), len(ranks))
+        return self._known[name]
 
-    def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        op, count = _BYTES.get(name, ("recv", lambda n, *args, **kwargs: 0))
+    def _called(
+        self, op: str, sent: Sent, real: Callable[..., Any], group: dist.ProcessGroup, *args: Any, **kwargs: Any
+    ) -> Any:
+        axis, rank, size = self._place(group)
+        if size == 1 or _is_ours():
+            return real(group, *args, **kwargs)
+        count = sent(rank, size, *args, *kwargs.values())
+        work = real(group, *args, **kwargs)
+        if group.group_name in self._open:
+            self._open[group.group_name].append((op, count))
+            return work
+        return None if work is None else _Awaited(work, lambda: self._ledger.span(axis, op, count))
 
-        @functools.wraps(real)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            # Our own collectives count themselves, and some functions here call others.
-            if self._inside or _caller().startswith("trainsys.comm"):
-                return real(*args, **kwargs)
-            group = kwargs.get("group") or next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
-            axis, n = self._place(group)
-            sizes = count(n, *_tensors(args, kwargs))
+    def _start_coalescing(self, real: Callable[..., Any], group: dist.ProcessGroup, *args: Any) -> Any:
+        self._open[group.group_name] = []
+        return real(group, *args)
 
-            def span() -> Any:
-                return self.ledger.span(axis, op, sizes)
-
-            self._inside = True
-            try:
-                if kwargs.get("async_op") or name in ("isend", "irecv"):
-                    work = real(*args, **kwargs)
-                    return work if work is None else _Awaited(work, span)
-                with span():
-                    return real(*args, **kwargs)
-            finally:
-                self._inside = False
-
-        return call
-
-    def _batch(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(real)
-        def call(operations: list[dist.P2POp]) -> list[Any]:
-            if self._inside or _caller().startswith("trainsys.comm"):
-                return real(operations)  # type: ignore[no-any-return]
-            axis, _ = self._place(operations[0].group)
-            sends = self._real["isend"]
-            sent = sum(nbytes(p.tensor) for p in operations if p.op is sends or p.op is dist.isend)
-            self._inside = True
-            try:
-                for p in operations:  # the wrapped functions are unknown to it
-                    p.op = getattr(p.op, "__wrapped__", p.op)
-                works = real(operations)
-            finally:
-                self._inside = False
-            # One exchange, one call: what the first wait blocks for stands for all of them.
-            return [_Awaited(works[0], lambda: self.ledger.span(axis, "exchange", sent)), *works[1:]]
-
-        return call
+    def _end_coalescing(self, real: Callable[..., Any], group: dist.ProcessGroup, *args: Any) -> Any:
+        calls = self._open.pop(group.group_name, [])
+        work = real(group, *args)
+        if not calls or work is None:
+            return work
+        axis = self._place(group)[0]
+        ops = {op for op, _ in calls}
+        op = ops.pop() if len(ops) == 1 else "exchange"
+        total = sum(count for _, count in calls)
+        return _Awaited(work, lambda: self._ledger.span(axis, op, total))
 
 
-def _caller() -> str:
-    """The module that called the wrapped function."""
-    return str(sys._getframe(2).f_globals.get("__name__", ""))
+def _is_ours() -> bool:
+    """Whether trainsys called, as opposed to another package or a script."""
+    frame = sys._getframe(3)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).startswith("trainsys.")
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
-    """The tensors (or lists of them) among the arguments, in the order of the signatures, output first."""
-    given = [*args, *(kwargs[k] for k in kwargs if k not in ("group", "async_op", "op", "src", "dst"))]
-    return [a for a in given if isinstance(a, torch.Tensor) or (isinstance(a, list) and a)]
+_observer: Observer | None = None
 
 
-def observe(mesh: Mesh) -> Observer:
-    """Count from now on; see `Observer`."""
-    return Observer(mesh)
+def observe(mesh: Mesh, names: Mapping[str, str] | None = None) -> Observer:
+    """Count from now on, in place of who did before; see `Observer`."""
+    global _observer
+    if _observer is not None:
+        _observer.stop()
+    _observer = Observer(mesh, names)
+    return _observer
