@@ -177,7 +177,9 @@ def measured(name: str) -> float:
     if seconds > simulate(build(name, RANKS, MICROS), times_of(name)).step_time * (1 + CLOSE):
         late = max(run_ranks(RANKS, idle_lateness_on_this_rank))
         if late > CLOSE / 4:
-            pytest.skip(f"the machine is too busy: ranks that only sleep and pass a message are {late:.1%} late")
+            pytest.skip(
+                f"the machine is too busy: ranks that only sleep and pass a message are {late:.1%} late"
+            )
     return seconds
 
 

@@ -140,7 +140,15 @@ def test_command_prints_ranks_and_writes_a_config_that_loads(tmp_path: Path) -> 
         console=Console(file=out, width=220),
     )  # fmt: skip
     shown = out.getvalue()
-    for word in ("MFU", "why the first wins", "why not", "tp=8", "sensitivity", "effective MFU", "confidence"):
+    for word in (
+        "MFU",
+        "why the first wins",
+        "why not",
+        "tp=8",
+        "sensitivity",
+        "effective MFU",
+        "confidence",
+    ):
         assert word in shown
     cfg = load_run(path)
     first = data["ranked"][0]["layout"]

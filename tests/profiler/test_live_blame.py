@@ -36,7 +36,9 @@ def test_simulated_ranks(kind: str) -> None:
 def test_five_percent_slow_of_ten_thousand_is_found() -> None:
     table, _ = simulated(10_000, "none", seed=5)
     for name in ("forward", "backward"):
-        table.phases[name][:, 4321] *= 1.06 * np.median(table.phases[name]) / np.median(table.phases[name][:, 4321])
+        table.phases[name][:, 4321] *= (
+            1.06 * np.median(table.phases[name]) / np.median(table.phases[name][:, 4321])
+        )
     assert [v.ranks for v in judge_window(table)] == [(4321,)]
 
 
@@ -98,9 +100,13 @@ def test_rows_of_unequal_length_are_nobodys_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "first", "ranks"), [(3, 0, ()), (1, 0, (2, 3)), (3, 25, (6, 7))], ids=["head", "slow", "became slow"]
+    ("stage", "first", "ranks"),
+    [(3, 0, ()), (1, 0, (2, 3)), (3, 25, (6, 7))],
+    ids=["head", "slow", "became slow"],
 )
-def test_a_last_stage_with_too_much_is_told_from_a_slow_stage(stage: int, first: int, ranks: tuple[int, ...]) -> None:
+def test_a_last_stage_with_too_much_is_told_from_a_slow_stage(
+    stage: int, first: int, ranks: tuple[int, ...]
+) -> None:
     table = small(steps=60, layout=Layout(pp=4, dp_shard=2))
     for axis in ("fsdp", "world"):
         table.phases.pop(f"comm/{axis}")

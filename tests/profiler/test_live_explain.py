@@ -40,7 +40,10 @@ def start(rank: int = 0, **more: object) -> RunStart:
 
 def records(rank: int, steps: int = 40, slow: int | None = 2, skew_s: float = 0.0) -> list[Event]:
     rng = np.random.default_rng(rank)
-    out: list[Event] = [start(rank, t0_wall=1000.0 + skew_s), Stall(kind="setup", start_s=1000.0 + skew_s, seconds=1.0)]
+    out: list[Event] = [
+        start(rank, t0_wall=1000.0 + skew_s),
+        Stall(kind="setup", start_s=1000.0 + skew_s, seconds=1.0),
+    ]
     at = 1001.0 + skew_s
     for number in range(steps):
         work = 0.08 * (1 + 0.01 * rng.normal()) * (1.5 if rank == slow else 1.0)
@@ -81,7 +84,13 @@ def test_a_whole_run(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert e.heat.values[2][0] == pytest.approx(0.5, rel=0.2)
     assert cli.main(["explain", str(made)]) == 0
     text = capsys.readouterr().out
-    for word in ("Where the time goes", "rank 2 on node1 computes slowly", "mfu without it", "Goodput", "Memory"):
+    for word in (
+        "Where the time goes",
+        "rank 2 on node1 computes slowly",
+        "mfu without it",
+        "Goodput",
+        "Memory",
+    ):
         assert word in text
 
 
@@ -146,7 +155,11 @@ def test_goodput_counts_restarts_and_steps_trained_twice() -> None:
     def step(number: int, at: float) -> Step:
         return Step(step=number, start_s=at, step_time_s=1.0)
 
-    first = [start(), Stall(kind="setup", start_s=1000.0, seconds=5.0), *(step(i, 1005.0 + i) for i in range(10))]
+    first = [
+        start(),
+        Stall(kind="setup", start_s=1000.0, seconds=5.0),
+        *(step(i, 1005.0 + i) for i in range(10)),
+    ]
     second = [start(t0_wall=1035.0, attempt=1), Stall(kind="setup", start_s=1035.0, seconds=5.0),
               *(step(i, 1040.0 + i - 6) for i in range(6, 12)),
               Stall(kind="checkpoint", start_s=1046.0, seconds=2.0, step=12),
@@ -171,7 +184,9 @@ def test_memory_parts_sum_to_the_peak_and_stand_beside_the_prediction(made: Path
     assert sum(held for _, held in report.parts) == pytest.approx(report.peak)
     assert report.peak == 30 * GIB
     assert report.predicted_total is not None
-    assert report.predicted_total > 10 * GIB  # 8 billion parameters: 16 bytes each over 8 ranks, and activations
+    assert (
+        report.predicted_total > 10 * GIB
+    )  # 8 billion parameters: 16 bytes each over 8 ranks, and activations
     measured = {p.name: p.measured for p in report.compared}
     assert measured["resident between steps"] == 10 * GIB
     assert measured["transient at the peak"] == 20 * GIB
@@ -257,7 +272,9 @@ def browse(html: Path, folder: Path, theme: str) -> dict[str, object]:
     )  # fmt: skip
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.S)
     assert title is not None, done.stdout[:500]
-    found: dict[str, object] = json.loads(title[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    found: dict[str, object] = json.loads(
+        title[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
+    )
     return found
 
 

@@ -46,7 +46,11 @@ def test_tables_metrics_and_group_of_an_offline_run(tmp_path: Path) -> None:
     exe = shutil.which("wandb", path=str(Path(sys.executable).parent)) or "wandb"
     (record,) = folder.glob("run-*.wandb")
     told = subprocess.run(
-        [exe, "leet", "inspect", "--json", str(record)], capture_output=True, text=True, timeout=60, check=True
+        [exe, "leet", "inspect", "--json", str(record)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     ).stdout
     assert "layouts-a" in told
     assert "waterfall/straggler_ms" in told
@@ -57,7 +61,9 @@ def test_tables_metrics_and_group_of_an_offline_run(tmp_path: Path) -> None:
     assert tables["verdicts"]["data"] == [["rank", "6, 7", 12.5, "rank 6 computes slowly"]]
 
 
-def test_the_workspace_plots_metrics_that_runs_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_workspace_plots_metrics_that_runs_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("wandb_workspaces")
     spec = json.loads(workspace_json("proj", "team"))
     assert (spec["project"], spec["entity"]) == ("proj", "team")
@@ -65,7 +71,13 @@ def test_the_workspace_plots_metrics_that_runs_have(tmp_path: Path, capsys: pyte
     names = [section["name"] for section in sections if section["panels"]]
     assert set(PANELS) <= set(names)
     text = json.dumps(sections)
-    for metric in ("perf/mfu", "waterfall/straggler_ms", "waterfall/comm_tp_ms", "train/loss", "memory/peak_gib"):
+    for metric in (
+        "perf/mfu",
+        "waterfall/straggler_ms",
+        "waterfall/comm_tp_ms",
+        "train/loss",
+        "memory/peak_gib",
+    ):
         assert metric in text
     assert cli.main(["wandb", "workspace", "proj", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["displayName"] == spec["displayName"]

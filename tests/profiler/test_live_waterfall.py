@@ -20,7 +20,9 @@ from trainsys.telemetry.events import Comm, Flops, Step
 from trainsys.telemetry.run_data import load_run
 
 
-def step(number: int, phases: dict[str, float], stalls: dict[str, float] | None = None, **more: object) -> Step:
+def step(
+    number: int, phases: dict[str, float], stalls: dict[str, float] | None = None, **more: object
+) -> Step:
     comm = {name[5:]: {"all_reduce": Comm(1, 8, s)} for name, s in phases.items() if name.startswith("comm/")}
     return Step(step=number, start_s=0.0, step_time_s=sum(phases.values()), phases=phases, comm=comm,
                 stalls=stalls or {}, flops=Flops(model=4e8, palm=None, hardware=4e8), **more)  # fmt: skip
@@ -68,7 +70,9 @@ def test_terms_sum_to_step_and_stalls_whatever_the_phases(data: st.DataObject) -
 def test_waiting_is_what_exceeds_the_least_blocked_of_the_group() -> None:
     layout = Layout(dp_shard=2, tp=2)  # tp groups (0, 1) and (2, 3); fsdp groups (0, 2) and (1, 3)
     blocked = {0: (0.1, 0.5), 1: (0.3, 0.2), 2: (0.4, 0.6), 3: (0.4, 0.2)}
-    table = make_table({r: [step(0, {"comm/tp": a, "comm/fsdp": b})] for r, (a, b) in blocked.items()}, layout)
+    table = make_table(
+        {r: [step(0, {"comm/tp": a, "comm/fsdp": b})] for r, (a, b) in blocked.items()}, layout
+    )
     waits = waiting(table)
     np.testing.assert_allclose(waits["tp"][0], [0.0, 0.2, 0.0, 0.0])
     np.testing.assert_allclose(waits["fsdp"][0], [0.0, 0.0, 0.1, 0.0], atol=1e-12)

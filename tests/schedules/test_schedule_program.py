@@ -35,7 +35,9 @@ def run_with_blocking_messages(schedule: Schedule, lists: list[list[Instruction]
                         posted.setdefault((rank, m.peer, True), deque()).append((m.forward, m.stage, m.micro))
                         waiting[rank].append((rank, m.peer, (m.forward, m.stage, m.micro), True))
                     for m in item.receives:
-                        posted.setdefault((m.peer, rank, False), deque()).append((m.forward, m.stage, m.micro))
+                        posted.setdefault((m.peer, rank, False), deque()).append(
+                            (m.forward, m.stage, m.micro)
+                        )
                         waiting[rank].append((m.peer, rank, (m.forward, m.stage, m.micro), False))
                     moved = True
                 for source, to in {(s, t) for s, t, _, _ in waiting[rank]}:
@@ -55,7 +57,9 @@ def run_with_blocking_messages(schedule: Schedule, lists: list[list[Instruction]
             elif isinstance(item, Compute):
                 for need in schedule.needs(item.action):
                     if schedule.rank_of(need.stage) != rank:
-                        assert (need.op == "F", need.stage, need.micro) in arrived[rank], f"{item} has no input"
+                        assert (need.op == "F", need.stage, need.micro) in arrived[rank], (
+                            f"{item} has no input"
+                        )
                 if item.action.op != "W":
                     computed.add((item.action.op == "F", item.action.stage, item.action.micro))
             at[rank] += 1

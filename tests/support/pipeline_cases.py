@@ -41,7 +41,14 @@ class Case:
 
     @property
     def config(self) -> RunConfig:
-        train = {"seq_len": 16, "global_batch": 8, "dtype": "fp32", "device": "cpu", "steps": 10, **self.train}
+        train = {
+            "seq_len": 16,
+            "global_batch": 8,
+            "dtype": "fp32",
+            "device": "cpu",
+            "steps": 10,
+            **self.train,
+        }
         return RunConfig(
             model=ModelConfig(**{**MODEL, **self.model}),
             parallel=ParallelConfig(
@@ -57,7 +64,9 @@ class Case:
 
     @property
     def world(self) -> int:
-        sizes = [size for axis, size in self.other.items() if axis in ("dp_replicate", "dp_shard", "cp", "tp")]
+        sizes = [
+            size for axis, size in self.other.items() if axis in ("dp_replicate", "dp_shard", "cp", "tp")
+        ]
         world = self.pp
         for size in sizes:
             world *= size

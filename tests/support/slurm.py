@@ -34,6 +34,35 @@ launch: {nodes: 2, devices_per_node: 2, max_restarts: 2, time: "1:00:00"}
 """
 
 
+BAD = "127.0.0.12"
+# Holds the interpreter's lock most of the time, as a node does whose cores are busy with something else.
+SLOW = """
+import ctypes, threading, time
+held = ctypes.PyDLL(None)
+def hold():
+    while True:
+        held.usleep(15000)
+        time.sleep(0.005)
+threading.Thread(target=hold, daemon=True).start()
+"""
+
+
+def spoil(work: Path, code: str, nodes: str = BAD) -> str:
+    """A virtual environment whose python runs ``code`` first, on the bad node alone (or on
+    all that the pattern ``nodes`` fits); the override that uses it."""
+    (work / "venv/bin").mkdir(parents=True)
+    (work / "venv/bad").mkdir()
+    (work / "venv/bad/sitecustomize.py").write_text(code)
+    python = work / "venv/bin/python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ "${{SLURMD_NODENAME:-}}" = {nodes} ]] && export PYTHONPATH={work}/venv/bad:$PYTHONPATH\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    return f"launch.venv={work}/venv"
+
+
 def missing() -> str:
     """What of Slurm is not installed; empty: nothing."""
     return ", ".join(name for name in ("slurmctld", "slurmd", "sbatch") if shutil.which(name) is None)
@@ -47,12 +76,12 @@ def submit(*arguments: str) -> tuple[str, Path]:
     return str(json.loads((folder / "job.json").read_text())["id"]), folder
 
 
-def wait_for(what: str, ready: Callable[[], bool], folder: Path) -> None:
-    """Until ``ready``; fails after PATIENCE_S with all that the job has said."""
-    deadline = time.monotonic() + PATIENCE_S
+def wait_for(what: str, ready: Callable[[], bool], folder: Path, patience_s: float = PATIENCE_S) -> None:
+    """Until ``ready``; fails after ``patience_s`` with all that the job has said."""
+    deadline = time.monotonic() + patience_s
     while not ready():
         if time.monotonic() > deadline:
-            pytest.fail(f"not seen in {PATIENCE_S:g} s: {what}\n{everything(folder)}")
+            pytest.fail(f"not seen in {patience_s:g} s: {what}\n{everything(folder)}")
         time.sleep(0.05)
 
 

@@ -21,7 +21,7 @@ from trainsys.launch.tail import Tail
 
 _MARKER = "# ==== the same"
 _POLL_S = 1.0
-_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "NODE_FAIL")
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "NODE_FAIL")
 _HINTS = (
     ("invalid partition", "launch.partition", "`sinfo -s` lists the partitions"),
     ("invalid account", "launch.account", "`sacctmgr show assoc user=$USER` lists yours"),
@@ -191,7 +191,7 @@ def follow(identity: str, folder: Path) -> int:
                     )
             shown = now or shown
             logs.show()
-            if not now or all(state in _OVER for state, _ in now.values()):
+            if not now or all(state in OVER for state, _ in now.values()):
                 break
             sys.stdout.flush()
             time.sleep(_POLL_S)
