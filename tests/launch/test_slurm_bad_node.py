@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from support.slurm import BAD, SLOW, everything, losses, missing, quiet, spoil, states, submit, wait_for
-from trainsys.telemetry.events import RunStart
-from trainsys.telemetry.reader import read_events
+from support.slurm import (
+    BAD,
+    SLOW,
+    everything,
+    losses,
+    missing,
+    quiet,
+    spoil,
+    starts_of,
+    states,
+    submit,
+    wait_for,
+)
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()} not found; apt-get install slurm-wlm"),
@@ -54,7 +64,6 @@ def test_a_slow_node_is_left_and_nothing_is_lost(cluster: Callable[..., None], w
     disturbed = losses(Path("runs"), "tiny")
     assert sorted(disturbed) == list(range(steps))
     assert disturbed == pytest.approx(quiet("quiet", f"train.steps={steps}"), rel=1e-4)
-    files = sorted(Path("runs").glob("tiny-*/events/rank_00000.jsonl"))
-    starts = [e.first_step for file in files for e in read_events(file)[0] if isinstance(e, RunStart)]
+    starts = starts_of(Path("runs"), "tiny")
     assert starts[0] == 0
     assert 16 <= starts[1] < steps, "the second attempt went on where the first had saved"

@@ -92,7 +92,7 @@ def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(
     )
     assert "attempt 5: done" in said
     assert "attempt 5 on 127.0.0.[11,13]" in said
-    assert "resumed from step" in everything(folder)
+    assert starts_of(Path("runs"), "tiny")[-1] > 0, "the last attempt went on where another had saved"
     disturbed = losses(Path("runs"), "tiny")
     assert sorted(disturbed) == list(range(150))
     undisturbed = quiet("quiet")

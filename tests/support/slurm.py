@@ -14,7 +14,7 @@ import pytest
 
 from trainsys.cli import main
 from trainsys.launch import slurm
-from trainsys.telemetry.events import Step
+from trainsys.telemetry.events import RunStart, Step
 from trainsys.telemetry.reader import read_events
 
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
@@ -102,6 +102,12 @@ def losses(runs: Path, name: str) -> dict[int, float]:
             if isinstance(event, Step):
                 assert found.setdefault(event.step, event.loss) == event.loss, (path, event.step)
     return found
+
+
+def starts_of(runs: Path, name: str) -> list[int]:
+    """The first step of every attempt that came as far as its files, in order."""
+    files = sorted(runs.glob(f"{name}-*/events/rank_00000.jsonl"))
+    return [e.first_step for file in files for e in read_events(file)[0] if isinstance(e, RunStart)]
 
 
 def quiet(name: str, *overrides: str) -> dict[int, float]:
