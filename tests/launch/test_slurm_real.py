@@ -18,6 +18,7 @@ from support.slurm import (
     ranks_of,
     saved,
     spoil,
+    starts_of,
     states,
     submit,
     wait_for,
