@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainsys.bench.together import Stamps, Work, combined_rate, repeat, run_together
+from trainsys.bench.together import Stamps, Work, combined_rate, refuse, repeat, run_together, threads_each
 from trainsys.errors import UserError
 from trainsys.hardware.catalogue import DType
 from trainsys.hardware.measured import (
@@ -18,7 +18,6 @@ from trainsys.hardware.measured import (
     MeasurementKey,
     load_measurement,
     store_measurement,
-    usable_cores,
 )
 
 _TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -43,20 +42,6 @@ def _make(dtype: str, variant: int, device: torch.device) -> Work:
     return Work(partial(torch.mm, a, b.t(), out=out), 2.0 * m * n * k)
 
 
-def _check(dtype: str, processes: int, threads: int, seconds: float, device: str) -> None:
-    if dtype not in _TORCH_DTYPES:
-        raise UserError(f"bench matmul: dtype {dtype!r} is not measured; one of {', '.join(_TORCH_DTYPES)}")
-    if processes < 1 or threads < 1 or seconds <= 0:
-        raise UserError("bench matmul: processes, threads and seconds must be positive")
-    if device not in _SHAPES:
-        raise UserError(f"bench matmul: device {device!r} is not known; one of {', '.join(_SHAPES)}")
-    if device == "cuda" and processes > torch.cuda.device_count():
-        raise UserError(
-            f"bench matmul: {processes} processes, one a GPU, but torch sees {torch.cuda.device_count()}; "
-            "lower the count or measure with device cpu"
-        )
-
-
 def _key(dtype: DType, processes: int, threads: int, device: str) -> MeasurementKey:
     name = torch.cuda.get_device_name() if device == "cuda" else None
     return MeasurementKey.here(dtype, processes, threads, name)
@@ -74,14 +59,16 @@ def measure_matmul(
     Args:
         dtype: fp32, bf16 or fp16; fp32 as torch is set to compute it (on CUDA without TF32 by default).
         seconds: how long each shape runs.
-        threads: CPU threads of each process; None: usable cores / processes, at least 1, as a run has.
+        threads: CPU threads of each process; None: see ``threads_each``.
 
     Raises:
         UserError: an argument that cannot be measured here.
         RuntimeError: a process failed.
     """
-    threads = max(1, usable_cores() // max(1, processes)) if threads is None else threads
-    _check(dtype, processes, threads, seconds, device)
+    threads = threads_each(processes, threads)
+    if dtype not in _TORCH_DTYPES:
+        raise UserError(f"bench matmul: dtype {dtype!r} is not measured; one of {', '.join(_TORCH_DTYPES)}")
+    refuse("bench matmul", processes, threads, seconds, device)
     shapes = _SHAPES[device]
     stamps = run_together(
         partial(_make, dtype),

@@ -10,9 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainsys.bench.together import Work, combined_rate, run_together
-from trainsys.errors import UserError
-from trainsys.hardware.measured import usable_cores
+from trainsys.bench.together import Work, combined_rate, refuse, run_together, threads_each
 
 # Several times the last-level cache of the largest CPUs per process would not fit small hosts; 64 MiB each
 # way is twice a common one, and GPUs need more to hide the launch.
@@ -45,16 +43,8 @@ def measure_copy(
         UserError: an argument that cannot be measured here.
         RuntimeError: a process failed.
     """
-    threads = max(1, usable_cores() // max(1, processes)) if threads is None else threads
-    if processes < 1 or threads < 1 or seconds <= 0:
-        raise UserError("bench memory: processes, threads and seconds must be positive")
-    if device not in _BYTES:
-        raise UserError(f"bench memory: device {device!r} is not known; one of {', '.join(_BYTES)}")
-    if device == "cuda" and processes > torch.cuda.device_count():
-        raise UserError(
-            f"bench memory: {processes} processes, one a GPU, but torch sees {torch.cuda.device_count()}; "
-            "lower the count or measure with device cpu"
-        )
+    threads = threads_each(processes, threads)
+    refuse("bench memory", processes, threads, seconds, device)
     (stamps,) = run_together(_make, 1, processes=processes, threads=threads, seconds=seconds, device=device)
     return CopyBandwidth(device, processes, threads, combined_rate(stamps))
 

@@ -16,6 +16,9 @@ from threading import BrokenBarrierError
 import numpy as np
 import torch
 
+from trainsys.errors import UserError
+from trainsys.hardware.measured import usable_cores
+
 # Shortest stretch that is timed on a device, so that launching and waiting are small beside it.
 _DEVICE_STRETCH_S = 5e-3
 _MIN_CALLS = 4
@@ -47,6 +50,24 @@ class _Failure:
 
 MakeWork = Callable[[int, torch.device], Work]
 """(index of the variant, device) -> the work; importable by name, since it is sent to other processes."""
+
+
+def refuse(what: str, processes: int, threads: int, seconds: float, device: str) -> None:
+    """UserError for what cannot be measured here; ``what`` names the measurement."""
+    if processes < 1 or threads < 1 or seconds <= 0:
+        raise UserError(f"{what}: processes, threads and seconds must be positive")
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"{what}: device {device!r} is not known; one of cpu, cuda")
+    if device == "cuda" and processes > torch.cuda.device_count():
+        raise UserError(
+            f"{what}: {processes} processes, one a GPU, but torch sees {torch.cuda.device_count()}; "
+            "lower the count or measure with device cpu"
+        )
+
+
+def threads_each(processes: int, threads: int | None) -> int:
+    """``threads``, or where it is None the usable cores / processes, at least 1, as a run has."""
+    return max(1, usable_cores() // max(1, processes)) if threads is None else threads
 
 
 def repeat(work: Work, seconds: float, device: torch.device) -> Stamps:

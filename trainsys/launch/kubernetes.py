@@ -12,7 +12,7 @@ from typing import Any
 from trainsys.errors import EXIT_USER_ERROR, UserError
 from trainsys.launch import job as jobs
 from trainsys.launch.job import Job
-from trainsys.launch.manifest import config_text, dns_name, dump
+from trainsys.launch.manifest import config_text, dns_name, dump, refuse_slurm
 
 _COMMAND = ["python", "-m", "trainsys.launch.node"]
 _PORT = 29500
@@ -22,21 +22,7 @@ _QUEUE = "kueue.x-k8s.io/queue-name"
 def render(job: Job) -> str:
     """The manifest. UserError where Kubernetes cannot serve what ``launch:`` asks for."""
     launch = job.first.launch
-    for name in (
-        "partition",
-        "account",
-        "qos",
-        "constraint",
-        "reservation",
-        "exclude",
-        "sbatch",
-        "mounts",
-        "setup",
-    ):
-        if getattr(launch, name):
-            raise UserError(
-                f"launch.{name}: Slurm has it, Kubernetes does not; leave it out for --on kubernetes"
-            )
+    refuse_slurm(job.first, "Kubernetes", "setup")
     if not launch.container:
         raise UserError("launch.container: an image with trainsys in it is needed for --on kubernetes")
     document = _train_job(job) if launch.kubernetes.kind == "trainjob" else _job_set(job)

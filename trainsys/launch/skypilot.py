@@ -11,7 +11,7 @@ from trainsys.errors import UserError
 from trainsys.launch import job as jobs
 from trainsys.launch.job import Job
 from trainsys.launch.kubernetes import command
-from trainsys.launch.manifest import config_text, dns_name, dump
+from trainsys.launch.manifest import config_text, dns_name, dump, refuse_slurm
 
 _RUN = """\
 export PET_NNODES=$SKYPILOT_NUM_NODES PET_NODE_RANK=$SKYPILOT_NODE_RANK PET_MASTER_PORT=29500
@@ -25,19 +25,7 @@ def render(job: Job) -> str:
     launch, sky = job.first.launch, job.first.launch.skypilot
     if job.on_devices and not sky.accelerator:
         raise UserError("launch.skypilot.accelerator: name it, e.g. H100; or set train.device=cpu")
-    for name in (
-        "partition",
-        "account",
-        "qos",
-        "constraint",
-        "reservation",
-        "exclude",
-        "sbatch",
-        "mounts",
-        "time",
-    ):
-        if getattr(launch, name):
-            raise UserError(f"launch.{name}: SkyPilot has no such thing; leave it out for --on skypilot")
+    refuse_slurm(job.first, "SkyPilot", "time")
     resources: dict[str, Any] = {
         **({"accelerators": f"{sky.accelerator}:{job.ranks_per_node}"} if sky.accelerator else {}),
         **({"infra": sky.infra} if sky.infra else {}),
