@@ -42,6 +42,8 @@ class LocalAdamW:
         for name, leaf in self._leaves.items():
             leaf.grad = self._owned[name].grad
         self._optimizer.step()
+        for leaf in self._leaves.values():
+            leaf.grad = None  # or the old gradients would be held beside the new ones all through the next step
 
     def state(self, name: str) -> dict[str, Tensor]:
         """``exp_avg`` and ``exp_avg_sq`` of a parameter for a checkpoint to read or fill; made where there is
