@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainsys.errors import UserError
-from trainsys.profiler.trace import split
+from trainsys.profiler.trace import decode, split
 from trainsys.profiler.trace.kinds import kind_of, sort_inputs
 from trainsys.profiler.trace.reader import read_trace
 from trainsys.profiler.trace.source import Limits
@@ -181,6 +182,51 @@ def test_wrong_types_are_dropped_and_counted(tmp_path):
     assert 4500 in trace.device.start.tolist()
     assert trace.said["dropped: event with a field of the wrong type"] == 2
     assert trace.said["dropped: arguments of an event, of the wrong type"] == 1
+
+
+def mixed(rng, i):
+    """An event as the reader wants it, or of a kind it must leave, skip, mend or drop."""
+    event = kernel(
+        i * 10, 7, i, cat=rng.choice(["kernel", "gpu_memcpy", "cuda_runtime", "cpu_op", "user_annotation"])
+    )
+    odd = rng.randrange(12)
+    if odd == 0:
+        event = {
+            "ph": "f",
+            "cat": f"flow {rng.randrange(70)}",
+            "id": i,
+            "pid": 1,
+            "tid": 2,
+            "ts": i,
+            "name": "x",
+        }
+    elif odd == 1:
+        event = {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}}
+    elif odd == 2:
+        event["args"] = rng.choice(["none", {"correlation": "17", "stream": "7"}, {}])
+    elif odd == 3:
+        event.pop(rng.choice(["args", "dur", "tid", "cat"]))
+    elif odd == 4:
+        event["name"] = "aten::mm"
+        event["args"]["Input Dims"] = [[2, 3], [3, 4]]
+    return event
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_categories_as_types_give_what_plain_events_give(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(split, "CHUNK", 3000)
+    rng = random.Random(seed)
+    path = write(tmp_path / "a.json", json.dumps({"traceEvents": [mixed(rng, i) for i in range(400)]}))
+    typed = read_trace(path)
+    monkeypatch.setattr(decode, "by_category", lambda others: None)
+    plain = read_trace(path)
+    for part in ("device", "runtime", "notes", "ops"):
+        one, other = getattr(typed, part), getattr(plain, part)
+        assert all((getattr(one, f.name) == getattr(other, f.name)).all() for f in fields(one)), part
+    assert len(typed.device) > 50
+    assert len(typed.ops) > 0
+    assert (typed.said, typed.names, typed.op_shapes) == (plain.said, plain.names, plain.op_shapes)
+    assert (typed.span, typed.n_events) == (plain.span, plain.n_events)
 
 
 def test_old_categories_and_rank_from_the_name(tmp_path):

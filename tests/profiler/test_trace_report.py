@@ -115,6 +115,16 @@ def test_annotated_timeline_is_exact(slow_job, tmp_path):
     assert {e["name"] for e in idle} >= {"idle: data", "idle: queued"}
     assert {e["args"]["axis"] for e in own if e["cat"] == "communication"} == {"dp"}
     assert sum(e["cat"] == "step" for e in own) == 6
+    # The slowest rank's critical path, without a gap, beside no other rank's.
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    path = [e for e in events if e["ph"] == "X" and names[e["pid"], e["tid"]] == "critical path"]
+    assert {e["pid"] for e in path} == {2}
+    begins, ends = (
+        [round((e["ts"] + n * e["dur"]) * 1000) for e in sorted(path, key=lambda e: e["ts"])] for n in (0, 1)
+    )
+    assert begins[1:] == ends[:-1]
+    assert ends[-1] - begins[0] == timeline.terms(2)["span"]
+    assert {e["name"].split(":")[0] for e in path} >= {"matmul", "data"}
 
 
 def test_diff_names_what_got_slower(tmp_path):

@@ -1,8 +1,8 @@
 """The timeline with the verdicts in it, as Chrome trace events: open it in Perfetto or chrome://tracing.
 
 One process a rank: a track a stream with its kernels, and beneath tracks of trainsys's own: steps, exposed
-communication by group, idle time by cause, recomputation, and what held the critical path. Written event by
-event; times are exact (microseconds with three decimals).
+communication, idle time by cause, recomputation, and on the slowest rank what held the critical path. Written
+event by event; times are exact (microseconds with three decimals).
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ from trainsys.profiler.trace import intervals as iv
 from trainsys.profiler.trace.analyse import Loaded, Options, load
 from trainsys.profiler.trace.breakdown import comm_group, recomputed
 from trainsys.profiler.trace.classify import CLASS_NAMES, COMM, COMPUTE
+from trainsys.profiler.trace.critical import stretches
 from trainsys.profiler.trace.idle import IdleFinder
 from trainsys.profiler.trace.link import find_steps
 from trainsys.profiler.trace.report import Report
 
-_TRACKS = {"verdicts": 1, "steps": 2, "exposed communication": 3, "idle by cause": 4, "recompute": 5}
+_TRACKS = {
+    "verdicts": 1,
+    "steps": 2,
+    "exposed communication": 3,
+    "idle by cause": 4,
+    "recompute": 5,
+    "critical path": 6,
+}
 _FIRST_STREAM = 100
 
 
@@ -117,6 +125,10 @@ def _annotations(loaded: Loaded, rank: int, report: Report, low: int) -> Iterato
     again = np.flatnonzero(recomputed(trace, kinds, loaded.launches))
     for a, b in zip(*iv.union(device.start[again], device.end[again]), strict=True):
         yield _event(rank, _TRACKS["recompute"], "recompute", "verdict", int(a) - low, int(b) - low)
+    if rank == report.critical_rank:
+        for part in stretches(trace, kinds, loaded.launches):
+            name = f"{part.kind}: {part.name}"
+            yield _event(rank, _TRACKS["critical path"], name, "verdict", part.start - low, part.end - low)
     about = [v for v in report.verdicts if f"rank {rank} " in v.title or "rank " not in v.title]
     for verdict in about[:1]:
         yield _event(

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-from msgspec import Raw, Struct
-from msgspec import field as key
 
 from trainsys.profiler.trace import columns as col
-from trainsys.profiler.trace.decode import AnyEvent, EventDecoder, mend, to_ns
+from trainsys.profiler.trace.args import args_of, correlations_of, number, ranks, shapes
+from trainsys.profiler.trace.decode import EventDecoder, to_ns
+from trainsys.profiler.trace.events import DEVICE, KINDS, NOTE, OPERATOR, PYTHON, RUNTIME, AnyEvent, Args
 from trainsys.profiler.trace.intervals import EMPTY, Ints, Spans, merge, union
 from trainsys.profiler.trace.opflops import COUNTED
 
 _MERGE_EVERY = 64
-DEVICE, RUNTIME, OPERATOR, NOTE, PYTHON = range(5)
-
-# Categories by their lower-cased name: Kineto since 2022, Kineto 2021 (``Kernel``, ``Operator``), ROCm, XPU.
-KINDS = {
-    "kernel": DEVICE,
-    "gpu_memcpy": DEVICE,
-    "gpu_memset": DEVICE,
-    "memcpy": DEVICE,
-    "memset": DEVICE,
-    "runtime": RUNTIME,
-    "cuda_runtime": RUNTIME,
-    "cuda_driver": RUNTIME,
-    "hip_runtime": RUNTIME,
-    "driver": RUNTIME,
-    "xpu_runtime": RUNTIME,
-    "privateuse1_runtime": RUNTIME,
-    "privateuse1_driver": RUNTIME,
-    "operator": OPERATOR,
-    "cpu_op": OPERATOR,
-    "user_annotation": NOTE,
-    "python_function": PYTHON,
-}
-for _name in ("kernel", "memcpy", "memset", "runtime", "operator"):
-    KINDS[_name.capitalize()] = KINDS[_name]
-
 _ACTIVITY = {
     "kernel": col.KERNEL,
     "Kernel": col.KERNEL,
@@ -61,33 +34,9 @@ _NOTE_PREFIXES = (
 )
 
 
-class Args(Struct, gc=False):
-    """The arguments read of device, runtime and operator events, under every spelling seen."""
-
-    correlation: int = -1
-    external: int = key(name="External id", default=-1)
-    external_old: int = key(name="external id", default=-1)
-    stream: int = -1
-    device: int = -1
-    bytes: int = -1
-    graph: int = key(name="graph node id", default=0)
-    dims: Raw = key(name="Input Dims", default=Raw())
-    types: Raw = key(name="Input type", default=Raw())
-    op: str | None = key(name="Collective name", default=None)
-    in_elements: int = key(name="In msg nelems", default=-1)
-    out_elements: int = key(name="Out msg nelems", default=-1)
-    group_size: int = key(name="Group size", default=-1)
-    dtype: str = ""
-    group: str | None = key(name="Process Group Name", default=None)
-    group_desc: str | None = key(name="Process Group Description", default=None)
-    ranks: str | None = key(name="Process Group Ranks", default=None)
-    sequence: int = key(name="Seq", default=-1)
-
-
-class CallArgs(Struct, gc=False):
-    """All that is read of a runtime call's arguments: there are more of these than of anything else kept."""
-
-    correlation: int = -1
+def _ints(values: list[int]) -> Ints:
+    """``np.array`` looks at everything twice to find out what it is."""
+    return np.fromiter(values, np.int64, len(values))
 
 
 class _Numbers(dict[Any, int]):
@@ -105,12 +54,6 @@ class _Flags(dict[str, int]):
         noted = name.startswith(_NOTE_PREFIXES)
         self[name] = flag = 1 if name in COUNTED else 2 if noted else 0
         return flag
-
-
-_CALL_ARGS = msgspec.json.Decoder(list[CallArgs])
-_ARGS = msgspec.json.Decoder(list[Args])
-_ARGS_LAX = msgspec.json.Decoder(Args, strict=False)
-_NO_ARGS = Args()
 
 
 class Collector:
@@ -178,37 +121,22 @@ class Collector:
 
     def _name_ids(self, bucket: list[AnyEvent]) -> Ints:
         table = self._names
-        return np.array([table[e.name] for e in bucket], np.int64)
+        return _ints([table[e.name] for e in bucket])
 
     def _thread_ids(self, bucket: list[AnyEvent]) -> Ints:
         table = self._threads
-        return np.array([table[e.pid, e.tid] for e in bucket], np.int64)
-
-    def _args(self, bucket: list[AnyEvent]) -> list[Args]:
-        try:
-            return _ARGS.decode(b"[" + b",".join([e.args or b"{}" for e in bucket]) + b"]")
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return [self._args_lax(e.args) for e in bucket]
-
-    def _args_lax(self, raw: Raw) -> Args:
-        for text in (bytes(raw) or b"{}", None):
-            try:
-                return _ARGS_LAX.decode(mend(bytes(raw), self.said) if text is None else text)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                continue
-        self.said["dropped: arguments of an event, of the wrong type"] += 1
-        return _NO_ARGS
+        return _ints([table[e.pid, e.tid] for e in bucket])
 
     def _device(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
         if not bucket:
             return
-        args = self._args(bucket)
+        args = args_of(bucket, self.said)
         kinds = _ACTIVITY
         device, stream = [a.device for a in args], [a.stream for a in args]
         if min(device) < 0:
-            device = [d if d >= 0 else _number(e.pid) for d, e in zip(device, bucket, strict=True)]
+            device = [d if d >= 0 else number(e.pid) for d, e in zip(device, bucket, strict=True)]
         if min(stream) < 0:
-            stream = [s if s >= 0 else _number(e.tid) for s, e in zip(stream, bucket, strict=True)]
+            stream = [s if s >= 0 else number(e.tid) for s, e in zip(stream, bucket, strict=True)]
         columns = [
             [kinds.get(e.cat, col.MEMCPY) for e in bucket],
             device,
@@ -222,9 +150,7 @@ class Collector:
                 for a in args
             ],
         ]
-        self._parts["device"].append(
-            [start, end, self._name_ids(bucket), *(np.array(c, np.int64) for c in columns)]
-        )
+        self._parts["device"].append([start, end, self._name_ids(bucket), *map(_ints, columns)])
 
     def _comm_meta(self, a: Args) -> int:
         if a.op is None and a.group is None and a.group_size < 0:
@@ -244,18 +170,13 @@ class Collector:
         if index is None:
             index = self._meta[fields] = len(self.trace.comm_meta)
             self.trace.comm_meta.append(
-                col.CommMeta(a.op or "", a.group or "", a.group_desc or "", _ranks(a.ranks), *fields[4:])
+                col.CommMeta(a.op or "", a.group or "", a.group_desc or "", ranks(a.ranks), *fields[4:])
             )
         return index
 
     def _runtime(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
         if bucket:
-            args: list[CallArgs] | list[Args]
-            try:
-                args = _CALL_ARGS.decode(b"[" + b",".join([e.args or b"{}" for e in bucket]) + b"]")
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                args = self._args(bucket)
-            self._keep("runtime", bucket, start, end, np.array([a.correlation for a in args], np.int64))
+            self._keep("runtime", bucket, start, end, _ints(correlations_of(bucket, self.said)))
 
     def _keep(
         self, part: str, bucket: list[AnyEvent], start: Ints, end: Ints, extra: Ints | None = None
@@ -280,24 +201,24 @@ class Collector:
             self._keep("notes", [bucket[i] for i in noted], start[noted], end[noted])
 
     def _counted(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
-        shapes = []
-        for event, a in zip(bucket, self._args(bucket), strict=True):
-            shapes.append(len(self.trace.op_shapes))
-            self.trace.op_shapes.append(col.Op(event.name, *_shapes(a)))
-        self._keep("ops", bucket, start, end, np.array(shapes, np.int64))
+        indices = []
+        for event, a in zip(bucket, args_of(bucket, self.said), strict=True):
+            indices.append(len(self.trace.op_shapes))
+            self.trace.op_shapes.append(col.Op(event.name, *shapes(a)))
+        self._keep("ops", bucket, start, end, _ints(indices))
 
     def _notes(self, bucket: list[AnyEvent], start: Ints, end: Ints) -> None:
         if bucket:
-            args = self._args(bucket)
+            args = args_of(bucket, self.said)
             indices = [self._comm_meta(a) for a in args]
             for i, (event, a) in enumerate(zip(bucket, args, strict=True)):
                 if indices[i] < 0 and a.dims and ":" in event.name[:5]:
                     indices[i] = self._meta_from_shape(a)
-            self._keep("notes", bucket, start, end, np.array(indices, np.int64))
+            self._keep("notes", bucket, start, end, _ints(indices))
 
     def _meta_from_shape(self, a: Args) -> int:
         """A host collective gives only its tensors: enough for the size of the message."""
-        dims, dtype = _shapes(a)
+        dims, dtype = shapes(a)
         if not dims:
             return -1
         elements = sum(int(np.prod(d)) for d in dims)
@@ -327,32 +248,3 @@ class Collector:
         if self._high >= self._low:
             trace.span = (int(self._low), int(self._high))
         return trace
-
-
-def _number(text: int | str) -> int:
-    """``7`` of ``7`` or of ``"stream 7"``; -1 without a number."""
-    if isinstance(text, int):
-        return text
-    last = text.rsplit(" ", 1)[-1]
-    return int(last) if last.isdigit() else -1
-
-
-def _ranks(text: str | None) -> tuple[int, ...]:
-    """The list a trace writes as text; long ones are elided by NCCL's logger (``[0, 1, ..., 7]``) and unusable."""
-    if not text or "..." in text:
-        return ()
-    try:
-        return tuple(int(r) for r in ast.literal_eval(text))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return ()
-
-
-def _shapes(a: Args) -> tuple[tuple[tuple[int, ...], ...], str]:
-    """(dimensions of each input, first floating type named)."""
-    try:
-        raw = msgspec.json.decode(a.dims or b"[]")
-        dims = tuple(tuple(int(x) for x in d) if all(isinstance(x, int) for x in d) else () for d in raw)
-        types = [t for t in msgspec.json.decode(a.types or b"[]") if isinstance(t, str)]
-    except (msgspec.DecodeError, TypeError, ValueError):
-        return (), ""
-    return dims, next((t for t in types if t not in ("", "Scalar", "ScalarList", "GenericList")), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from trainsys.profiler.trace.classify import COMM, COMPUTE, COPY, MATMUL
@@ -19,6 +20,16 @@ class WhatIf:
     span_ns: int
     saved_ns: int
     saved_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """``[start, end)`` ns of a critical path, and what held it then: ``kind`` in general, ``name`` in particular."""
+
+    start: int
+    end: int
+    kind: str
+    name: str
 
 
 @dataclass(slots=True)
@@ -47,29 +58,39 @@ def critical_path(
         return None
     g = build(trace, kinds, launches)
     low, high = int(trace.device.start.min()), int(trace.device.end.max())
-    by_kind, top = _walk(g, trace, low)
-    out = CriticalPath(high - low, by_kind, top, inferred=g.inferred)
+    by_kind: Counter[str] = Counter()
+    by_name: Counter[tuple[str, str]] = Counter()
+    for stretch in _walk(g, trace, low):
+        by_kind[stretch.kind] += stretch.end - stretch.start
+        by_name[stretch.kind, stretch.name] += stretch.end - stretch.start
+    top = [(kind, name, ns) for (kind, name), ns in by_name.most_common(25)]
+    out = CriticalPath(high - low, dict(by_kind), top, inferred=g.inferred)
     out.faithful = replay(g) == g.end
     if out.faithful:
         out.what_if = _what_ifs(g, low, high, _waits_by_node(g, trace, waits))
     return out
 
 
-def _walk(g: Graph, trace: RankTrace, low: int) -> tuple[dict[str, int], list[tuple[str, str, int]]]:
+def stretches(trace: RankTrace, kinds: Ints, launches: Launches) -> list[Stretch]:
+    """The critical path itself, in order of time: adjacent, and together the whole of the trace's span."""
+    if not len(trace.device):
+        return []
+    return _walk(build(trace, kinds, launches), trace, int(trace.device.start.min()))[::-1]
+
+
+def _walk(g: Graph, trace: RankTrace, low: int) -> list[Stretch]:
     """From the last end back: at each node its own time, then its lag, then the cause that held it."""
     device_nodes = [i for i in range(len(g.start)) if g.kind[i] < HOST]
     node = max(device_nodes, key=lambda i: g.end[i])
-    by_kind: dict[str, int] = {}
-    by_name: dict[tuple[str, str], int] = {}
+    path: list[Stretch] = []
     now = g.end[node]
 
     def spend(kind: str, name: str, until: int) -> None:
         nonlocal now
-        ns = now - max(until, low)
-        if ns > 0:
-            by_kind[kind] = by_kind.get(kind, 0) + ns
-            by_name[kind, name] = by_name.get((kind, name), 0) + ns
-        now = min(now, max(until, low))
+        until = max(until, low)
+        if now > until:
+            path.append(Stretch(until, now, kind, name))
+        now = min(now, until)
 
     while now > low:
         name, kind = trace.names[g.name[node]], KIND_NAMES[g.kind[node]]
@@ -96,8 +117,7 @@ def _walk(g: Graph, trace: RankTrace, low: int) -> tuple[dict[str, int], list[tu
         else:
             spend("launch" if g.kind[cause] >= HOST else "device gap", f"before {name}", ready)
         node = cause
-    top = sorted(((k, n, ns) for (k, n), ns in by_name.items()), key=lambda t: -t[2])[:25]
-    return by_kind, top
+    return path
 
 
 def _waits_by_node(g: Graph, trace: RankTrace, waits: Ints | None) -> list[int] | None:

@@ -14,41 +14,17 @@ from decimal import Decimal
 from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
 
+from trainsys.profiler.trace.events import KINDS, AnyEvent, Event, ExactEvent, by_category
 from trainsys.profiler.trace.intervals import Ints
-
-
-class Event(Struct, gc=False):
-    """The fields of a Chrome trace event that are read. ``ts`` and ``dur`` in the file's unit."""
-
-    cat: str = ""
-    name: str = ""
-    pid: int | str = -1
-    tid: int | str = -1
-    ts: int | float = -1
-    dur: int | float = -1
-    args: Raw = Raw()
-
-
-class ExactEvent(Struct, gc=False):
-    """As ``Event``, where a double would lose nanoseconds: decimals as written."""
-
-    cat: str = ""
-    name: str = ""
-    pid: int | str = -1
-    tid: int | str = -1
-    ts: Decimal = Decimal(-1)
-    dur: Decimal = Decimal(-1)
-    args: Raw = Raw()
-
-
-AnyEvent = Event | ExactEvent
 
 _FAST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(list[Event])
 _EXACT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(list[ExactEvent])
 _LAX: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Event, strict=False)
 _LAX_EXACT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(ExactEvent, strict=False)
+
+_PATIENCE = 4
+"""Chunks with events that have no category, or arguments not as typed: one at either end of a file is usual."""
 
 # What PyTorch, Kineto and post-processing scripts were seen to get wrong, cheapest first.
 _REPAIRS: tuple[tuple[str, re.Pattern[bytes], bytes], ...] = (
@@ -89,15 +65,33 @@ class EventDecoder:
         self.exact = False
         """Set once a double cannot hold the file's timestamps to the nanosecond."""
         self._mend_first = False
+        self._others: frozenset[str] = frozenset()
+        self._typed = by_category(self._others)
+        self._in_vain = 0
 
-    def try_fast(self, chunk: bytes) -> list[AnyEvent] | None:
-        """The chunk's events; None if it is not whole events or not as typed."""
+    def try_fast(self, chunk: memoryview | bytes) -> list[AnyEvent] | None:
+        """The events of a chunk, brackets included; None if it is not whole events or not as typed."""
         if self._mend_first:
             return None
         try:
-            return (_EXACT if self.exact else _FAST).decode(b"[" + chunk + b"]")  # type: ignore[no-any-return]
+            if self.exact:
+                return _EXACT.decode(chunk)  # type: ignore[no-any-return]
+            if self._typed is None:
+                return _FAST.decode(chunk)  # type: ignore[no-any-return]
+            try:
+                return self._typed.decode(chunk)  # type: ignore[no-any-return]
+            except msgspec.ValidationError:
+                return self._learn(_FAST.decode(chunk))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
+
+    def _learn(self, events: list[AnyEvent]) -> list[AnyEvent]:
+        """What ``by_category`` did not know: from now on it does, or it is left."""
+        new = {e.cat for e in events}.difference(KINDS, self._others)
+        self._others |= new
+        self._in_vain += not new
+        self._typed = by_category(self._others) if self._in_vain < _PATIENCE else None
+        return events
 
     def slow(self, spans: list[bytes]) -> list[AnyEvent]:
         """Events from objects already separated by the scanner, mending and dropping one by one."""

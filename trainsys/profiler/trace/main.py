@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainsys.errors import UserError
-from trainsys.profiler.hang import analyse_dumps
-from trainsys.profiler.memory_snapshot import analyse_snapshot
 from trainsys.profiler.trace.across import compare_ranks, waits_by_start
 from trainsys.profiler.trace.analyse import Analysed, Options, analyse_file, load, waits_of
 from trainsys.profiler.trace.commlist import CommList
@@ -198,11 +196,15 @@ def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]
 
 def _others(inputs: Inputs, report: Report) -> None:
     if inputs.dumps:
+        from trainsys.profiler.hang import analyse_dumps
+
         try:
             report.hang = analyse_dumps(inputs.dumps)
         except UserError as error:
             report.unread.append(Unread(str(inputs.dumps[0]), str(error)))
     for path in inputs.snapshots:
+        from trainsys.profiler.memory_snapshot import analyse_snapshot
+
         try:
             report.memory += analyse_snapshot(path)
         except UserError as error:

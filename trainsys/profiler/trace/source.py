@@ -15,7 +15,7 @@ from isal import isal_zlib
 
 from trainsys.errors import UserError
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 GZIP_MAGIC = b"\x1f\x8b"
 
 

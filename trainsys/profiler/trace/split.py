@@ -13,13 +13,15 @@ from collections.abc import Iterator
 import msgspec
 
 from trainsys.errors import UserError
-from trainsys.profiler.trace.decode import AnyEvent, EventDecoder, mend, resync, separate
+from trainsys.profiler.trace.decode import EventDecoder, mend, resync, separate
+from trainsys.profiler.trace.events import AnyEvent
 from trainsys.profiler.trace.source import Source
 
-CHUNK = 1 << 19
+CHUNK = 1 << 18
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
 _BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")
 _AFTER = re.compile(rb'\s*(?:,\s*"|\}|\]?\s*$)')
+_CLOSE = ord("]")
 _SKIP = re.compile(rb"[\s,]*")
 
 Meta = dict[str, msgspec.Raw]
@@ -43,21 +45,23 @@ class Splitter:
 
     def __iter__(self) -> Iterator[list[AnyEvent]]:
         pieces = iter(self.source)
-        buffer, bare_array = self._header(pieces)
+        text, bare_array = self._header(pieces)
         ended = False
         while True:
-            if not ended:
-                buffer, ended = self._fill(buffer, pieces)
-            before = len(buffer)
-            events, buffer, closed = self._take(buffer, ended)
+            if ended:
+                buffer = bytearray(b"[" + text)
+            else:
+                buffer, ended = self._fill(text, pieces)
+            before = len(buffer) - 1
+            events, text, closed = self._take(buffer, ended)
             if events:
                 self.n_events += len(events)
                 yield events
             if closed:
-                self._tail(buffer, pieces)
+                self._tail(text, pieces)
                 return
-            if ended and len(buffer) == before:
-                if bare_array and not buffer.strip(b" \t\r\n,"):
+            if ended and len(text) == before:
+                if bare_array and not text.strip(b" \t\r\n,"):
                     return  # the Chrome format lets a bare array go unclosed
                 self._truncated()
                 return
@@ -69,8 +73,9 @@ class Splitter:
             )
         self.said["truncated: the file ends inside the events"] += 1
 
-    def _fill(self, buffer: bytes, pieces: Iterator[bytes]) -> tuple[bytes, bool]:
-        parts, size = [buffer], len(buffer)
+    def _fill(self, rest: bytes, pieces: Iterator[bytes]) -> tuple[bytearray, bool]:
+        """A bracket, ``rest`` and the next pieces: joined once, and decoded where they then lie."""
+        parts, size = [b"[", rest], len(rest)
         # A buffer larger than a chunk holds one giant event: double it, or reading is quadratic.
         want = max(CHUNK, 2 * size)
         if size > self.source.limits.unit_bytes:
@@ -80,11 +85,11 @@ class Splitter:
                 parts.append(piece)
                 size += len(piece)
                 if size >= want:
-                    return b"".join(parts), False
+                    return bytearray().join(parts), False
         except UserError:
             if not self.keep_truncated:
                 raise
-        return b"".join(parts), True
+        return bytearray().join(parts), True
 
     def _header(self, pieces: Iterator[bytes]) -> tuple[bytes, bool]:
         """Read up to the first event. Returns (text from there, whether the file is a bare array)."""
@@ -116,33 +121,35 @@ class Splitter:
                 continue
         return False
 
-    def _take(self, buffer: bytes, ended: bool) -> tuple[list[AnyEvent], bytes, bool]:
-        """Decode what is whole in the buffer. Returns (events, what is left, whether the array closed)."""
+    def _take(self, buffer: bytearray, ended: bool) -> tuple[list[AnyEvent], bytes, bool]:
+        """Decode what is whole after the buffer's bracket. Returns (events, what is left, whether the array closed)."""
         cut = _last_boundary(buffer)
         if cut is not None:
-            events = self.decoder.try_fast(buffer[: cut[0]])
+            end, begin = cut
+            comma, buffer[end] = buffer[end], _CLOSE
+            events = self.decoder.try_fast(memoryview(buffer)[: end + 1])
             if events is not None:
-                return events, buffer[cut[1] :], False
-        found = separate(buffer)
-        if found.close is not None and not _AFTER.match(buffer, found.close + 1):
+                return events, bytes(memoryview(buffer)[begin:]), False
+            buffer[end] = comma
+        text = bytes(memoryview(buffer)[1:])
+        found = separate(text)
+        if found.close is not None and not _AFTER.match(text, found.close + 1):
             # A quote is missing somewhere before, and brackets inside strings were counted.
             found.damaged = True
         events = self._decode(found.objects)
-        if found.damaged or (
-            found.close is None and not found.objects and (ended or len(buffer) > 2 * CHUNK)
-        ):
-            begin = resync(buffer, found.end + 1)
-            if begin is not None:
+        if found.damaged or (found.close is None and not found.objects and (ended or len(text) > 2 * CHUNK)):
+            again = resync(text, found.end + 1)
+            if again is not None:
                 self.said["dropped: damaged stretch of events"] += 1
-                return events, buffer[begin:], False
+                return events, text[again:], False
             if found.damaged and not ended:
-                return events, buffer[found.end :], False  # the next event is not in the buffer yet
+                return events, text[found.end :], False  # the next event is not in the buffer yet
         if found.close is not None:
-            return events, buffer[found.close + 1 :], True
-        return events, _SKIP.sub(b"", buffer[found.end :], count=1), False
+            return events, text[found.close + 1 :], True
+        return events, _SKIP.sub(b"", text[found.end :], count=1), False
 
     def _decode(self, objects: list[bytes]) -> list[AnyEvent]:
-        events = self.decoder.try_fast(b",".join(objects))
+        events = self.decoder.try_fast(b"[" + b",".join(objects) + b"]")
         return self.decoder.slow(objects) if events is None else events
 
     def _tail(self, buffer: bytes, pieces: Iterator[bytes]) -> None:
@@ -170,7 +177,7 @@ class Splitter:
             self.said["ignored: damaged text after the events"] += 1
 
 
-def _last_boundary(buffer: bytes) -> tuple[int, int] | None:
+def _last_boundary(buffer: bytearray) -> tuple[int, int] | None:
     """(end of an event, start of the next) of the last ``}, {`` in the buffer."""
     at = len(buffer)
     for _ in range(64):
