@@ -1,10 +1,12 @@
 """Does blame name the right rank and the right cause? Faults put into real runs, and into simulations of 10,000 ranks.
 
     python profiling/blame_injection.py real --runs 200 --out profiling/results/blame_real.json
+    python profiling/blame_injection.py real --runs 100 --only none --first-seed 9000 --out …  # the same file goes on
     python profiling/blame_injection.py simulated --ranks 10000 --runs 200
 
 Real runs: 2 to 8 gloo ranks with real collectives and the real recorder; compute sleeps (tests/support/standin.py).
 A run is right if exactly the injected fault is named: kind, ranks and phase; without a fault, if nothing is named.
+A file that is there goes on: seeds it holds are not run again, and ``--minutes`` ends a chunk early.
 """
 
 from __future__ import annotations
@@ -49,12 +51,12 @@ def right(kind: str, ranks: tuple[int, ...], axis: str, verdicts: list[Any]) -> 
     return (v.kind, v.phase) == expected[kind] and set(v.ranks) == set(ranks) and not others
 
 
-def real_run(seed: int) -> dict[str, Any]:
+def real_run(seed: int, only: str | None = None) -> dict[str, Any]:
     from support.ranks import run_ranks
     from support.standin import Fault, Standin, run
 
     rng = random.Random(seed)
-    kind = KINDS[seed % len(KINDS)]
+    kind = only or KINDS[seed % len(KINDS)]
     layout = dict(rng.choice(LAYOUTS))
     world = int(np.prod(list(layout.values())))
     rank, axis, first, steps = rng.randrange(world), "", 0, 40
@@ -157,9 +159,23 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     faulty = [r for r in results if r["kind"] != "none"]
     if faulty:
         out["right_share_of_faults"] = round(sum(r["right"] for r in faulty) / len(faulty), 4)
+    healthy = [r for r in results if r["kind"] == "none"]
+    if healthy:
+        out["quiet_share_of_healthy"] = round(sum(r["right"] for r in healthy) / len(healthy), 4)
     if any("seconds" in r for r in results):
         out["median_ms_a_window"] = round(1e3 * float(np.median([r["seconds"] for r in results])), 1)
     return out
+
+
+def write(path: Path, what: str, ranks: int, results: list[dict[str, Any]], not_run: list[int]) -> None:
+    """Head and summary, then one run a line."""
+    head = {
+        "what": what, "ranks": ranks if what == "simulated" else "2-8", "summary": summary(results),
+        "did_not_run": not_run, "cores": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+    lines = ",\n  ".join(json.dumps(r) for r in results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n  ' + lines + "\n ]\n}\n")
 
 
 def main() -> None:
@@ -169,27 +185,33 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=10_000)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS, help="faults of this kind alone")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     parser.add_argument("--out")
     args = parser.parse_args()
-    results: list[dict[str, Any]] = []
+    out = Path(args.out) if args.out else None
+    before = json.loads(out.read_text()) if out and out.exists() else {}
+    results: list[dict[str, Any]] = before.get("runs", [])
+    not_run: list[int] = before.get("did_not_run", [])
+    done = {r["seed"] for r in results} | set(not_run)
+    began = time.monotonic()
     for seed in range(args.first_seed, args.first_seed + args.runs):
+        if seed in done:
+            continue
+        if time.monotonic() - began > 60 * args.minutes:
+            break
         if args.what == "real":
             try:
-                results.append(real_run(seed))
+                results.append({**real_run(seed, args.only), "load": round(os.getloadavg()[0], 1)})
             except AssertionError as error:  # ranks that a loaded machine kept from answering: no result
                 print(f"seed {seed} did not run: {str(error).splitlines()[0]}", flush=True)
+                not_run.append(seed)
                 continue
         else:
             results.append(simulated_run(args.ranks, seed, (args.only,) if args.only else KINDS))
-        r = results[-1]
-        if not r["right"]:
-            print("wrong:", json.dumps(r), flush=True)
-        if args.out and (len(results) % 10 == 0 or len(results) == args.runs):
-            note = {"what": args.what, "ranks": args.ranks if args.what == "simulated" else "2-8",
-                    "load_average": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0))}  # fmt: skip
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            found = {**note, "summary": summary(results), "wrong": [x for x in results if not x["right"]]}
-            Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+        if not results[-1]["right"]:
+            print("wrong:", json.dumps(results[-1]), flush=True)
+        if out:
+            write(out, args.what, args.ranks, results, not_run)
     print(json.dumps(summary(results), indent=1))
 
 

@@ -70,6 +70,19 @@ def test_a_slow_node_is_one_verdict() -> None:
     assert "node00002" in verdicts[0].title
 
 
+def test_a_slow_switch_is_one_verdict_and_its_nodes_are_none() -> None:
+    table, _ = simulated(128, "none", seed=1)
+    table.switches = {host: f"leaf{int(host[4:]) // 4}" for host in table.hosts.values()}
+    for name in ("forward", "backward"):
+        table.phases[name][:, 32:64] *= 1.2
+    (verdict,) = judge_window(table)
+    assert (verdict.kind, verdict.ranks) == ("switch", tuple(range(32, 64)))
+    assert "leaf1" in verdict.title
+    for name in ("forward", "backward"):  # one node of the switch is that node's fault
+        table.phases[name][:, 40:64] /= 1.2
+    assert [(v.kind, v.ranks) for v in judge_window(table)] == [("node", tuple(range(32, 40)))]
+
+
 def test_since_when_and_until_when() -> None:
     table = small(steps=400, seed=2)
     for name in ("forward", "backward"):

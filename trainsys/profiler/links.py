@@ -17,7 +17,11 @@ from trainsys.telemetry.events import COMM
 
 LEAST_SHARE = 0.04
 LEAST_RATIO = 2.0
-"""A link that takes less than twice the usual time is within what contention does."""
+"""A link that takes less than twice the usual time is within what contention does, unless ..."""
+LEAST_CHANGE = 1.4
+"""... contention can be ruled out: it took less before, as other axes and the ranks' work did not change."""
+MIN_APART = 0.97
+"""Then so many pairs of a later and an earlier step have to show it."""
 MIN_STEPS_SLOW = 0.8
 """Share of steps in which it must be half again as slow as the usual one."""
 MIN_ABOVE = 0.92
@@ -27,20 +31,19 @@ MIN_BEFORE = 8
 
 
 def slow_links(table: StepTable, work: Floats, alpha: float, step_s: float) -> list[Verdict]:
-    """At most one verdict an axis."""
-    out = []
+    """At most one verdict: a throttled axis makes groups of others late, so the one with most to save is the cause."""
+    groups = {}
     for axis in axes_of(table):
-        if axis in ("pp", "unknown"):
-            continue
-        groups = [g for g in table.groups(axis) if g.shape[1] > 1]
-        if not groups:
-            continue
-        members = groups[-1]
-        own = table.phases[COMM + axis][:, members].min(axis=2)  # [T, groups]
-        found = _beside_others(table, axis, own, members, alpha, step_s)
-        found = found or _beside_before(table, axis, own, members, work, step_s)
-        out += [found] if found else []
-    # The throttled axis makes groups of others late at most; the one with most to save is the cause.
+        found = [g for g in table.groups(axis) if g.shape[1] > 1] if axis not in ("pp", "unknown") else []
+        if found:
+            groups[axis] = found[-1]
+    own = {a: table.phases[COMM + a][:, members].min(axis=2) for a, members in groups.items()}  # [T, groups]
+    out = []
+    for axis, members in groups.items():
+        beside = _beside_others(table, axis, own[axis], members, alpha, step_s)
+        others = [np.median(values, axis=1) for a, values in own.items() if a != axis]
+        slow = beside or _beside_before(table, axis, own[axis], members, work, others, step_s)
+        out += [slow] if slow else []
     return [max(out, key=lambda v: v.cost_s)] if out else []
 
 
@@ -68,9 +71,13 @@ def _beside_others(
 
 
 def _beside_before(
-    table: StepTable, axis: str, own: Floats, members: npt.NDArray[np.int64], work: Floats, step_s: float
-) -> Verdict | None:
-    """A lasting step upwards of one group's own time, by the best split of the window in two."""
+    table: StepTable, axis: str, own: Floats, members: npt.NDArray[np.int64], work: Floats, others: list[Floats],
+    step_s: float,
+) -> Verdict | None:  # fmt: skip
+    """A lasting step upwards of one group's own time, by the best split of the window in two.
+
+    ``others``: the usual time of the other axes, [T] each.
+    """
     if len(own) < 2 * MIN_BEFORE:
         return None
     at = _split(own)
@@ -78,18 +85,26 @@ def _beside_before(
     low = _median_where(own, ~after)
     high = _median_where(own, after)
     # A change of it that is worth a closer look, and neither at the very start nor at the very end.
-    worth = (high >= LEAST_RATIO * np.maximum(low, 1e-5)) & (high - low >= LEAST_SHARE * step_s)
+    worth = (high >= LEAST_CHANGE * np.maximum(low, 1e-5)) & (high - low >= LEAST_SHARE * step_s)
     worth &= (at >= MIN_BEFORE) & (len(own) - at >= MIN_BEFORE)
     for g in np.flatnonzero(worth)[np.argsort(-(high - low)[worth])].tolist():
         x, split = own[:, g], int(at[g])
         # Nearly every later step above nearly every earlier one, and not because the machine is busier: then
-        # compute is slower too.
+        # compute is slower too, and so is what the other axes do.
         above = float((x[split:, None] > x[None, :split]).mean())
-        busier = float(np.median(work[split:, members[g]]) / np.median(work[:split, members[g]]))
-        floor = _floor(x[split:]) >= LEAST_RATIO * _floor(x[:split])
-        if floor and above >= MIN_ABOVE and high[g] >= LEAST_RATIO * max(1.0, busier) * low[g]:
+        growth = min(_floor(x[split:]) / max(_floor(x[:split]), 1e-5), float(high[g] / max(low[g], 1e-5)))
+        busier = max(1.0, _growth(np.median(work[:, members[g]], axis=1), split))
+        elsewhere = max([busier, *(_growth(y, split) for y in others)])
+        twice = above >= MIN_ABOVE and growth >= LEAST_RATIO * busier
+        alone = bool(others) and above >= MIN_APART and growth >= LEAST_CHANGE * elsewhere
+        if twice or alone:
             return _changed(table, axis, members[g], float(low[g]), float(high[g]), step_s, split)
     return None
+
+
+def _growth(x: Floats, split: int) -> float:
+    """Median from ``split`` on over the median before."""
+    return float(np.median(x[split:]) / max(float(np.median(x[:split])), 1e-5))
 
 
 def _floor(x: Floats) -> float:

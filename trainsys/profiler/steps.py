@@ -62,6 +62,8 @@ class StepTable:
     memory: dict[str, Floats] = field(default_factory=dict)
     """allocated, reserved, peak, rss: bytes [T, R]."""
     hosts: dict[int, str] = field(default_factory=dict)
+    switches: dict[str, str] = field(default_factory=dict)
+    """host -> the switch that it hangs on, where the scheduler tells it."""
     pauses: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     """rank -> (step, seconds) of each garbage collection worth a record."""
     on_device: bool = False
@@ -95,8 +97,8 @@ class StepTable:
         return StepTable(
             self.ranks, self.steps[rows], self.time[rows], cut(self.phases), cut(self.stalls), cut(self.nbytes),
             self.tokens[rows], self.padded[rows], self.flops_model[rows], self.flops_hardware[rows],
-            self.work[rows], self.layout, self.micro, self.captures, cut(self.memory), self.hosts, self.pauses,
-            self.on_device, self.clock_spread_s,
+            self.work[rows], self.layout, self.micro, self.captures, cut(self.memory), self.hosts, self.switches,
+            self.pauses, self.on_device, self.clock_spread_s,
         )  # fmt: skip
 
 
@@ -121,14 +123,14 @@ class _Rows:
         self.warm: set[int] = set()
         self.captures: list[tuple[int, dict[str, float | None]]] = []
         self.pauses: list[tuple[int, float]] = []
-        self.host = ""
+        self.host = self.switch = ""
 
     def read(self, path: Path) -> None:
         attempt: list[int] = []
         for event in iter_events(path, Damage()):
             if isinstance(event, RunStart):
                 self._close(attempt)
-                attempt, self.host = [], event.hostname
+                attempt, self.host, self.switch = [], event.hostname, event.switch
             elif isinstance(event, Step):
                 self.steps[event.step] = event
                 attempt.append(event.step)
@@ -161,6 +163,7 @@ def load_steps(run_dir: str | Path, start: RunStart, ranks: Iterable[int]) -> St
     warm.update(step + late for r in rows.values() for step, _ in r.captures for late in (0, 1))
     table.work &= ~np.isin(table.steps, sorted(warm))
     table.hosts = {rank: r.host for rank, r in rows.items()}
+    table.switches = {r.host: r.switch for r in rows.values() if r.switch}
     table.pauses = {rank: r.pauses for rank, r in rows.items() if r.pauses}
     table.captures = [
         Capture(step, rank, float(v.get(CAPTURE + "matmul") or 0.0), float(v.get(CAPTURE + "idle") or 0.0))

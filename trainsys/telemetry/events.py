@@ -55,6 +55,8 @@ class RunStart(Event):
     attempt: int = 0
     name: str = ""
     hostname: str = ""
+    switch: str = ""
+    """The switch that the host hangs on, where the scheduler tells it."""
     pid: int = 0
     local_rank: int = 0
     engine: str = ""

@@ -41,6 +41,7 @@ from trainsys.telemetry.run_dir import (
 )
 from trainsys.telemetry.sinks.base import RunInfo, Sinks
 from trainsys.telemetry.sinks.build import build_sinks
+from trainsys.telemetry.topology import switch_of
 from trainsys.train.device import CudaTimer, cuda_memory
 from trainsys.train.gather import WindowGather
 from trainsys.train.peak import find_device, find_peak
@@ -82,6 +83,7 @@ class Reporter:
             t0_wall=started[1],
             name=cfg.name,
             hostname=this_node(),
+            switch=switch_of(os.environ),
             pid=os.getpid(),
             local_rank=proc.local_rank,
             engine=cfg.engine,
