@@ -30,6 +30,3 @@ class MegatronConfig(Strict):
     distributed_optimizer: bool = Field(
         default=True, description="shard optimizer states over dp_shard (its counterpart of ZeRO-1)"
     )
-    overlap: bool = Field(
-        default=True, description="reduce gradients and gather parameters while something else is computed"
-    )

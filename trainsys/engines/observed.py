@@ -164,7 +164,13 @@ class Observer:
         return self._known[name]
 
     def _called(
-        self, op: str, sent: Sent, real: Callable[..., Any], group: dist.ProcessGroup, *args: Any, **kwargs: Any
+        self,
+        op: str,
+        sent: Sent,
+        real: Callable[..., Any],
+        group: dist.ProcessGroup,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         axis, rank, size = self._place(group)
         if size == 1 or _is_ours():

@@ -15,7 +15,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -30,6 +37,10 @@ from trainsys.parallel.context.core import ContextAttention, build_method
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.parallelize import DTYPES
 from trainsys.schedules.build import stages_per_rank
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # 0.16 asks for it without having looked whether Transformer Engine is there.
+    moe_utils.te_general_gemm = None
 
 # As what the collectives of Megatron's groups count, by the name it gives a group.
 AXES = {
@@ -94,6 +105,8 @@ def transformer_config(cfg: RunConfig, layout: Layout, device: torch.device) -> 
     on_cpu = device.type == "cpu"
     activation = F.silu if m.ffn_kind == "swiglu" else partial(F.gelu, approximate="tanh")
     full = cfg.recompute.policy == "full"
+    # Its schedule without interleaving cannot go on computing while it sends.
+    overlap_pipeline = cfg.parallel.overlap.pipeline and virtual_stages(cfg, layout) is not None
     made = TransformerConfig(
         num_layers=m.n_layers,
         hidden_size=m.d_model,
@@ -127,8 +140,10 @@ def transformer_config(cfg: RunConfig, layout: Layout, device: torch.device) -> 
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.tp,
-        deallocate_pipeline_outputs=True,
-        batch_p2p_comm=layout.pp > 1,
+        # gloo sends from the memory itself, which must stay until it has.
+        deallocate_pipeline_outputs=not on_cpu,
+        overlap_p2p_comm=overlap_pipeline,
+        batch_p2p_comm=not overlap_pipeline,
         # The loss is divided by the tokens of the whole batch beforehand: reductions are plain sums.
         calculate_per_token_loss=True,
         recompute_granularity={"full": "full", "selective": "selective"}.get(cfg.recompute.policy),
@@ -205,10 +220,11 @@ def model_chunks(cfg: RunConfig, config: TransformerConfig, mesh: Mesh) -> Chunk
             position_embedding_type="rope",
             **which,
         ).to(mesh.device)
+        _mark_split(model)
         model.rotary_pos_emb = Rotary(cfg.model, mesh.device)
         rotaries.append(model.rotary_pos_emb)
         chunks.append(model)
-    overlap = cfg.megatron.overlap and mesh["fsdp"].size * mesh["dp_replicate"].size > 1
+    overlap = cfg.parallel.overlap.gradients and mesh["fsdp"].size * mesh["dp_replicate"].size > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
@@ -224,12 +240,24 @@ def model_chunks(cfg: RunConfig, config: TransformerConfig, mesh: Mesh) -> Chunk
     return Chunks(wrapped, rotaries, core)
 
 
+def _mark_split(model: nn.Module) -> None:
+    """Say which weights tensor parallelism splits: the gradient norm asks, and Megatron's own initialisation, which
+    would have said it, does not run."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(weight, True, 1, 1)
+
+
 def _core(cfg: RunConfig, mesh: Mesh) -> CoreAttention | ContextAttention:
     window = cfg.model.sliding_window
     if mesh["cp"].size == 1:
         return CoreAttention(window)
     plan = ContextPlan.resolve(cfg.parallel.context, mesh["cp"].size)
-    return ContextAttention(window, *build_method(plan, mesh, cfg.train.seq_len, window))
+    method = build_method(plan, mesh, cfg.train.seq_len, window, overlap=cfg.parallel.overlap.context)
+    return ContextAttention(window, *method)
 
 
 def _replace_modules(block: Any, core: type[nn.Module]) -> None:

@@ -21,8 +21,10 @@ from trainsys.engines.megatron.masters import Master, masters, publish
 from trainsys.engines.megatron.modules import mask_of
 from trainsys.engines.megatron.names import Part, Rows, rows_of
 from trainsys.engines.megatron.pieces import boxes
+from trainsys.engines.megatron.theory import estimated_throughput, theoretical_memory
 from trainsys.engines.megatron.timers import PhaseTimers
 from trainsys.engines.observed import observe
+from trainsys.flops import StepWork, step_flops
 from trainsys.models.init import fill
 from trainsys.models.shards import ShardSpec
 from trainsys.ops.loss import IGNORE, cross_entropy_sum
@@ -51,7 +53,7 @@ class MegatronEngine:
             self._chunks = build.model_chunks(cfg, config, mesh)
             self.optimizer = build.optimizer_for(cfg, self._chunks)
         self._config = config
-        config.timers = PhaseTimers(recorder)
+        self._timers = config.timers = PhaseTimers(recorder)
         config.finalize_model_grads_func = _finalize
         if self._chunks.wrapped[0].ddp_config.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self._chunks.wrapped]
@@ -65,6 +67,14 @@ class MegatronEngine:
         for weight in self.parameters():
             fill(weight.data, weight.place, weight.name, cfg.model, cfg.train.seed)
         publish(self.optimizer, self._chunks.wrapped)
+        memory = theoretical_memory(cfg, mesh.layout)
+        recorder.metrics(
+            -1,
+            {
+                "megatron/memory_states_bytes": memory.states,
+                "megatron/memory_activations_bytes": memory.activations,
+            },
+        )
 
     def _rows(self) -> dict[nn.Parameter, Sequence[Rows]]:
         """Where the rows of every parameter held here lie in ours."""
@@ -114,7 +124,17 @@ class MegatronEngine:
             else:
                 for bias, before in biases:  # moved with the gradients, before anybody was asked
                     bias.copy_(before)
+        self._estimate(step, data)
         return StepResult(totals[:2], lr, totals[2], applied)
+
+    def _estimate(self, step: int, data: StepData) -> None:
+        """The straggler detector's number of this rank. On a GPU the host's clock says nothing of forward."""
+        forward_s = self._timers.take_forward()
+        if self.device.type == "cpu":
+            work = StepWork(data.real_tokens_global, data.attn_pairs_global, self.cfg.train.seq_len)
+            flops = step_flops(self.cfg.model, work, self.cfg.recompute).model
+            estimate = estimated_throughput(flops, forward_s, self.mesh.layout.world)
+            self.recorder.metrics(step, {"megatron/estimated_flops_per_s": estimate})
 
     def _inputs(self, batch: Batch) -> Inputs:
         """This rank's part of a micro-batch, on the device."""

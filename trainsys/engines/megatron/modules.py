@@ -68,7 +68,9 @@ def core_for(core: CoreAttention | ContextAttention) -> type[Core]:
     return type("TrainsysCore", (Core,), {"core": core})
 
 
-def mask_of(core: CoreAttention | ContextAttention, positions: Tensor, doc_ids: Tensor | None) -> Tensor | None:
+def mask_of(
+    core: CoreAttention | ContextAttention, positions: Tensor, doc_ids: Tensor | None
+) -> Tensor | None:
     """What `Core` is to be given: a mask, or under context parallelism the documents of whole rows."""
     return doc_ids if isinstance(core, ContextAttention) else core.prepare(positions, doc_ids)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from trainsys.telemetry.recorder import Recorder
@@ -17,13 +18,18 @@ _PHASES = {
 
 class _Timer:
     def __init__(self, recorder: Recorder, phase: str) -> None:
-        self._recorder, self._phase = recorder, phase
+        self._span = recorder.phase(phase)
+        self._began = 0.0
+        self.seconds = 0.0
+        """Between all starts and stops so far, on the host's clock, what communicated inside included."""
 
     def start(self, barrier: bool = False) -> None:
-        self._recorder.phase(self._phase).__enter__()
+        self._span.__enter__()
+        self._began = time.perf_counter()
 
     def stop(self, barrier: bool = False) -> None:
-        self._recorder.phase(self._phase).__exit__(None, None, None)
+        self.seconds += time.perf_counter() - self._began
+        self._span.__exit__(None, None, None)
 
 
 class _Nothing:
@@ -38,6 +44,12 @@ class PhaseTimers:
     def __init__(self, recorder: Recorder) -> None:
         self._timers: dict[str, Any] = {name: _Timer(recorder, phase) for name, phase in _PHASES.items()}
         self._nothing = _Nothing()
+
+    def take_forward(self) -> float:
+        """Seconds of forward since this was last asked."""
+        timer = self._timers["forward-compute"]
+        seconds, timer.seconds = timer.seconds, 0.0
+        return float(seconds)
 
     def __call__(self, name: str, log_level: int | None = None) -> Any:
         return self._timers.get(name, self._nothing)
