@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from trainsys.context.balance import Span
 from trainsys.ops.attention import reference_attention
 from trainsys.ops.attention_kernels import as_mask
+from trainsys.ops.attention_partial import Partial
 from trainsys.ops.attention_seam import Rule
-from trainsys.parallel.context.blocks import Partial, visible
+from trainsys.parallel.context.blocks import visible
 from trainsys.parallel.context.dist_flash import schedule
 
 

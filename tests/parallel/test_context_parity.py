@@ -89,7 +89,11 @@ CASES = [
     Case("two_d", 8, context={"head_degree": 2, "inner_ring": 2}, docs=True),
     Case("two_d", 4, TP_SP, {"head_degree": 2}),
     Case("dist_flash", 8),
+    # What is started is waited for at once.
+    *(Case(f, 4, {"overlap": {"context": False}}) for f in FLAVOURS),
+    Case("two_d", 8, {"overlap": {"context": False}}, {"head_degree": 2, "inner_ring": 2}),
 ]
+COMPILED = [Case("ring", 2, train={"compile": True}), Case("ulysses", 2, {"dp_shard": 2}, train={"compile": True})]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,14 @@ def test_same_answer_as_one_process(case: Case, text: Path) -> None:
     assert not Layout.resolve(cfg.parallel, world).validate(cfg.model, cfg.train, cfg.parallel)
     axes = ["cp", "fsdp", *(axis for axis in ("tp", "dp_replicate") if axis in case.other)]
     check(cfg, world, axes=axes, steps=3)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("case", COMPILED, ids=lambda c: c.id)
+def test_compiled_blocks_give_the_same_answer(case: Case, text: Path) -> None:
+    """Attention is where graphs break: what moves keys and heads runs as it is."""
+    cfg = case.config(text)
+    check(cfg, Layout.required_world(cfg.parallel) or 0, axes=("cp",), steps=2, timeout_s=300)
 
 
 def test_validate_refuses_by_flavour() -> None:

@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from support.overlap.experts import (
+    CHUNKS,
+    EXPERTS,
+    TOKENS,
+    TOP_K,
+    WIDTH,
+    WORLD,
+    both_ways,
+    mesh_of,
+    predicted,
+    routing,
+)
 from support.ranks import run_ranks
 from trainsys.config.model import ModelConfig, MoEConfig
 from trainsys.config.run import ExpertConfig, ParallelConfig, TrainConfig
 from trainsys.errors import UserError
 from trainsys.layout import Layout
 from trainsys.models.moe import Experts
-from trainsys.models.router import Routing
-from trainsys.parallel.expert import route, trip
+from trainsys.parallel.expert import trip
 from trainsys.parallel.expert.apply import route_maker
 from trainsys.parallel.expert.dispatch import ExpertDispatch
 from trainsys.parallel.mesh import Mesh
 
-WORLD, EXPERTS, TOP_K, TOKENS, WIDTH = 4, 8, 2, 24, 6
 FLAT = ExpertConfig()
 TWO_LEVEL = ExpertConfig(dispatch="hierarchical", node_ranks=2)
-
-
-def _mesh() -> Mesh:
-    return Mesh(Layout(dp_shard=WORLD, ep=WORLD), torch.device("cpu"))
-
-
-def _routing(rank: int, skew: bool) -> tuple[Tensor, Routing]:
-    """Tokens of a rank and where they go. ``skew``: rank 1 has no expert that anybody wants."""
-    generator = torch.Generator().manual_seed(rank)
-    x = torch.randn(1, TOKENS, WIDTH, generator=generator)
-    wanted = torch.rand(TOKENS, EXPERTS, generator=generator)
-    if skew:
-        wanted[:, 2:4] = -1
-    gates = torch.rand(1, TOKENS, TOP_K, generator=generator)
-    return x, Routing(wanted.topk(TOP_K).indices.unsqueeze(0), gates, None)
 
 
 class Multiply(Experts):
@@ -60,20 +53,20 @@ class Multiply(Experts):
 
 
 def _travel(cfg: ExpertConfig, skew: bool) -> dict[str, Any]:
-    mesh = _mesh()
+    mesh = mesh_of()
     dispatch = ExpertDispatch(route_maker(mesh, cfg), cfg.chunks)
-    x, routing = _routing(mesh.rank, skew)
+    x, routed = routing(mesh.rank, skew)
     x.requires_grad_()
-    routing.gates.requires_grad_()
+    routed.gates.requires_grad_()
     experts = Multiply(mesh["ep"].index * EXPERTS // WORLD)
-    state, rows, parts = dispatch.send(x.flatten(0, 1), routing, EXPERTS)
+    state, rows, parts = dispatch.send(x.flatten(0, 1), routed, EXPERTS)
     out = dispatch.receive(state, experts(rows, parts))
-    factors = (routing.choices[0] + 1.0).unsqueeze(-1)
-    want = (routing.gates[0].unsqueeze(-1) * factors).sum(1) * x[0]
+    factors = (routed.choices[0] + 1.0).unsqueeze(-1)
+    want = (routed.gates[0].unsqueeze(-1) * factors).sum(1) * x[0]
     torch.testing.assert_close(out, want)
     probe = torch.linspace(1, 2, WIDTH)
-    got = torch.autograd.grad((out * probe).sum(), (x, routing.gates))
-    torch.testing.assert_close(got, torch.autograd.grad((want * probe).sum(), (x, routing.gates)))
+    got = torch.autograd.grad((out * probe).sum(), (x, routed.gates))
+    torch.testing.assert_close(got, torch.autograd.grad((want * probe).sum(), (x, routed.gates)))
     ledger = mesh.ledger.traffic
     return {
         "rows": experts.rows,
@@ -81,7 +74,7 @@ def _travel(cfg: ExpertConfig, skew: bool) -> dict[str, Any]:
         "calls": ledger["ep", trip.OP].calls,
         "arrived": torch.cat(experts.arrived).numpy(),
         "out": out.detach().numpy(),
-        "choices": routing.choices.flatten().tolist(),
+        "choices": routed.choices.flatten().tolist(),
     }
 
 
@@ -123,105 +116,16 @@ def test_rows_arrive_in_the_same_order_by_either_route() -> None:
 
 # ---- overlap: work that sleeps, a link that is slow ----------------------------------------------------
 
-CHUNKS, ATTEMPTS = 4, 5
-
-
-class SlowTrip(trip.Trip):
-    """A link that takes one message after the other, each for ``seconds``; it is never early."""
-
-    seconds = 0.0
-    free_at = 0.0
-
-    def _launch(self, x: Tensor, sends: list[int], receives: list[int]) -> Tensor:
-        SlowTrip.free_at = max(time.perf_counter(), SlowTrip.free_at) + SlowTrip.seconds
-        self.done = SlowTrip.free_at
-        return super()._launch(x, sends, receives)
-
-    def _land(self) -> Tensor:
-        g = self.group
-        with g.ledger.span(g.axis, "slow", 0):
-            time.sleep(max(0.0, self.done - time.perf_counter()))
-        return super()._land()
-
-
-class _Slow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        time.sleep(ctx.seconds)
-        return grad, None
-
-
-class SleepingExperts(Experts):
-    def __init__(self, seconds: float) -> None:
-        super().__init__(1, 1, 1, "gelu")
-        self.seconds = seconds
-
-    def compute(self, x: Tensor, counts: Tensor) -> Tensor:
-        out: Tensor = _Slow.apply(x, self.seconds)
-        return out
-
-
-def _exposed(chunks: int, trip_s: float, compute_s: float) -> list[tuple[float, float]]:
-    """(forward, backward) seconds this rank waited in each attempt; both arguments are of the whole batch."""
-    mesh = _mesh()
-    route.Trip = SlowTrip  # type: ignore[misc]
-    SlowTrip.seconds = trip_s / chunks
-    dispatch = ExpertDispatch(route_maker(mesh, FLAT), chunks)
-    experts = SleepingExperts(compute_s / chunks)
-    waits = []
-    try:
-        for _ in range(ATTEMPTS):
-            x, routing = _routing(mesh.rank, False)
-            x.requires_grad_()
-            both = []
-            for way in ("forward", "backward"):
-                dist.barrier()
-                mesh.ledger.reset()
-                SlowTrip.free_at = 0.0
-                if way == "forward":
-                    state, rows, parts = dispatch.send(x.flatten(0, 1), routing, EXPERTS)
-                    out = dispatch.receive(state, experts(rows, parts))
-                else:
-                    out.sum().backward()
-                both.append(mesh.ledger.traffic["ep", "slow"].blocked_s)
-            waits.append((both[0], both[1]))
-    finally:
-        route.Trip = trip.Trip  # type: ignore[misc]
-    return waits
-
-
-def _predicted(chunks: int, trip_s: float, compute_s: float) -> float:
-    """Waits of one pass: trips on one lane, all of the way there queued at the start."""
-    each, work = trip_s / chunks, compute_s / chunks
-    lane, now, waited = chunks * each, 0.0, 0.0
-    homes = []
-    for c in range(chunks):
-        arrival = (c + 1) * each
-        waited += max(0.0, arrival - now)
-        now = max(now, arrival) + work
-        lane = max(lane, now) + each
-        homes.append(lane)
-    for home in homes:
-        waited += max(0.0, home - now)
-        now = max(now, home)
-    return waited
-
 
 @pytest.mark.parametrize("chunks", [1, CHUNKS])
 def test_chunks_hide_what_arithmetic_says(chunks: int) -> None:
     trip_s, compute_s = 0.12, 0.16
-    expected = _predicted(chunks, trip_s, compute_s)
+    expected = predicted(chunks, trip_s, compute_s)
     if chunks == 1:
         assert expected == pytest.approx(2 * trip_s)
     else:
         assert expected < 0.6 * 2 * trip_s
-    by_rank = run_ranks(WORLD, _exposed, chunks, trip_s, compute_s)
+    by_rank = run_ranks(WORLD, both_ways, chunks, trip_s, compute_s)
     for way in (0, 1):
         # A sleeping rank may wake late on a busy machine: of each, the attempt that was least disturbed.
         nearest = [min((a[way] for a in rank), key=lambda wait: abs(wait - expected)) for rank in by_rank]

@@ -83,6 +83,8 @@ CASES = [
     # With tp and sp, cp, pp.
     Case("tp2_ep2", 4, {"dp_shard": 2, "tp": 2, "ep": 2, "sequence_parallel": False}, ("ep", "tp"), {"d_ff": 18}),
     Case("tp2_sp_ep2", 4, {"dp_shard": 2, "tp": 2, "ep": 2}, ("ep", "tp"), TIGHT),
+    Case("tp2_sp_async_ep2", 4, {"dp_shard": 2, "tp": 2, "ep": 2, "overlap": {"tensor": True}}, ("ep", "tp"),
+         {"n_dense_layers": 1}),
     Case("tp2_sp_ep2_of_4", 8, {"dp_shard": 4, "tp": 2, "ep": 2}, ("ep", "tp", "expert_fsdp"), {"n_dense_layers": 1}),
     Case("ring2_ep2", 2, {"cp": 2, "ep": 2}, ("ep", "cp")),
     Case("ring2_ep4_tight", 4, {"cp": 2, "dp_shard": 2, "ep": 4}, ("ep", "cp"), TIGHT),

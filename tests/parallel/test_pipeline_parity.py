@@ -60,6 +60,11 @@ CASES = [
     Case("dualpipev", 4, {"tp": 2}, model=EIGHT),
     Case("interleaved_1f1b", 2, {"cp": 2, "tp": 2}),
     Case("blockwise", 2, {"dp_shard": 2, "cp": 2}),
+    # Without overlap of sends; with that of tensor parallelism.
+    *(Case(name, 2, {"overlap": {"pipeline": False}}) for name in NAMES),
+    Case("1f1b", 4, {"overlap": {"pipeline": False}}),
+    Case("interleaved_1f1b", 4, {"overlap": {"pipeline": False}}, model=EIGHT),
+    Case("1f1b", 2, {"tp": 2, "overlap": {"tensor": True}}),
     # Optimizer states over replicas too.
     Case("1f1b", 2, {**DDP, **ZERO1}),
     Case("zbv", 2, {**DDP, **ZERO1}, model=TIED),

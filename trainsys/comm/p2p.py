@@ -33,6 +33,7 @@ class Transfer:
         sent = sum(nbytes(x) for x, _ in self._sends)
         with self._group.ledger.span(self._group.axis, self._op, sent):
             self._finish()
+        self._works = []
 
     def _finish(self) -> None:
         for work in self._works:
@@ -52,10 +53,14 @@ class Incoming:
 
 
 class Link:
-    """How the members of one group reach each other. Tests put a slow one in its place."""
+    """How the members of one group reach each other. Tests put a slow one in its place.
 
-    def __init__(self, group: AxisGroup) -> None:
-        self.group = group
+    Without ``overlap`` what is started is waited for at once. That cannot lock up where all members make the same
+    exchanges in the same order, as every flavour of context parallelism does.
+    """
+
+    def __init__(self, group: AxisGroup, *, overlap: bool = True) -> None:
+        self.group, self.overlap = group, overlap
 
     def exchange(self, op: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """Start all of ``sends`` and ``receives`` (filled in place). ``op`` names them in the ledger.
@@ -63,7 +68,10 @@ class Link:
         Messages between the same two ranks arrive in the order in which they were started; those of an
         ``op`` of another name may be started in another order on the other side, but not on NCCL.
         """
-        return Transfer(self.group, op, self._start(op, sends, receives), sends)
+        transfer = self._transfer(op, sends, receives)
+        if not self.overlap:
+            transfer.wait()
+        return transfer
 
     def swap(
         self,
@@ -82,6 +90,9 @@ class Link:
         sends = [] if to is None else [(x, to) for x in tensors]
         receives = [] if source is None else [(x, source) for x in arriving]
         return Incoming(self.exchange(op, sends, receives), arriving)
+
+    def _transfer(self, op: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        return Transfer(self.group, op, self._start(op, sends, receives), sends)
 
     def _start(self, op: str, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
         g, tag = self.group, _tag(op)

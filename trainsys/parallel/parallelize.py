@@ -110,12 +110,16 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
         keep_part(model, part)
     sequence_parallel = parallel.sequence_parallel and layout.tp > 1
     shards = apply_tensor_parallel(
-        model, mesh["tp"], sequence_parallel=sequence_parallel, loss_parallel=parallel.loss_parallel
+        model,
+        mesh["tp"],
+        sequence_parallel=sequence_parallel,
+        loss_parallel=parallel.loss_parallel,
+        overlap=parallel.overlap.tensor,
     )
     if part is not None:
         pass_hidden(model, part)
     apply_expert_parallel(model, mesh, cfg, shards)
-    apply_context_parallel(model, mesh, parallel.context, cfg.train.seq_len)
+    apply_context_parallel(model, mesh, parallel.context, cfg.train.seq_len, overlap=parallel.overlap.context)
     apply_recompute(model, cfg.recompute)
     if cfg.train.loss_chunk and model.head is not None:
         # The loss multiplies by the head's weight itself; what TP hooks onto the head stays in force.

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from trainsys.comm import autograd as comm
 from trainsys.comm.group import AxisGroup
+from trainsys.comm.p2p import Link
 from trainsys.models.decoder import Decoder
 from trainsys.models.layers import Embedding
+from trainsys.models.moe import MoE
 from trainsys.models.shards import ShardSpec
+from trainsys.parallel.tensor_overlap import overlap_pair
 
 SEQUENCE_DIM = 1  # of [B, S, D]
 VOCAB_DIM = 2  # of [B, S, V]
@@ -79,9 +82,12 @@ def needs_tp_reduction(name: str, sequence_parallel: bool) -> bool:
 
 
 def apply_tensor_parallel(
-    model: Decoder, tp: AxisGroup, *, sequence_parallel: bool, loss_parallel: bool
+    model: Decoder, tp: AxisGroup, *, sequence_parallel: bool, loss_parallel: bool, overlap: bool = False
 ) -> dict[str, ShardSpec]:
-    """Slice ``model`` (on meta) and hook the collectives in. Returns each parameter's place."""
+    """Slice ``model`` (on meta) and hook the collectives in. Returns each parameter's place.
+
+    ``overlap``: attention and dense feed-forwards multiply part by part of the sequence (`tensor_overlap`).
+    """
     shards = slice_parameters(model, tp)
     if tp.size == 1:
         return shards
@@ -96,6 +102,9 @@ def apply_tensor_parallel(
 
     for block in model.layers.values():
         for pair in (block.attn, block.ffn):
+            if overlap and not isinstance(pair, MoE):
+                overlap_pair(pair, Link(tp))
+                continue
             pair.register_forward_pre_hook(enter)
             pair.register_forward_hook(leave)
     if model.embed is not None:

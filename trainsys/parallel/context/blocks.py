@@ -1,7 +1,7 @@
 """What all flavours that work block by block share: which blocks there are, and how they add up.
 
-A block is a span of queries against a span of keys. Forward merges partial results by their log-sum-exp
-(online softmax, Milakov & Gimelshein 2018); backward adds gradients. Both accumulate in fp32.
+A block is a span of queries against a span of keys. Forward merges partial results by their log-sum-exp,
+backward adds gradients. Both accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from trainsys.context.balance import Shard, Span
 from trainsys.ops.attention import attention_mask
 from trainsys.ops.attention_kernels import Kernel, Visible, kernel_for
+from trainsys.ops.attention_partial import Partial, wide
 from trainsys.ops.attention_seam import Rule
 
 
@@ -41,32 +42,6 @@ def visible(rule: Rule, q: Span, k: Span) -> Visible | None:
     )
     assert mask is not None
     return mask
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """What sums of ``x`` are kept in: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-class Partial:
-    """Attention of some queries over the keys seen so far: ``out [B, S, H, Dh]`` and ``lse [B, H, S]``, wide."""
-
-    def __init__(self, q: Tensor) -> None:
-        b, s, h, _ = q.shape
-        self.out = torch.zeros_like(q, dtype=wide(q), memory_format=torch.contiguous_format)
-        self.lse = torch.full((b, h, s), float("-inf"), dtype=wide(q), device=q.device)
-
-    def merge(self, out: Tensor, lse: Tensor, rows: slice = slice(None)) -> None:
-        """Add the result of the queries ``rows`` over more keys."""
-        mine = self.lse[..., rows]
-        both = torch.logaddexp(mine, lse)
-        # Nothing seen on either side: any finite number will do, as both shares are then exp(-inf) = 0.
-        scale = both.masked_fill(both == float("-inf"), 0.0)
-        kept, added = (
-            torch.exp(part - scale).transpose(1, 2).unsqueeze(-1) for part in (mine, lse.to(mine.dtype))
-        )
-        self.out[:, rows].mul_(kept).add_(added * out)
-        mine.copy_(both)
 
 
 @dataclass(frozen=True)

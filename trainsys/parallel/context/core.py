@@ -55,20 +55,31 @@ class ContextAttention(SeamAttention):
         return spread_tokens(out, self.heads) if self.heads.size > 1 else out
 
 
-def apply_context_parallel(model: Decoder, mesh: Mesh, cfg: ContextConfig, seq: int) -> None:
-    """Replace the attention cores of ``model`` by ones that work on this rank's part of rows of ``seq`` tokens."""
+def apply_context_parallel(
+    model: Decoder, mesh: Mesh, cfg: ContextConfig, seq: int, *, overlap: bool = True
+) -> None:
+    """Replace the attention cores of ``model`` by ones that work on this rank's part of rows of ``seq`` tokens.
+
+    ``overlap``: compute one block while the next one's data travels.
+    """
     cp = mesh["cp"]
     if cp.size == 1:
         return
     plan = ContextPlan.resolve(cfg, cp.size)
     window = model.cfg.sliding_window
-    heads, method = build_method(plan, mesh, seq, window)
+    heads, method = build_method(plan, mesh, seq, window, overlap=overlap)
     for block in model.layers.values():
         block.attn.core = ContextAttention(window, heads, method)
 
 
 def build_method(
-    plan: ContextPlan, mesh: Mesh, seq: int, window: int | None, blocks: Blocks | None = None
+    plan: ContextPlan,
+    mesh: Mesh,
+    seq: int,
+    window: int | None,
+    blocks: Blocks | None = None,
+    *,
+    overlap: bool = True,
 ) -> tuple[AxisGroup, Method]:
     """The group that shares heads and the method that moves the rest, for this rank. Every rank must call it."""
     cp, blocks = mesh["cp"], blocks or Blocks()
@@ -77,9 +88,9 @@ def build_method(
     ring = Ring(member, shards, reach(plan, seq, window))
     heads = mesh.subgroup("cp", [[plan.at(h, r) for h in range(plan.heads)] for r in range(plan.ring)])
     if plan.flavour == "all_gather":
-        return heads, AllGatherKV(ring, cp, blocks)
+        return heads, AllGatherKV(ring, cp, blocks, overlap=overlap)
     if plan.flavour in ONE_RING:
-        return heads, ONE_RING[plan.flavour](ring, Link(cp), blocks)
+        return heads, ONE_RING[plan.flavour](ring, Link(cp, overlap=overlap), blocks)
     if plan.ring == 1:
         return heads, WholeRows(blocks.kernel)
     # Groups of their own, so that on NCCL neither ring's transfers queue behind the other's.
@@ -93,7 +104,8 @@ def build_method(
         for h in range(plan.heads)
         for i in range(plan.inner)
     ]
-    return heads, DoubleRing(ring, Link(mesh.subgroup("cp", inner)), Link(mesh.subgroup("cp", outer)), blocks)
+    links = [Link(mesh.subgroup("cp", some), overlap=overlap) for some in (inner, outer)]
+    return heads, DoubleRing(ring, *links, blocks)
 
 
 class SequenceCut:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from trainsys.comm.p2p import Incoming, Link
+from trainsys.ops.attention_partial import Partial
 from trainsys.ops.attention_seam import Rule
-from trainsys.parallel.context.blocks import Blocks, Partial, Ring, zeros
+from trainsys.parallel.context.blocks import Blocks, Ring, zeros
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from trainsys.comm.p2p import Link
+from trainsys.ops.attention_partial import Partial
 from trainsys.ops.attention_seam import Rule
-from trainsys.parallel.context.blocks import Blocks, Partial, Ring, zeros
+from trainsys.parallel.context.blocks import Blocks, Ring, zeros
 
 
 class TokenRing:

@@ -50,7 +50,11 @@ class PipelineModel:
         program = programs(self.schedule, cfg.parallel.pipeline.gathered_stages)[me]
         shape = _hidden_shape(cfg, mesh)
         dtype = DTYPES[cfg.train.dtype]
-        transport = Transport(mesh["pp"], lambda: torch.empty(shape, dtype=dtype, device=mesh.device))
+        transport = Transport(
+            mesh["pp"],
+            lambda: torch.empty(shape, dtype=dtype, device=mesh.device),
+            overlap=cfg.parallel.overlap.pipeline,
+        )
         self._runtime = Runtime(program, self.stages, self.schedule.stages, transport)
 
     def run(self, inputs: list[Inputs]) -> Tensor:

@@ -38,11 +38,6 @@ class Stage(Protocol):
         ...
 
 
-# Sends that may be under way before the oldest is waited for. It has long been received by then: each later
-# one was made by an action that came after it.
-SENDS_UNDER_WAY = 4
-
-
 class Runtime:
     """``stages``: those of this rank, by number, of ``n_stages``."""
 
@@ -84,7 +79,6 @@ class Runtime:
                         made[False, number, micro] = back
             elif isinstance(instruction, Exchange):
                 transport.start(instruction, made)
-                transport.release(SENDS_UNDER_WAY)
             elif isinstance(instruction, Gather):
                 stages[instruction.stage].gather()
             elif isinstance(instruction, Release):

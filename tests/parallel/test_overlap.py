@@ -1,0 +1,24 @@
+"""Each switch hides what arithmetic says it can: exposed = max(0, communication - computation), and nothing when off."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.overlap import CASES, Switch, exposed
+from support.ranks import run_ranks
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+@pytest.mark.parametrize(
+    ("comm_s", "compute_s"), [(0.08, 0.03), (0.03, 0.06)], ids=["comm>compute", "comm<compute"]
+)
+@pytest.mark.parametrize("switch", CASES, ids=lambda s: s.name)
+def test_exposed_time_is_what_computation_does_not_cover(
+    switch: Switch, comm_s: float, compute_s: float, on: bool
+) -> None:
+    expected = switch.predict(on, comm_s, compute_s)
+    everything = switch.predict(False, comm_s, compute_s)
+    assert expected < everything if on else expected == everything
+    waited = exposed(run_ranks(switch.world, switch.measure, on, comm_s, compute_s), expected)
+    # Within 10%; of all communication where it hides and hardly anything is left to take a tenth of.
+    assert abs(waited - expected) < 0.1 * (expected if comm_s > compute_s else everything), (waited, expected)
