@@ -20,7 +20,7 @@ FLOORS = (
     {"errors", "layout", "context", "flops", "hardware", "config", "schedules", "capabilities"},
     {"telemetry", "profiler", "planner", "launch"},
     {"parallel", "memory", "optim", "data", "ops", "models", "comm"},
-    {"train", "engines", "resilience", "checkpoint", "bench"},
+    {"train", "engines", "resilience", "checkpoint", "bench", "dryrun"},
     {"cli", "__main__"},
 )
 TORCH_FREE = FLOORS[0] | FLOORS[1]

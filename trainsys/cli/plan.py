@@ -58,3 +58,21 @@ def _plan_backtest(args: argparse.Namespace) -> None:
     from trainsys.planner.backtest import run
 
     run(args.csv, args.anchor, args.json, args.leave_out)
+
+
+@command(
+    "dryrun",
+    "run a rank's real step without devices: FLOPs, bytes by axis, peak memory by part, at any world size",
+    RUN,
+    OVERRIDES,
+    arg("--world", type=int, required=True, metavar="N", help="ranks of the run"),
+    arg("--rank", default="0", metavar="R", help="which one; all: one of each kind that differs"),
+    arg("--json", action="store_true", help="print as JSON"),
+)
+def _dryrun(args: argparse.Namespace) -> None:
+    from trainsys.config.loader import load_run
+
+    load_run(args.run, args.overrides)  # a mistake is told before the seconds that torch takes to import
+    from trainsys.dryrun.main import dryrun
+
+    dryrun(args.run, args.overrides, world=args.world, rank=args.rank, json=args.json)

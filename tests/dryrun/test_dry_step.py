@@ -1,0 +1,39 @@
+"""A dry run counts what real gloo ranks count: FLOPs, calls and bytes by axis, and every byte of memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from support.apart import apart
+from support.dry import of_case
+from support.dry_cases import CASES, world
+from support.ranks import run_ranks
+from trainsys.config.run import RunConfig
+from trainsys.dryrun.step import RankStep, metered_step
+from trainsys.layout import Layout
+
+# One of each thing that could differ between a fake and a real group; the others are held to the planner's count.
+REAL = (
+    "one", "one-bf16", "chunked-loss", "fsdp-bf16", "fsdp3-ragged", "hsdp", "tp", "sp-full-fsdp", "cp-ring",
+    "cp-ulysses", "cp-dist_flash", "pp-1f1b", "pp-zbv-fsdp", "pp-tied-sp", "moe-tp",
+)  # fmt: skip
+
+
+def _real(cfg: RunConfig) -> RankStep:
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return metered_step(cfg, Layout.resolve(cfg.parallel, size), rank, warm_steps=1)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_equals_real_ranks(name: str) -> None:
+    """Their second step: the dry run's first is like any later one."""
+    cfg = CASES[name]
+    real = [apart(_real, cfg)] if world(cfg) == 1 else run_ranks(world(cfg), _real, cfg)
+    for dry in of_case(name):
+        found = real[dry.rank]
+        assert dry.total_flops == found.total_flops > 0
+        assert dry.traffic == found.traffic
+        assert dry.held == found.held
+        assert dry.memory == found.memory
+        assert dry.peak_bytes == found.peak_bytes == sum(dry.memory.values())
