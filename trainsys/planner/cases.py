@@ -111,7 +111,8 @@ class Cases:
 
 ARCHS = ("volta", "ampere", "hopper", "blackwell", "cdna", "other")
 ATTN_KERNELS = ("unfused", "fused_softmax", "flash1", "flash2", "cudnn", "flash3")
-RECOMPUTES = ("none", "selective", "full", "half")
+RECOMPUTES = ("none", "selective", "full", "half", "selective++")
+# selective: attention alone; half: about half of the matmuls, as op-level policies; selective++: all but attention
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb1", "zb2", "zbv", "dualpipev")
 
 

@@ -88,8 +88,9 @@ def falls_back(c: Cases) -> Array:
     return out
 
 
-def attention(c: Cases, k: Constants, rate16: Array) -> Pass:
-    """The core of attention (no projections) over a micro-batch, heads split by tp and sequence by cp.
+def attention(c: Cases, k: Constants, rate16: Array, keys: Array) -> Pass:
+    """The core of attention (no projections) over a micro-batch, heads split by tp and sequence by cp, in calls of
+    ``keys`` keys each.
 
     Fused kernels compute the causal half at a rate by kernel and architecture; unfused ones compute the whole
     square as batched matmuls and move the score matrix through memory for mask, softmax and dropout.
@@ -107,9 +108,9 @@ def attention(c: Cases, k: Constants, rate16: Array) -> Pass:
     modern = (kernel >= ATTN_KERNELS.index("cudnn")) & hopper_up
     eff = np.where(modern, k.attn_fused, eff)
     ramp = (
-        c.seq / (c.seq + k.attn_seq_half) * np.where(c.head_dim < 128, 0.75 + 0.25 * c.head_dim / 128.0, 1.0)
+        keys / (keys + k.attn_seq_half) * np.where(c.head_dim < 128, 0.75 + 0.25 * c.head_dim / 128.0, 1.0)
     )
-    blocks = c.micro_batch * heads * np.ceil(c.seq / c.cp / 128.0) / c.sms
+    blocks = c.micro_batch * heads * np.ceil(np.minimum(c.seq / c.cp, 2.0 * keys) / 128.0) / c.sms
     fill = np.minimum(1.0, blocks)
     fused_f = 0.5 * c.attended * full / (c.peak_16 * eff * ramp * fill)
     fused_b = 2.5 * fused_f / k.attn_bwd
@@ -157,9 +158,9 @@ def fp8_casts(c: Cases, k: Constants) -> Pass:
     return Pass(fwd, 1.5 * fwd)
 
 
-def floor_by_launch(gpu: Pass, host: Array) -> Pass:
-    """A layer is never faster than the host launches its kernels (soft maximum); ``host``: forward seconds."""
-    return Pass(soft_max(gpu.fwd, host, 8), soft_max(gpu.bwd, 1.8 * host, 8))
+def floor_by_launch(gpu: Pass, host: Pass) -> Pass:
+    """A layer is never faster than the host launches its kernels (soft maximum)."""
+    return Pass(soft_max(gpu.fwd, host.fwd, 8), soft_max(gpu.bwd, host.bwd, 8))
 
 
 def soft_max(a: Array, b: Array, power: int = 4) -> Array:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainsys.planner import kernels
+from trainsys.planner import kernels, ring
 from trainsys.planner.cases import ARCHS, ATTN_KERNELS, RECOMPUTES, Array, Cases
 from trainsys.planner.collectives import Group, all_to_all, group
 from trainsys.planner.constants import Constants
@@ -76,13 +76,15 @@ def tensor_comm(c: Cases, k: Constants) -> Pass:
 
 
 def context_comm(c: Cases, k: Constants, core: Pass) -> Pass:
-    """Ring attention: cp-1 transfers of keys and values, each hidden behind a block of attention as far as it
-    is shorter. Ulysses: four all-to-alls of q, k, v and output, not hidden (Jacobs et al. 2023)."""
+    """Ring attention: cp-1 transfers of keys and values, in backward also of their gradients (fp32 in the native
+    ring, as `trainsys.context.traffic` counts), each hidden behind a block of attention as far as it is shorter.
+    Ulysses: four all-to-alls of q, k, v and output, not hidden (Jacobs et al. 2023)."""
     g = group(c, k, c.cp, c.tp)
     kv = 2.0 * 2.0 * c.tokens * c.n_kv_heads * c.head_dim / c.tp
     step = kv / g.rate + g.hop_s
+    back = np.where(c.eager > 0, 3.0, 2.0) * kv / g.rate + 2.0 * g.hop_s
     fwd = (c.cp - 1.0) * (k.cp_exposed * step + np.maximum(step - core.fwd / c.cp, 0.0))
-    bwd = (c.cp - 1.0) * (k.cp_exposed * 2.0 * step + np.maximum(2.0 * step - core.bwd / c.cp, 0.0))
+    bwd = (c.cp - 1.0) * (k.cp_exposed * back + np.maximum(back - core.bwd / c.cp, 0.0))
     swap = all_to_all(g, c, k, 2.0 * c.tokens * (2.0 * c.n_heads + 2.0 * c.n_kv_heads) * c.head_dim / c.tp)
     on = c.cp > 1
     uly = c.ulysses > 0
@@ -108,8 +110,8 @@ def layer_time(c: Cases, k: Constants, moe: bool) -> LayerTime:
         low_rank
     )
     mm = mm + kernels.linear(c.tokens, h / c.tp, c.d_model, rate, c, k).scaled(low_rank)
-    core = kernels.attention(c, k, r16)
-    moved = kernels.elementwise(c, k)
+    core = kernels.attention(c, k, r16, ring.call_length(c))
+    moved = kernels.elementwise(c, k) + ring.merging(c, k)
     host = k.layer_host_s * np.where((c.modern > 0) | (c.compiled > 0), k.host_modern, 1.0)
     host = host * np.where(kernels.falls_back(c), 1.3, 1.0) + np.where(
         c.tp > 1, 2.0 * k.collective_host_s, 0.0
@@ -133,7 +135,7 @@ def layer_time(c: Cases, k: Constants, moe: bool) -> LayerTime:
     )
     tp = tensor_comm(c, k)
     cp = context_comm(c, k, core)
-    busy = kernels.floor_by_launch(mm + core + moved, host)
+    busy = kernels.floor_by_launch(mm + core + moved, Pass(host, 1.8 * host) + ring.launching(c, k))
     forward = busy + tp + cp + ep
     kind = c.recompute
     unfused = c.attn_kernel <= 1
@@ -143,8 +145,14 @@ def layer_time(c: Cases, k: Constants, moe: bool) -> LayerTime:
                 kind == RECOMPUTES.index("full"),
                 kind == RECOMPUTES.index("half"),
                 kind == RECOMPUTES.index("selective"),
+                kind == RECOMPUTES.index("selective++"),
             ],
-            [forward.fwd, 0.45 * busy.fwd, np.where(unfused, core.fwd, 0.0)],
+            [
+                forward.fwd,
+                0.45 * busy.fwd,
+                np.where(unfused | (c.eager > 0), core.fwd + cp.fwd, 0.0),
+                np.maximum(forward.fwd - core.fwd - cp.fwd, 0.0),
+            ],
             0.0,
         )
         * k.recompute_extra

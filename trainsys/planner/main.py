@@ -26,7 +26,8 @@ from trainsys.planner.view import render
 _MEMORY = ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
-def _world(cluster: Cluster, gpus: int | None) -> int:
+def world_of(cluster: Cluster, gpus: int | None) -> int:
+    """Devices of a plan. UserError where neither the cluster nor ``--gpus`` says."""
     if gpus is not None:
         if gpus < 1:
             raise UserError(f"--gpus {gpus}: at least 1")
@@ -159,7 +160,7 @@ def plan(
         raise UserError(f"--top {top}: at least 1")
     run = load_run(run_yaml, overrides)
     where = load_cluster(cluster)
-    job = Job.of(run, where.machine(), _world(where, gpus), stack, dtype)
+    job = Job.of(run, where.machine(), world_of(where, gpus), stack, dtype)
     found = search(job, parse_limits(limits), margin)
     data = result(found, where, top, why)
     if write is not None:

@@ -105,11 +105,21 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
     full, entry = layer_activation_bytes(c, m)
     kind = c.recompute
     kept = np.select(
-        [kind == RECOMPUTES.index("full"), kind == RECOMPUTES.index("half")],
-        [entry, entry + m.half_kept * (full - entry)],
+        [
+            kind == RECOMPUTES.index("full"),
+            kind == RECOMPUTES.index("half"),
+            kind == RECOMPUTES.index("selective++"),
+        ],
+        # selective++ keeps attention's output and one fp32 number a head beside the layer's input.
+        [
+            entry,
+            entry + m.half_kept * (full - entry),
+            entry + c.tokens * c.n_heads * (2.0 * c.head_dim + 4.0) / c.tp,
+        ],
         full,
     )
-    transient = np.where(kind == RECOMPUTES.index("full"), full, 0.0)
+    again = (kind == RECOMPUTES.index("full")) | (kind == RECOMPUTES.index("selective++"))
+    transient = np.where(again, full, 0.0)
 
     def stage(layers: Array, embeddings: Array, front: Array, head: Array) -> tuple[Array, ...]:
         dense = layers * dense_layer + embeddings * embed

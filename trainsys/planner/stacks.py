@@ -36,7 +36,7 @@ class Stack:
 STACKS = {
     s.name: s
     for s in (
-        Stack("native", eager=True, selective_is_half=True),
+        Stack("native", eager=True),
         Stack("megatron", modern=True, tp_overlap=True),
         Stack("megatron-lm", modern=True),
         Stack("megatron-classic", grad_bytes=2.0),
