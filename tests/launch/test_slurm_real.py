@@ -174,10 +174,10 @@ def test_stop_saves_and_is_not_started_again(
 @pytest.mark.slow  # minutes: limits have minutes, and Slurm warns up to 20 s late
 def test_the_time_limit_is_survived(cluster: Callable[..., None], work: Path) -> None:
     """Slurm's own warning, not one that a test sends: the run saves, is requeued and goes on."""
-    limits = ["launch.time=0:02:00", "launch.warn_s=90", "train.steps=600", "launch.max_restarts=0"]
+    limits = ["launch.time=0:03:00", "launch.warn_s=60", "train.steps=1000"]
     identity, folder = submit(spoil(work, SLOW, nodes="*"), *limits)
-    wait_for("the end", lambda: states(identity) <= {*slurm.OVER}, folder, patience_s=800.0)
+    wait_for("the end", lambda: states(identity) <= {*slurm.OVER}, folder, patience_s=850.0)
     said = (folder / "logs/slurm-0.out").read_text()
     assert states(identity) == {"COMPLETED"}, everything(folder)
     assert "attempt 0: again: asked to stop by SIGUSR1, step " in said
-    assert sorted(losses(Path("runs"), "tiny")) == list(range(600))
+    assert sorted(losses(Path("runs"), "tiny")) == list(range(1000))
