@@ -48,7 +48,7 @@ def test_a_node_that_fails_preflight_is_left_out(cluster: Callable[..., None], w
 
 
 def test_a_slow_node_is_left_and_nothing_is_lost(cluster: Callable[..., None], work: Path) -> None:
-    steps = 100
+    steps = 200
     options = [
         "launch.evict_share=0.2",
         "telemetry.log_every=2",
