@@ -89,7 +89,7 @@ def real_run(seed: int, only: str | None = None) -> dict[str, Any]:
     return {
         "seed": seed, "kind": kind, "layout": layout, "ranks": ranks, "axis": axis, "amount": round(amount, 4),
         "first": first, "right": right(kind, ranks, axis, verdicts),
-        "verdicts": [[v.kind, v.phase, list(v.ranks), v.since, round(v.cost_s, 5)] for v in verdicts],
+        "verdicts": [[v.kind, v.phase, list(v.ranks), v.since, round(v.cost_s, 5), v.evidence] for v in verdicts],
     }  # fmt: skip
 
 

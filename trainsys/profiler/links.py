@@ -19,7 +19,8 @@ LEAST_SHARE = 0.04
 LEAST_RATIO = 2.0
 """A link that takes less than twice the usual time is within what contention does, unless ..."""
 LEAST_CHANGE = 1.4
-"""... contention can be ruled out: it took less before, as other axes and the ranks' work did not change."""
+"""... contention can be ruled out: it took less before, while other axes and the ranks' work did not change. For the
+only group of its axis, that is: where there are others a slow one of them is better seen beside them."""
 MIN_APART = 0.97
 """Then so many pairs of a later and an earlier step have to show it."""
 MIN_STEPS_SLOW = 0.8
@@ -96,7 +97,7 @@ def _beside_before(
         busier = max(1.0, _growth(np.median(work[:, members[g]], axis=1), split))
         elsewhere = max([busier, *(_growth(y, split) for y in others)])
         twice = above >= MIN_ABOVE and growth >= LEAST_RATIO * busier
-        alone = bool(others) and above >= MIN_APART and growth >= LEAST_CHANGE * elsewhere
+        alone = len(members) == 1 and bool(others) and above >= MIN_APART and growth >= LEAST_CHANGE * elsewhere
         if twice or alone:
             return _changed(table, axis, members[g], float(low[g]), float(high[g]), step_s, split)
     return None
