@@ -81,6 +81,7 @@ LAYOUTS = [
     ),
 ]
 BASE = {c.name: c for c in LAYOUTS}
+ASYNC = {"overlap": {"tensor": True}}
 ZERO1 = {"shard": {"optim": "over_replicas"}}
 ZERO2 = {"shard": {"optim": "over_replicas", "grads": "over_replicas"}}
 VARIANTS = [
@@ -96,6 +97,20 @@ VARIANTS = [
         ("zero1_tied", ZERO1, {"model": {"tied_embeddings": True}}, ("hsdp2x2",)),
         ("zero2_replicas", ZERO2, {}, ("ddp2", "hsdp2x2", "hsdp2x2_tp2_sp")),
         ("zero2_accumulate1", ZERO2, {"micro_batch": 2, "global_batch": 8}, ("ddp4",)),
+        ("stream_layers", {}, {"recompute": {"stream_ffn": 5, "stream_attention": 6}},
+         ("single", "ddp2", "fsdp2", "fsdp2_tp2", "fsdp2_tp2_sp", "hsdp2x2")),
+        ("stream_layers_full", {}, {"recompute": {"stream_ffn": 5, "stream_attention": 6, "policy": "full"}},
+         ("fsdp2", "tp2_sp")),
+        ("stream_layers_window", {}, {"recompute": {"stream_attention": 6}, "model": {"sliding_window": 5}},
+         ("fsdp2_tp2_sp",)),
+        ("async_tp", ASYNC, {}, ("tp2_sp", "fsdp2_tp2_sp", "ddp2_tp2_sp", "hsdp2x2_tp2_sp")),
+        ("async_tp_full", ASYNC, {"recompute": "full"}, ("fsdp2_tp2_sp",)),
+        ("async_tp_selective", ASYNC, {"recompute": "selective"}, ("tp2_sp",)),
+        ("async_tp_selective++", ASYNC, {"recompute": "selective++"}, ("tp2_sp",)),
+        ("async_tp_bias_gelu", ASYNC, {"model": {"qkv_bias": True, "ffn_kind": "gelu", "parallel_block": True}},
+         ("tp2_sp",)),
+        ("async_tp_loss_chunk", ASYNC, {"loss_chunk": 5, "micro_batch": 2, "model": {"tied_embeddings": True}},
+         ("tp2_sp",)),
         ("waits", {"overlap": {"gradients": False}}, {}, ("ddp2", "hsdp2x2")),
         ("zero2_waits", {**ZERO2, "overlap": {"gradients": False}}, {}, ("ddp2",)),
         ("small_buckets", {"bucket_mb": 0.01}, {}, ("ddp2",)),
@@ -114,6 +129,10 @@ VARIANTS = [
     )
     for name in names
 ]  # fmt: skip
+VARIANTS += [
+    Case("tp4_sp-async_tp", 4, {"tp": 4, **ASYNC}, ("tp",), {"model": {"n_kv_heads": 4}}),
+    Case("cp2_tp2_sp-async_tp", 4, {"cp": 2, "tp": 2, **ASYNC}, ("cp", "tp")),
+]
 
 
 @pytest.mark.parametrize("case", [*LAYOUTS, *VARIANTS], ids=lambda c: c.name)

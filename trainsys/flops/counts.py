@@ -7,7 +7,7 @@ from typing import Literal
 
 from trainsys.config.model import ModelConfig
 from trainsys.config.run import RecomputeConfig
-from trainsys.flops.gemms import causal_pairs, full_pairs, head_gemm, layer_gemms
+from trainsys.flops.gemms import Gemm, causal_pairs, full_pairs, head_gemm, layer_gemms
 from trainsys.flops.params import param_counts
 
 Convention = Literal["exact", "noncausal", "palm", "megatron"]
@@ -60,18 +60,28 @@ def _recomputed(
 ) -> int:
     if recompute is None:
         return 0
-    if recompute.policy == "selective":
-        return model.n_layers * attention
-    total = 0
+    total = model.n_layers * attention if recompute.policy == "selective" else 0
     keeps_attention = recompute.policy == "selective++"
     for layer in range(model.n_layers):
-        if not (keeps_attention or layer_is_recomputed(recompute, layer)):
-            continue
         gemms = layer_gemms(model, layer)
-        total += (0 if keeps_attention else attention) + tokens * sum(g.flops_per_token for g in gemms)
-        if early_stop and gemms[-1].component == "ffn":  # routed outputs are kept: routing weights scale them
-            total -= tokens * gemms[-1].flops_per_token
+        if keeps_attention or layer_is_recomputed(recompute, layer):
+            total += (0 if keeps_attention else attention) + tokens * sum(g.flops_per_token for g in gemms)
+            # The last product is left out where nobody needs its output; what is routed is scaled, what is streamed
+            # runs as one.
+            if early_stop and gemms[-1].component == "ffn" and not recompute.stream_ffn:
+                total -= tokens * gemms[-1].flops_per_token
+        total += attention if recompute.stream_attention else 0
+        total += tokens * sum(_times_streamed(g, recompute) * g.flops_per_token for g in gemms)
     return total
+
+
+def _times_streamed(gemm: Gemm, recompute: RecomputeConfig) -> int:
+    """How often a streamed backward repeats a product: once, but keys and values are made for all queries first."""
+    if gemm.component == "ffn":
+        return int(recompute.stream_ffn > 0)
+    if gemm.component in ("qkv", "attn_out") and recompute.stream_attention:
+        return 2 if gemm.name in ("wk", "wv") else 1
+    return 0
 
 
 def batch_flops(

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from trainsys.config.run import RecomputeConfig
 from trainsys.flops import layer_is_recomputed
 from trainsys.memory.stream import stream_tokens
+from trainsys.memory.stream_attention import stream_queries
 from trainsys.models.attention import SeamAttention
 from trainsys.models.decoder import Decoder
 from trainsys.ops.attention_seam import Method, Rule, WholeRows
@@ -28,6 +29,8 @@ def apply_recompute(model: Decoder, cfg: RecomputeConfig) -> None:
     for name, block in model.layers.items():
         if cfg.stream_ffn:
             stream_tokens(block.ffn, cfg.stream_ffn)
+        if cfg.stream_attention:
+            stream_queries(block.attn, cfg.stream_attention)
         if layer_is_recomputed(cfg, int(name)):
             _recompute(block)
         elif cfg.policy == "selective":

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainsys.ops.attention_partial import wide
+
 
 def stream_tokens(module: nn.Module, tokens: int) -> None:
     """Make ``module.forward(x [B, S, D]) -> [B, S, D]`` work on ``tokens`` positions of each row at a time.
@@ -39,7 +41,8 @@ class _Streamed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         d_x = torch.empty_like(x)
-        sums: list[Tensor] = [torch.zeros_like(p) for p in parameters]
+        # Pieces add up in fp32, as they would inside one product.
+        sums: list[Tensor] = [torch.zeros_like(p, dtype=wide(p)) for p in parameters]
         for start in range(0, x.shape[1], ctx.tokens):
             piece = slice(start, start + ctx.tokens)
             part = x[:, piece].detach().requires_grad_()
@@ -49,4 +52,4 @@ class _Streamed(torch.autograd.Function):
             d_x[:, piece] = found[0]
             for total, g in zip(sums, found[1:], strict=True):
                 total += g
-        return (d_x, None, None, *sums)
+        return (d_x, None, None, *(total.to(p.dtype) for total, p in zip(sums, parameters, strict=True)))
