@@ -105,6 +105,10 @@ def test_schedules_and_options_that_do_not_exist_are_refused() -> None:
     [
         (Case("zbv", 1), "parallel.pipeline is set but parallel.pp=1"),
         (Case("1f1b", 4, train={"global_batch": 2}), "2 micro-batches a step are fewer than parallel.pp=4"),
+        (
+            Case("1f1b", 2, {"dp_shard": 2, "fsdp": {"prefetch": 2}}),
+            "a pipeline gathers parameters by its schedule",
+        ),
         (Case("1f1b", 3, train={"global_batch": 3}), "n_layers=4 does not divide by parallel.pp=3"),
     ],
     ids=lambda c: c.id if isinstance(c, Case) else "",

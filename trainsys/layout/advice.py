@@ -9,6 +9,7 @@ from trainsys.config.model import ModelConfig
 from trainsys.config.run import (
     ContextConfig,
     ExpertConfig,
+    FsdpConfig,
     ParallelConfig,
     PipelineConfig,
     TrainConfig,
@@ -75,6 +76,11 @@ def _pipeline(
         if pipeline != PipelineConfig():
             yield "parallel.pipeline is set but parallel.pp=1: there is no pipeline to configure"
         return
+    if layout.dp_shard * layout.cp > 1 and parallel.fsdp != FsdpConfig():
+        yield (
+            "parallel.fsdp is set but a pipeline gathers parameters by its schedule: "
+            "parallel.pipeline.gathered_stages says how many stages are whole at once"
+        )
     virtual = stages_per_rank(pipeline.schedule, pipeline.virtual_stages)
     if model.n_layers % (layout.pp * virtual):
         each = f" × {virtual} virtual stages a rank" if virtual > 1 else ""

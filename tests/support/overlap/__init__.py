@@ -27,27 +27,20 @@ class Switch:
     predict: Callable[[bool, float, float], float]
 
 
+_TRUE = ("true", "false")
 CASES = (
     Switch("FSDP gathers", "parallel.fsdp.prefetch", "1", "0", 2, fsdp.measure, fsdp.predict),
-    Switch(
-        "sums over replicas",
-        "parallel.overlap.gradients",
-        "true",
-        "false",
-        2,
-        gradients.measure,
-        gradients.predict,
+    *(
+        Switch(name, "parallel.overlap.gradients", *_TRUE, 2, measure, gradients.predict)
+        for name, measure in (
+            ("sums over replicas", gradients.measure),
+            ("pieces over replicas", gradients.measure_pieces),
+        )
     ),
-    Switch(
-        "ring attention", "parallel.overlap.context", "true", "false", 4, context.measure, context.predict
-    ),
+    Switch("ring attention", "parallel.overlap.context", *_TRUE, 4, context.measure, context.predict),
     Switch("rows to experts", "parallel.expert.chunks", "4", "1", 4, experts.measure, experts.predict),
-    Switch(
-        "pipeline sends", "parallel.overlap.pipeline", "true", "false", 2, pipeline.measure, pipeline.predict
-    ),
-    Switch(
-        "tensor parallelism", "parallel.overlap.tensor", "true", "false", 4, tensor.measure, tensor.predict
-    ),
+    Switch("pipeline sends", "parallel.overlap.pipeline", *_TRUE, 2, pipeline.measure, pipeline.predict),
+    Switch("tensor parallelism", "parallel.overlap.tensor", *_TRUE, 4, tensor.measure, tensor.predict),
 )
 
 

@@ -10,11 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from support.overlap.link import ATTEMPTS, Lane, Late
+from trainsys.comm import ops
+from trainsys.comm.group import AxisGroup
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
+from trainsys.parallel.replica_shards import ReplicaShards
 from trainsys.parallel.replicate import GradientBuckets
 
-LAYERS = 6
+LAYERS, BUCKET_MB = 6, 1e-6  # one layer a bucket
 
 
 class _Slow(torch.autograd.Function):
@@ -31,28 +34,54 @@ class _Slow(torch.autograd.Function):
         return grad, None
 
 
+Sums = GradientBuckets | ReplicaShards
+
+
+def _waits(sums: Sums, layers: list[nn.Parameter], op: str, compute_s: float) -> list[float]:
+    ledger, found = sums.group.ledger, []
+    for _ in range(ATTEMPTS):
+        dist.barrier()
+        sums.zero()
+        ledger.reset()
+        x = torch.ones(4)
+        for weight in layers:
+            x = _Slow.apply(x * weight, compute_s)
+        sums.sync = True
+        x.sum().backward()
+        sums.wait()
+        found.append(ledger.traffic["dp_replicate", op].blocked_s)
+    return found
+
+
+def _layers() -> tuple[list[nn.Parameter], AxisGroup]:
+    mesh = Mesh(Layout(dp_replicate=2), torch.device("cpu"))
+    return [nn.Parameter(torch.ones(4)) for _ in range(LAYERS)], mesh["dp_replicate"]
+
+
 def measure(on: bool, comm_s: float, compute_s: float) -> list[float]:
     """Waits for buckets, of ``comm_s`` each, of layers whose backward takes ``compute_s`` each."""
-    replicas = Mesh(Layout(dp_replicate=2), torch.device("cpu"))["dp_replicate"]
-    layers = [nn.Parameter(torch.ones(4)) for _ in range(LAYERS)]
-    buckets = GradientBuckets(layers, replicas, 1e-6, overlap=on)
-    assert len(buckets.buckets) == LAYERS
-    reduce, lane, waits = dist.all_reduce, Lane(), []
+    layers, replicas = _layers()
+    sums = GradientBuckets(layers, replicas, BUCKET_MB, overlap=on)
+    assert len(sums.buckets) == LAYERS
+    reduce, lane = dist.all_reduce, Lane()
     try:
         dist.all_reduce = lambda *a, **k: Late(reduce(*a, **k), lane.take(comm_s))
-        for _ in range(ATTEMPTS):
-            dist.barrier()
-            buckets.zero()
-            replicas.ledger.reset()
-            x = torch.ones(4)
-            for weight in layers:
-                x = _Slow.apply(x * weight, compute_s)
-            x.sum().backward()
-            buckets.wait()
-            waits.append(replicas.ledger.traffic["dp_replicate", "all_reduce"].blocked_s)
+        return _waits(sums, layers, "all_reduce", compute_s)
     finally:
         dist.all_reduce = reduce
-    return waits
+
+
+def measure_pieces(on: bool, comm_s: float, compute_s: float) -> list[float]:
+    """The same where each replica gets the sums of its pieces alone."""
+    layers, replicas = _layers()
+    sums = ReplicaShards(layers, replicas, BUCKET_MB, overlap=on)
+    assert len(sums.buckets) == LAYERS
+    reduce, lane = ops.reduce_scatter_flat, Lane()
+    try:
+        ops.reduce_scatter_flat = lambda *a, **k: Late(reduce(*a, **k), lane.take(comm_s))
+        return _waits(sums, layers, "reduce_scatter", compute_s)
+    finally:
+        ops.reduce_scatter_flat = reduce
 
 
 def predict(on: bool, comm_s: float, compute_s: float) -> float:
