@@ -15,11 +15,13 @@ from trainsys.profiler.blame import find_blame
 from trainsys.profiler.flops_split import load_config, split_flops
 from trainsys.profiler.goodput import Goodput, goodput_of
 from trainsys.profiler.memory import MemoryReport, memory_report
+from trainsys.profiler.pipeline import PipelineStep, pipeline_step
 from trainsys.profiler.steps import Floats, StepTable, load_steps
 from trainsys.profiler.straggler import peer_log_ratio
 from trainsys.profiler.verdict import Verdict
 from trainsys.profiler.waits import work_between
 from trainsys.profiler.waterfall import Waterfall, label, mean_capture, seconds_by_term, waterfall
+from trainsys.profiler.what_if_run import WhatIf, what_if
 from trainsys.telemetry.run_data import RunData
 from trainsys.telemetry.run_data import load_run as load_events
 
@@ -68,6 +70,8 @@ class Explanation:
     memory: MemoryReport | None
     fit: list[str]
     heat: HeatMap | None
+    pipeline: PipelineStep | None
+    what_if: list[WhatIf]
     phases: dict[str, list[float]]
     """phase -> mean seconds by rank, in the order of ``ranks``."""
     ranks: list[int]
@@ -98,6 +102,7 @@ def explain_table(run: RunData, table: StepTable) -> Explanation:
         fit = to_fit(cfg, memory, memory.peak - 0.9 * memory.capacity)
     start = run.start
     rows = np.flatnonzero(table.work)
+    pipe = pipeline_step(table, cfg)
     return Explanation(
         run_id=start.run_id, name=start.name or start.run_id, run_dir=run.run_dir.name, status=run.status,
         reason=run.reason,
@@ -110,7 +115,8 @@ def explain_table(run: RunData, table: StepTable) -> Explanation:
         },
         waterfall=fall, over_time=_over_time(table, run, work), verdicts=verdicts,
         advice=advise(fall, cfg, memory) if fall is not None else [], goodput=good, goodput_share=good.share,
-        memory=memory, fit=fit, heat=_heat(table),
+        memory=memory, fit=fit, heat=_heat(table), pipeline=pipe,
+        what_if=[] if fall is None else what_if(table, fall, pipe),
         phases={name: values[rows].mean(axis=0).tolist() for name, values in sorted(table.phases.items())}
         if rows.size else {},
         ranks=table.ranks,

@@ -58,6 +58,8 @@ class StepTable:
     layout: Layout
     micro: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
     """rank -> (forward, backward) seconds of its micro-batches, over all its steps, as pairs."""
+    calls: dict[int, dict[str, Floats]] = field(default_factory=dict)
+    """rank -> phase -> median seconds of its first, second, ... call in a step; of runs with a pipeline."""
     captures: list[Capture] = field(default_factory=list)
     memory: dict[str, Floats] = field(default_factory=dict)
     """allocated, reserved, peak, rss: bytes [T, R]."""
@@ -97,8 +99,8 @@ class StepTable:
         return StepTable(
             self.ranks, self.steps[rows], self.time[rows], cut(self.phases), cut(self.stalls), cut(self.nbytes),
             self.tokens[rows], self.padded[rows], self.flops_model[rows], self.flops_hardware[rows],
-            self.work[rows], self.layout, self.micro, self.captures, cut(self.memory), self.hosts, self.switches,
-            self.pauses, self.on_device, self.clock_spread_s,
+            self.work[rows], self.layout, self.micro, self.calls, self.captures, cut(self.memory), self.hosts,
+            self.switches, self.pauses, self.on_device, self.clock_spread_s,
         )  # fmt: skip
 
 
@@ -200,6 +202,7 @@ def make_table(by_rank: dict[int, Sequence[Step]], layout: Layout) -> StepTable:
     nbytes: dict[str, Floats] = {}
     memory = {name: np.zeros(shape) for name in ("allocated", "reserved", "peak", "rss")}
     micro: dict[int, tuple[Floats, Floats]] = {}
+    calls: dict[int, dict[str, Floats]] = {}
 
     def put(into: dict[str, Floats], name: str, t: int, r: int, value: float) -> None:
         if name not in into:
@@ -229,15 +232,24 @@ def make_table(by_rank: dict[int, Sequence[Step]], layout: Layout) -> StepTable:
         if pairs:
             both = np.array(pairs)
             micro[rank] = both[:, 0], both[:, 1]
+        if layout.pp > 1:
+            calls[rank] = {name: _usual_calls(by_rank[rank], name) for name in ("forward", "backward")}
     whole = np.isfinite(time).all(axis=1) if ranks else np.zeros(0, bool)
     spread = 0.0
     if whole.any() and begun[whole].min() > 0:
         # Ranks end a step together, within a step's time; clocks that are further apart are wrong.
         spread = float(np.median(np.ptp(begun[whole], axis=1)))
     return StepTable(
-        ranks, steps, time, phases, stalls, nbytes, tokens, padded, model, hardware, whole, layout, micro,
+        ranks, steps, time, phases, stalls, nbytes, tokens, padded, model, hardware, whole, layout, micro, calls,
         memory=memory, clock_spread_s=spread,
     )  # fmt: skip
+
+
+def _usual_calls(steps: Sequence[Step], phase: str) -> Floats:
+    """Median seconds of each call, of the steps that have as many calls as most have."""
+    found = [s.micro_us.get(phase, []) for s in steps]
+    count = int(np.median([len(f) for f in found]))
+    return np.asarray(np.median([f for f in found if len(f) == count] or [[0] * count], axis=0) / 1e6)
 
 
 def table_of_windows(windows: Floats, flops: Sequence[Flops | None], layout: Layout) -> StepTable:
