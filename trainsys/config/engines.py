@@ -12,12 +12,12 @@ EngineName = Literal["native", "deepspeed", "megatron"]
 
 
 class DeepSpeedConfig(Strict):
-    """See docs/engines.md."""
+    """See docs/engines-deepspeed.md."""
 
     zero_stage: Literal[0, 1, 2, 3] | None = Field(
         default=None,
         description="what is sharded over dp_shard: 1 optimizer states, 2 gradients too, 3 parameters too; "
-        "None: 3, or 2 where fsdp.reshard_after_forward is off",
+        "None: by the layout: 3 (2 where fsdp.reshard_after_forward is off), in a pipeline 1, for dp_replicate 0",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         default="none", description="what is kept in host memory; all needs zero_stage 3"

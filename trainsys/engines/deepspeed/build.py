@@ -73,10 +73,11 @@ class Built:
     def masters_to_model(self) -> None:
         masters_to_model(self.ds)
 
-    def norm(self) -> Tensor | float:
+    def norm(self) -> Tensor:
         """Of the gradient, before clipping; infinite where it is no number."""
-        norm = self.ds.optimizer._global_grad_norm if self._norm is None else self._norm
-        return float("inf") if norm is None or float(norm) < 0 else norm
+        found = self.ds.optimizer._global_grad_norm if self._norm is None else self._norm
+        norm = torch.as_tensor(found, dtype=torch.float32, device=self.mesh.device).reshape(())
+        return torch.where(norm < 0, float("inf"), norm)  # its sign that there is none
 
     def _clip(self) -> None:
         """In place of the engine's method of stage 0, which forgets the norm."""
@@ -145,7 +146,8 @@ def build(cfg: RunConfig, mesh: Mesh, recorder: Recorder) -> Built:
     mpu = Topology(mesh)
     model, shards = build_model(cfg, mesh, grad_scale(cfg, mesh.layout))
     if mixed(cfg, mesh.layout):
-        model.to(torch.bfloat16)
+        for p in model.parameters():  # and no buffers, which count and balance
+            p.data = p.data.to(torch.bfloat16)
     zero3 = given if zero_stage(cfg, mesh.layout) == 3 else None
     if zero3 is not None:
         deepspeed.init_distributed(dist_init_required=False)

@@ -90,8 +90,7 @@ class DeepSpeedEngine:
         # Every rank of a tp group has the same loss.
         mine = torch.stack([nll / self.mesh.layout.tp, torch.full_like(nll, stop)])
         loss, stops = ops.all_reduce_(mine, self.mesh["world"])
-        norm = torch.as_tensor(self.built.norm(), dtype=torch.float32, device=self.device).reshape(())
-        totals = torch.stack([loss, norm, stops])
+        totals = torch.stack([loss, self.built.norm(), stops])
         if judge is not None:
             totals = totals.cpu()
             # Whatever it was asked: what DeepSpeed turned down stays so.
@@ -146,4 +145,5 @@ class DeepSpeedEngine:
         if run_dir.is_dir():
             file = run_dir / "deepspeed.json"
             file.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
-            print(line)
+            if self.cfg.telemetry.console != "off":
+                print(line)
