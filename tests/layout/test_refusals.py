@@ -62,3 +62,17 @@ def test_without_recomputation_said_nothing_of_it_is_refused() -> None:
     run = run_of({"recompute.stream_ffn": 8, "parallel.pp": 2, "parallel.pipeline.schedule": "zbv"})
     layout = Layout.resolve(run.parallel, 2)
     assert layout.validate(run.model, run.train, run.parallel) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"parallel.shard.optim": "over_replicas"}, "parallel.dp_replicate=1: there are no replicas"),
+        ({"parallel.overlap.tensor": True}, "parallel.tp=1: there is no tensor parallelism"),
+    ],
+)
+def test_what_has_no_axis_to_act_on_is_warned_of(setting: dict[str, object], says: str) -> None:
+    """Not refused: an elastic run may lose the axis."""
+    run = run_of(setting)
+    (warning,) = Layout().validate(run.model, run.train, run.parallel)
+    assert says in warning

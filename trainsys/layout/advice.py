@@ -12,6 +12,7 @@ from trainsys.config.run import (
     FsdpConfig,
     ParallelConfig,
     PipelineConfig,
+    ShardConfig,
     TrainConfig,
 )
 from trainsys.layout.words import divisors, listed
@@ -46,6 +47,10 @@ def _idle_sections(layout: Layout, model: ModelConfig, parallel: ParallelConfig)
         yield "parallel.context is set but parallel.cp=1: there is no context parallelism to configure"
     if layout.ep == 1 and parallel.expert != ExpertConfig():
         yield "parallel.expert is set but parallel.ep=1: every rank holds all experts and no row travels"
+    if layout.dp_replicate == 1 and parallel.shard != ShardConfig():
+        yield "parallel.shard is set but parallel.dp_replicate=1: there are no replicas to shard over"
+    if layout.tp == 1 and parallel.overlap.tensor:
+        yield "parallel.overlap.tensor is set but parallel.tp=1: there is no tensor parallelism to overlap"
     if model.moe is not None and model.moe.top_k == 1 and model.moe.norm_topk:
         yield (
             "model.moe.top_k=1 with norm_topk=true: the one gate is always 1, so the router learns from balancing "

@@ -7,19 +7,18 @@ from trainsys.schedules.build import splits_backward
 
 
 def _on(c: Case) -> bool:
-    return c.parallel.overlap.tensor
+    return c.parallel.overlap.tensor and c.layout.tp > 1
 
 
 ON: dict[str, object] = {"parallel.tp": 2, "parallel.overlap.tensor": True}
 
 TABLE = (
     Refusal(
-        "overlap of tensor parallelism without a sequence to travel",
-        lambda c: _on(c) and not (c.layout.tp > 1 and c.parallel.sequence_parallel),
+        "overlap of tensor parallelism without sequence parallelism",
+        lambda c: _on(c) and not c.parallel.sequence_parallel,
         lambda c: (
-            f"parallel.overlap.tensor with tp={c.layout.tp}, sequence_parallel="
-            f"{str(c.parallel.sequence_parallel).lower()}: what travels are parts of the sequence; "
-            "it needs tp > 1 and parallel.sequence_parallel=true"
+            "parallel.overlap.tensor with sequence_parallel=false: what travels are parts of the sequence, and every "
+            "rank has all of it; set parallel.sequence_parallel=true"
         ),
         {**ON, "parallel.sequence_parallel": False},
     ),

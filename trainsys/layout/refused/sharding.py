@@ -15,18 +15,10 @@ TABLE = (
         {"parallel.dp_replicate": 2, "parallel.shard.grads": "over_replicas"},
     ),
     Refusal(
-        "replicas to shard over, and none there",
-        lambda c: c.parallel.shard.optim == "over_replicas" and c.layout.dp_replicate == 1,
-        lambda c: (
-            "parallel.shard.optim=over_replicas with parallel.dp_replicate=1: there are no replicas; leave it "
-            "out, or move ranks from dp_shard to dp_replicate"
-        ),
-        {"parallel.dp_shard": 2, "parallel.shard.optim": "over_replicas"},
-    ),
-    Refusal(
         "gradients over replicas in a pipeline",
         lambda c: (
             c.layout.pp > 1
+            and c.layout.dp_replicate > 1
             and c.parallel.shard.grads == "over_replicas"
             and c.parallel.shard.optim == "over_replicas"
         ),
