@@ -32,7 +32,6 @@ pytestmark = [
 ]
 
 
-@pytest.mark.slow  # minutes: SlurmdTimeout and requeue waits add up over five faults
 def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(
     cluster: Callable[..., None], work: Path
 ) -> None:
