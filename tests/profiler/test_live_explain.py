@@ -15,11 +15,12 @@ from trainsys import cli
 from trainsys.config.loader import load_run as load_config_file
 from trainsys.layout import Layout
 from trainsys.profiler.advice import advise, to_fit
-from trainsys.profiler.explain import explain, to_json
+from trainsys.profiler.explain import Explanation, explain, to_json
 from trainsys.profiler.flops_split import split_flops
 from trainsys.profiler.goodput import account
 from trainsys.profiler.memory import memory_report
 from trainsys.profiler.page import MAX_BYTES, page
+from trainsys.profiler.pipeline import PipelineStep
 from trainsys.profiler.steps import make_table
 from trainsys.profiler.waterfall import Work, waterfall
 from trainsys.telemetry.events import Comm, Event, Flops, Memory, RunEnd, RunStart, Stall, Step
@@ -245,17 +246,19 @@ const text = document.querySelector("main").innerText;
 document.title = JSON.stringify({
   sections: [...document.querySelectorAll("h2")].map((n) => n.textContent),
   h1: document.querySelector("h1").textContent, errors: window.failures,
-  bars: document.querySelectorAll(".lane i:not(.ghost)").length, rects: document.querySelectorAll("svg rect").length,
+  bars: document.querySelectorAll(".fall .lane i:not(.ghost)").length,
+  rects: document.querySelectorAll("svg rect").length,
   wide: document.documentElement.scrollWidth > innerWidth, bad: /undefined|NaN|\\[object/.test(text),
   painted: [...document.querySelectorAll("canvas")].map((c) =>
     c.getContext("2d").getImageData(c.width / 2, c.height * 0.6, 1, 1).data[3]),
-  ground: getComputedStyle(document.body).backgroundColor,
+  ground: getComputedStyle(document.body).backgroundColor, ifs: document.querySelectorAll(".ifs .good").length,
+  small: [...document.querySelectorAll("svg text")].filter((t) => t.getBoundingClientRect().height < 9).length,
 });
 </script>
 """
 
 
-def browse(html: Path, folder: Path, theme: str) -> dict[str, object]:
+def browse(html: Path, folder: Path, theme: str, width: int = 1240) -> dict[str, object]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium: the page is tested in a real browser")
@@ -265,7 +268,7 @@ def browse(html: Path, folder: Path, theme: str) -> dict[str, object]:
     probe = folder / "probe.html"
     probe.write_text(text.replace("</body>", PROBE + "</body>"), encoding="utf-8")
     done = subprocess.run(
-        [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1240,900",
+        [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
          f"--user-data-dir={folder}/profile", "--virtual-time-budget=2000", "--dump-dom",
          f"file://{probe}?theme={theme}"],
         capture_output=True, text=True, timeout=120, check=True,
@@ -292,16 +295,41 @@ def test_the_page_in_a_browser_in_both_themes(made: Path, tmp_path: Path) -> Non
         assert seen["bad"] is False
         assert seen["wide"] is False
         assert str(seen["h1"]).startswith("rank 2 on node1 computes slowly")
-        for title in ("Where each step goes", "Who costs everyone time", "What to change", "The same over time",
-                      "Rank by time", "Phases by rank", "Memory at the peak", "Goodput"):  # fmt: skip
+        for title in ("Where each step goes", "Who costs everyone time", "What if", "What to change",
+                      "The same over time", "Rank by time", "Phases by rank", "Memory at the peak",
+                      "Goodput"):  # fmt: skip
             assert title in seen["sections"]  # type: ignore[operator]
         e = explain(made)
         assert e.waterfall is not None
         assert seen["bars"] == len(e.waterfall.terms) + 1
         assert int(str(seen["rects"])) >= 40
         assert seen["painted"] == [255]
+        assert seen["ifs"] == len(e.what_if) > 0
         grounds.add(seen["ground"])
     assert len(grounds) == 2
+
+
+def test_the_page_of_a_pipeline_on_a_narrow_screen(made: Path, tmp_path: Path) -> None:
+    e = explain(made)
+    spans = [("F", 0, m, 0.01 * m, 0.01 * m + 0.01) for m in range(8)]
+    e.pipeline = PipelineStep("1f1b", [spans, [("B", 1, m, a, b) for _, _, m, a, b in spans]], 0.08, 0.09, 0.1, 0.07,
+                              [0.08, 0.07])  # fmt: skip
+    html = tmp_path / "page.html"
+    plain = browse_page(e, html, tmp_path)
+    assert "Pipeline, a typical step" in plain["sections"]  # type: ignore[operator]
+    assert plain["errors"] == []
+    assert plain["bad"] is False
+    assert plain["wide"] is False
+    assert plain["small"] == 0
+    e.pipeline = None
+    without = browse_page(e, html, tmp_path)
+    assert "Pipeline, a typical step" not in without["sections"]  # type: ignore[operator]
+    assert int(str(plain["rects"])) - int(str(without["rects"])) == 16 + 2
+
+
+def browse_page(e: Explanation, html: Path, folder: Path) -> dict[str, object]:
+    html.write_text(page(e), encoding="utf-8")
+    return browse(html, folder, "light", width=500)
 
 
 def test_a_page_of_many_ranks_stays_small(tmp_path: Path) -> None:

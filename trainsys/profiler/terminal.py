@@ -33,6 +33,7 @@ def print_explanation(e: Explanation, console: Console | None = None) -> None:
     if e.waterfall is not None:
         page.waterfall(e.waterfall)
     page.verdicts(e)
+    page.what_if(e)
     page.advice(e)
     page.rest(e)
 
@@ -101,6 +102,13 @@ class _Page:
             self.line(f"{1e3 * v.cost_s:,.1f} ms a step ({100 * v.share:.1f}%)  {v.title}", "bold red")
             self.line(f"since step {v.since}{until}: {v.evidence}", "", 6)
             self.line(f"-> {v.advice}", "green", 6)
+
+    def what_if(self, e: Explanation) -> None:
+        if not e.what_if:
+            return
+        self.head("What if", "the step, replayed with one thing ideal")
+        for w in e.what_if[:6]:
+            self.line(f"{1e3 * w.step_s:,.1f} ms a step ({-100 * w.gain:+.1f}%)  {w.what}")
 
     def advice(self, e: Explanation) -> None:
         if not e.advice and not e.fit:

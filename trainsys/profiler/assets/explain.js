@@ -9,7 +9,7 @@ function make(ns, tag, attrs, kids) {
     if (typeof value === "function") node.addEventListener(key, value);
     else node.setAttribute(key === "tip" ? "data-tip" : key, value);
   }
-  for (const kid of kids.flat()) if (kid || kid === 0) node.append(kid);
+  for (const kid of kids.flat(Infinity)) if (kid || kid === 0) node.append(kid);
   return node;
 }
 const h = (tag, attrs, ...kids) => make(null, tag, attrs, kids);
@@ -20,6 +20,14 @@ const span = (s) => s >= 5400 ? (s / 3600).toFixed(1) + " h" : s >= 90 ? (s / 60
 const bytes = (b) => b >= 2 ** 30 ? (b / 2 ** 30).toFixed(2) + " GiB" : (b / 2 ** 20).toFixed(0) + " MiB";
 const card = (title, sub, ...kids) => { const node = h("section", {}, h("h2", {}, title), h("p", { class: "sub" }, sub), ...kids); out.append(node); return node; };
 const painters = [];
+/* a chart is drawn as wide as its place, so that its words stay readable on a narrow screen */
+function chart(holder, draw) {
+  let wide = 0;
+  const paint = () => { const w = Math.max(300, Math.round(holder.clientWidth || 1100)); if (w !== wide) { wide = w; holder.replaceChildren(draw(w)); } };
+  addEventListener("resize", paint);
+  paint();
+  return () => { wide = 0; paint(); };
+}
 
 /* theme: the system's, ?theme= or the button */
 const system = matchMedia("(prefers-color-scheme: dark)");
@@ -98,7 +106,10 @@ const pair = h("div", { class: "two" });
 pair.append(h("div", {}, h("h2", {}, "Who costs everyone time"), h("p", { class: "sub" }, "Work between collectives, compared among ranks that do the same"),
   E.verdicts.length ? E.verdicts.map((v) => h("div", { class: "verdict" }, h("div", { class: "share" }, share(v.share, v.share < 0.0995 ? 1 : 0)), h("div", { class: "title" }, v.title),
     h("div", { class: "why" }, `${millis(v.cost_s)} ms of each step, since step ${v.since}${v.until === null ? "" : " to " + v.until}. ${v.evidence}`), h("div", { class: "try" }, v.advice)))
-    : h("div", { class: "verdict calm" }, E.ranks.length > 1 ? "No rank, node or link stands out." : "One rank: nobody to compare with.")));
+    : h("div", { class: "verdict calm" }, E.ranks.length > 1 ? "No rank, node or link stands out." : "One rank: nobody to compare with."),
+  E.what_if.length ? [h("h2", { class: "again" }, "What if"), h("p", { class: "sub" }, "The step, replayed with one thing ideal"),
+    h("div", { class: "ifs" }, E.what_if.slice(0, 7).map((w) => [h("span", {}, w.what), h("div", { class: "lane" }, h("i", { class: "ghost", style: `left:0;width:100%;${fill("unattributed")}` }),
+      h("i", { style: `left:0;width:${100 * (1 - w.gain)}%;${fill("optimizer")}`, tip: `${millis(w.step_s)} ms a step instead of ${millis(W.wall_s)} ms` })), h("span", { class: "num" }, millis(w.step_s) + " ms"), h("span", { class: "num good" }, "−" + share(w.gain))]))] : null));
 pair.append(h("div", {}, h("h2", {}, "What to change"), h("p", { class: "sub" }, "Upper bounds: each takes its term away whole"),
   E.advice.length + E.fit.length ? [...E.advice.map((a) => h("div", { class: "verdict gain" }, h("div", { class: "share" }, share(a.gain, a.gain < 0.0995 ? 1 : 0)), h("div", { class: "title" }, a.what),
     h("div", { class: "why" }, a.basis + (a.mfu === null ? "" : `; MFU would be ${share(a.mfu)}`)))), ...E.fit.map((f) => h("div", { class: "verdict calm" }, "to fit: " + f))]
@@ -109,10 +120,11 @@ out.append(h("section", {}, pair));
 if (E.over_time && E.over_time.steps.length > 1) {
   const O = E.over_time, names = Object.keys(O.terms), first = ["useful", "compute", "compute_below_peak", "matmul_below_peak", "other_compute"];
   names.sort((a, b) => (first.indexOf(a) + 1 || 99) - (first.indexOf(b) + 1 || 99));
-  const n = O.steps.length, WD = 1100, HT = 250, L = 62, B = 22, totals = O.steps.map((_, i) => names.reduce((s, k) => s + Math.max(0, O.terms[k][i]), 0));
+  const n = O.steps.length, HT = 250, L = 62, B = 22, totals = O.steps.map((_, i) => names.reduce((s, k) => s + Math.max(0, O.terms[k][i]), 0));
   const sorted = [...totals].sort((a, b) => a - b), cap = Math.min(sorted[n - 1], 3 * sorted[n >> 1]) * 1.04 || 1;
   const holder = h("div", {});
-  const draw = (relative) => {
+  let relative = false;
+  const draw = (WD) => {
     const pic = svgNode("svg", { viewBox: `0 0 ${WD} ${HT}`, role: "img" }), full = relative ? 1 : cap, Y = (v) => 6 + (1 - Math.min(v, full) / full) * (HT - B - 6), w = (WD - L - 8) / n;
     for (let k = 0; k <= 4; k++) pic.append(svgNode("line", { x1: L, x2: WD - 8, y1: Y((full * k) / 4), y2: Y((full * k) / 4), stroke: "var(--line)" }),
       svgNode("text", { x: L - 8, y: Y((full * k) / 4) + 4, "text-anchor": "end" }, relative ? share(k / 4, 0) : millis((full * k) / 4) + " ms"));
@@ -121,17 +133,43 @@ if (E.over_time && E.over_time.steps.length > 1) {
       const bar = svgNode("g", { tip: `from step ${step}: ${millis(totals[i])} ms\n` + names.filter((k) => O.terms[k][i] > 0.001 * totals[i]).map((k) => `${O.labels[k]}  ${millis(O.terms[k][i])} ms  ${share(O.terms[k][i] / totals[i])}`).join("\n") });
       for (const k of names) {
         const v = Math.max(0, O.terms[k][i]) / (relative ? totals[i] || 1 : 1);
-        if (v > 0) bar.append(svgNode("rect", { x: L + i * w, width: w + 0.3, y: Y(low + v), height: Math.max(0, Y(low) - Y(low + v)), style: `fill:var(${hue(k)})` }));
+        if (v > 0 && low < full) bar.append(svgNode("rect", { x: L + i * w, width: w + 0.3, y: Y(low + v), height: Math.max(0, Y(low) - Y(low + v)), style: `fill:var(${hue(k)})`, "shape-rendering": "crispEdges" }));
         low += v;
       }
       pic.append(bar);
+      if (low > 1.0001 * full) pic.append(svgNode("path", { d: `M${L + i * w},6 l${w / 2},-6 l${w / 2},6 z`, style: "fill:var(--soft)", tip: `cut off: ${millis(totals[i])} ms` }));
     });
-    for (let k = 0; k <= 5; k++) { const i = Math.round((k / 5) * (n - 1)); pic.append(svgNode("text", { x: L + (i + 0.5) * w, y: HT - 6, "text-anchor": k === 5 ? "end" : k ? "middle" : "start" }, `${k ? "" : "step "}${O.steps[i]}`)); }
-    holder.replaceChildren(pic);
+    const marks = WD < 600 ? 3 : 5;
+    for (let k = 0; k <= marks; k++) { const i = Math.round((k / marks) * (n - 1)); pic.append(svgNode("text", { x: k === marks ? WD - 8 : k ? L + (i + 0.5) * w : L, y: HT - 6, "text-anchor": k === marks ? "end" : k ? "middle" : "start" }, `${k ? "" : "step "}${O.steps[i]}`)); }
+    return pic;
   };
-  const pick = h("select", { change: () => draw(pick.value === "share") }, h("option", { value: "ms" }, "milliseconds"), h("option", { value: "share" }, "share of the step"));
-  card("The same over time", "Every bar is a stretch of the run; warm-up is in the picture and not in the means above", h("div", { class: "tools" }, pick), legend(names, O.labels), holder);
-  draw(false);
+  const pick = h("select", { change: () => { relative = pick.value === "share"; again(); } }, h("option", { value: "ms" }, "milliseconds"), h("option", { value: "share" }, "share of the step"));
+  card("The same over time", "Every bar is a stretch of the run; warm-up is in the picture and not in the means above", legend(names, O.labels), h("div", { class: "tools" }, pick), holder);
+  const again = chart(holder, draw);
+}
+
+/* pipeline timeline */
+if (E.pipeline) {
+  const P = E.pipeline, ops = { F: ["forward", "--pf"], B: ["backward", "--pb"], I: ["gradients of inputs", "--pi"], W: ["gradients of weights", "--pw"] };
+  const stages = P.ranks.length, holder = h("div", {}), used = Object.keys(ops).filter((op) => P.ranks.some((r) => r.some((x) => x[0] === op)));
+  const node = card("Pipeline, a typical step", `${P.schedule}: what each rank does when, replayed from the times it recorded; ${millis(P.step_s)} ms, of which ranks wait ${share(P.bubble)}; ` +
+    (P.step_s - P.ideal_s > 0.01 * P.step_s ? `${millis(P.ideal_s)} ms if all stages were alike` : "the stages are alike") + ` (measured: ${millis(P.measured_s)} ms, with waiting that the replay does not know)`,
+    P.ranks.some((r) => r.length) ? h("div", { class: "legend" }, used.map((op) => h("span", {}, h("i", { style: `background:var(${ops[op][1]})` }), ops[op][0]))) : null, holder);
+  if (P.ranks.some((r) => r.length)) chart(holder, (WD) => {
+    const L = 54, R = 26, pic = svgNode("svg", { viewBox: `0 0 ${WD} ${stages * R + 20}`, role: "img" }), X = (s) => L + (s / P.step_s) * (WD - L - 4);
+    P.ranks.forEach((spans, r) => {
+      pic.append(svgNode("rect", { x: L, y: r * R + 2, width: WD - L - 4, height: R - 4, rx: 4, style: "fill:var(--hover)" }), svgNode("text", { x: L - 8, y: r * R + R / 2 + 4, "text-anchor": "end" }, `rank ${r}`));
+      for (const [op, stage, micro, from, to] of spans) {
+        const w = X(to) - X(from), deep = stage >= stages && Math.floor(stage / stages) % 2 === 1;
+        pic.append(svgNode("rect", { x: X(from), y: r * R + 2, width: Math.max(0.5, w - 0.6), height: R - 4, rx: Math.min(3, w / 4), style: `fill:var(${ops[op][1]});fill-opacity:${deep ? 0.65 : 1}`,
+          tip: `${ops[op][0]}, stage ${stage}, micro-batch ${micro}\n${millis(to - from)} ms, from ${millis(from)} ms` }));
+        if (w >= 16) pic.append(svgNode("text", { x: X(from) + w / 2, y: r * R + R / 2 + 4, "text-anchor": "middle", style: "fill:var(--on);pointer-events:none" }, `${micro}`));
+      }
+    });
+    pic.append(svgNode("text", { x: L, y: stages * R + 16 }, "0"), svgNode("text", { x: WD - 4, y: stages * R + 16, "text-anchor": "end" }, `${millis(P.step_s)} ms`));
+    return pic;
+  });
+  else node.append(h("p", { class: "note" }, "too many micro-batches for a picture"));
 }
 
 /* heat map */
@@ -180,20 +218,23 @@ if (E.memory) {
   const bar = h("div", { class: "whole" }, parts.map(([name, v], i) => h("i", { style: `width:${(100 * v) / all}%;background:var(${tones[name === "other" ? 6 : i % 6]})`, tip: `${name}: ${bytes(v)} (${share(v / M.peak)} of the peak)` })),
     M.capacity ? h("i", { style: `flex:1;background:var(--hover)`, tip: `free: ${bytes(M.capacity - M.peak)}` }) : null);
   const known = M.compared.filter((p) => p.predicted !== null);
-  const pic = svgNode("svg", { viewBox: "0 0 520 180", role: "img" });
-  if (M.over_time.length > 1) {
-    const a = M.over_time, top = Math.max(...a.map((p) => Math.max(p[1], p[2]))) * 1.08, s0 = a[0][0], s1 = a[a.length - 1][0], X = (s) => 66 + ((s - s0) / Math.max(1, s1 - s0)) * 446, Y = (v) => 8 + (1 - v / top) * 146;
-    for (let k = 0; k <= 3; k++) pic.append(svgNode("line", { x1: 66, x2: 512, y1: Y((top * k) / 3), y2: Y((top * k) / 3), stroke: "var(--line)" }), svgNode("text", { x: 60, y: Y((top * k) / 3) + 4, "text-anchor": "end" }, bytes((top * k) / 3)));
-    pic.append(svgNode("polygon", { points: `66,${Y(0)} ` + a.map((p) => `${X(p[0])},${Y(p[1])}`).join(" ") + ` 512,${Y(0)}`, style: "fill:var(--opt);fill-opacity:.25" }),
+  const holder = h("div", {});
+  const draw = (WD) => {
+    const a = M.over_time, top = Math.max(...a.map((p) => Math.max(p[1], p[2]))) * 1.08, s0 = a[0][0], s1 = a[a.length - 1][0], R = WD - 8;
+    const pic = svgNode("svg", { viewBox: `0 0 ${WD} 180`, role: "img" }), X = (s) => 66 + ((s - s0) / Math.max(1, s1 - s0)) * (R - 66), Y = (v) => 8 + (1 - v / top) * 146;
+    for (let k = 0; k <= 3; k++) pic.append(svgNode("line", { x1: 66, x2: R, y1: Y((top * k) / 3), y2: Y((top * k) / 3), stroke: "var(--line)" }), svgNode("text", { x: 60, y: Y((top * k) / 3) + 4, "text-anchor": "end" }, bytes((top * k) / 3)));
+    pic.append(svgNode("polygon", { points: `66,${Y(0)} ` + a.map((p) => `${X(p[0])},${Y(p[1])}`).join(" ") + ` ${R},${Y(0)}`, style: "fill:var(--opt);fill-opacity:.25" }),
       svgNode("polyline", { points: a.map((p) => `${X(p[0])},${Y(p[2])}`).join(" "), style: "fill:none;stroke:var(--late);stroke-width:1.6" }),
-      svgNode("text", { x: 66, y: 174 }, `step ${s0}`), svgNode("text", { x: 512, y: 174, "text-anchor": "end" }, `${s1}`));
-  }
+      svgNode("text", { x: 66, y: 174 }, `step ${s0}`), svgNode("text", { x: R, y: 174, "text-anchor": "end" }, `${s1}`));
+    return pic;
+  };
   card("Memory at the peak", `Rank ${M.rank}, ${bytes(M.peak)}` + (M.capacity ? ` of ${bytes(M.capacity)}` : "") + (M.predicted_total === null ? "" : `; the planner's model predicts ${bytes(M.predicted_total)}`) + (M.leak_bytes_per_step ? `; grows by ${bytes(M.leak_bytes_per_step)} a step` : ""),
     bar, h("div", { class: "legend" }, parts.map(([name, v], i) => h("span", {}, h("i", { style: `background:var(${tones[name === "other" ? 6 : i % 6]})` }), `${name} ${bytes(v)}`))),
     h("div", { class: "two" }, h("div", {}, h("h2", {}, "Predicted beside measured"), known.length ? h("table", {}, h("tr", {}, ["part", "predicted", "measured"].map((t) => h("th", {}, t))),
       known.map((p) => h("tr", {}, h("td", {}, p.name), h("td", {}, bytes(p.predicted)), h("td", {}, p.measured === null ? "–" : bytes(p.measured))))) : h("p", { class: "note" }, "no prediction")),
-      h("div", {}, h("h2", {}, "Over time"), h("p", { class: "note" }, "area: between steps; line: highest"), pic)),
+      h("div", {}, h("h2", {}, "Over time"), h("p", { class: "note" }, "area: between steps; line: highest"), holder)),
     Object.keys(M.by_stage).length > 1 ? h("p", { class: "note" }, "peak by stage: " + Object.entries(M.by_stage).map(([s, v]) => `${s}: ${bytes(v)}`).join(", ")) : null, ...M.notes.map((t) => h("p", { class: "note" }, t)));
+  if (M.over_time.length > 1) chart(holder, draw);
 }
 
 /* goodput */
