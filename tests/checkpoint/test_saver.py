@@ -117,7 +117,7 @@ def fail_on_rank_1(cfg: RunConfig, root: str) -> tuple[str, str, list[str]]:
     return said[0], said[1], sorted(os.listdir(root))
 
 
-def full_disk(target: Path, planned: Any) -> str:
+def full_disk(target: Path, planned: Any) -> None:
     raise OSError(28, "No space left on device", str(target / planned.name))
 
 
@@ -130,15 +130,15 @@ def test_a_save_that_failed_on_one_rank_is_told_on_every_rank(tmp_path: Path) ->
 
 
 def test_an_error_of_the_storage_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, failed = saver_module.write_file, []
+    real, failed = saver_module.write_pieces, []
 
-    def flaky(path: Path, *rest: Any) -> str:
+    def flaky(path: Path, *rest: Any) -> None:
         if len(failed) < 2:
             failed.append(path)
             raise OSError(5, "Input/output error", str(path))
-        return real(path, *rest)
+        real(path, *rest)
 
-    monkeypatch.setattr(saver_module, "write_file", flaky)
+    monkeypatch.setattr(saver_module, "write_pieces", flaky)
     save_steps(config("single"), str(tmp_path), (1,))
     assert len(failed) == 2
     assert Folder(tmp_path).names() == ["step_0000000001"]
@@ -148,13 +148,13 @@ def test_a_step_goes_on_while_the_save_is_written_and_the_next_save_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state changes while the disk is stuck; what is written is the state of the save."""
-    real, stuck = saver_module.write_file, threading.Event()
+    real, stuck = saver_module.write_pieces, threading.Event()
 
-    def slow(*args: Any) -> str:
+    def slow(*args: Any) -> None:
         assert stuck.wait(30)
-        return real(*args)
+        real(*args)
 
-    monkeypatch.setattr(saver_module, "write_file", slow)
+    monkeypatch.setattr(saver_module, "write_pieces", slow)
     engine = build(config("single"))
     saver = saver_of(engine, tmp_path)
     train(engine, 0, 1)

@@ -18,6 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from trainsys.checkpoint.durable import naming
+
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -63,26 +65,38 @@ def arrange(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None)
     return head, [Entry(e.key, e.dtype, e.shape, start + header[e.key]["data_offsets"][0]) for e in entries]
 
 
-def write_file(
-    path: Path, head: bytes, buffers: Iterable[memoryview], stop: Callable[[], bool] = lambda: False
-) -> str:
-    """Write ``head`` and ``buffers`` one after the other, make the file durable, return its sha256 (hex).
+def write_pieces(
+    path: Path,
+    pieces: Iterable[memoryview],
+    stop: Callable[[], bool] = lambda: False,
+    seen: Callable[[memoryview], object] = lambda chunk: None,
+) -> None:
+    """Write ``pieces`` one after the other and make the file durable.
 
-    ``stop`` is asked before each chunk of 8 MiB; true ends the write with InterruptedError.
+    ``stop`` is asked before each chunk of 8 MiB; true ends the write with InterruptedError. ``seen`` is called with each.
     """
-    digest = hashlib.sha256()
     # Unbuffered: chunks are large, and an error of the disk is then raised by the write that met it.
-    with open(path, "wb", buffering=0) as file:
-        for buffer in chain((memoryview(head),), buffers):
-            data = buffer.cast("B")
+    with open(path, "wb", buffering=0) as file, naming(path):
+        for piece in pieces:
+            data = piece.cast("B")
             for start in range(0, len(data), CHUNK):
                 if stop():
                     raise InterruptedError(f"{path}: the write was given up")
                 chunk = data[start : start + CHUNK]
-                digest.update(chunk)
+                seen(chunk)
                 while len(chunk):
                     chunk = chunk[file.write(chunk) :]
+                # The disk begins now rather than at fsync, and the page cache is left to the training data.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.fsync(file.fileno())
+
+
+def write_file(
+    path: Path, head: bytes, buffers: Iterable[memoryview], stop: Callable[[], bool] = lambda: False
+) -> str:
+    """:func:`write_pieces` of ``head`` and ``buffers``, hashed on the way; the sha256 (hex)."""
+    digest = hashlib.sha256()
+    write_pieces(path, chain((memoryview(head),), buffers), stop, digest.update)
     return digest.hexdigest()
 
 

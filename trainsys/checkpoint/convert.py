@@ -12,7 +12,7 @@ from trainsys.checkpoint.container import Entry, arrange, write_file
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.inspect import open_checkpoint, resolve
 from trainsys.checkpoint.manifest import Atom, File, Part
-from trainsys.checkpoint.snapshot import FILE_BYTES, key
+from trainsys.checkpoint.snapshot import LARGEST_FILE, key
 from trainsys.errors import UserError
 
 
@@ -69,7 +69,7 @@ def convert(source: str | Path, target: str | Path, *, to: str = "whole", weight
     size = 0
     for name in names:
         nbytes = _entry(reader, name).nbytes
-        if groups[-1] and size + nbytes > FILE_BYTES:
+        if groups[-1] and size + nbytes > LARGEST_FILE:
             groups.append([])
             size = 0
         groups[-1].append(name)

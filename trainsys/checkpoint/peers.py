@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.container import Damaged, hash_file
+from trainsys.checkpoint.durable import naming
 from trainsys.checkpoint.manifest import Manifest
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.errors import UserError
@@ -63,7 +64,7 @@ class PeerMemory:
         folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(head)
         digest.update(data)
-        with open(folder / name, "wb", buffering=0) as file:
+        with open(folder / name, "wb", buffering=0) as file, naming(folder / name):
             for part in (memoryview(head), data):
                 while len(part):
                     part = part[file.write(part) :]

@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainsys.checkpoint.atoms import DTYPES, Piece, assign, check_tiling, nbytes
-from trainsys.checkpoint.container import CHUNK, write_file
-from trainsys.checkpoint.durable import sync_dir
+from trainsys.checkpoint.container import CHUNK, write_pieces
+from trainsys.checkpoint.durable import naming, sync_dir
 from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.lanes import sha256_each
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.peers import PeerMemory
 from trainsys.checkpoint.ranks import Ranks
-from trainsys.checkpoint.snapshot import FILE_BYTES, Planned, Snapshot, order, plan_files
+from trainsys.checkpoint.snapshot import Planned, Snapshot, file_bytes, order, plan_files
 from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import LocalTensor
 from trainsys.errors import UserError
 
 WRITERS = 3
-"""Files of a rank that are hashed and written at once: more than one, since neither disk nor hash waits for
-the other."""
+"""Files of a rank that are written at once: while one is made durable, the next is handed over."""
 RETRIES = 3
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Saver:
         *,
         warn: Callable[[str], None] = lambda text: None,
         pinned: bool = False,
-        file_bytes: int = FILE_BYTES,
+        file_bytes: int | None = None,
         retry_wait_s: float = 0.5,
     ) -> None:
         self.cfg, self.folder, self.ranks = cfg, folder, ranks
@@ -171,8 +171,9 @@ class Saver:
             check_tiling(by_rank)
         self._mine = order(pieces, assign(by_rank)[self.ranks.rank])
         mine = [pieces[i] for i in self._mine]
-        self._files = plan_files(mine, self.ranks.rank, self._file_bytes)
-        self._snapshot = Snapshot(sum(map(nbytes, mine)), self._pinned)
+        size = sum(map(nbytes, mine))
+        self._files = plan_files(mine, self.ranks.rank, self._file_bytes or file_bytes(size))
+        self._snapshot = Snapshot(size, self._pinned)
 
     # ---- the writing thread: no other rank is spoken to ----
 
@@ -185,8 +186,11 @@ class Saver:
                     step, token
                 )
             )
-            with ThreadPoolExecutor(WRITERS, "trainsys-ckpt-file") as pool:
-                hashes = list(pool.map(lambda f: self._try(lambda: self._write_file(target, f)), self._files))
+            with ThreadPoolExecutor(WRITERS + 1, "trainsys-ckpt-file") as pool:
+                # What is in memory is hashed, beside the writing: the disk and the processor wait for neither.
+                digests = pool.submit(sha256_each, [*map(self._pieces, self._files)], self._closing.is_set)
+                list(pool.map(lambda f: self._try(lambda: self._write_file(target, f)), self._files))
+                hashes = digests.result()
         except (OSError, UserError) as error:
             part.error = _tell(error)
             return part
@@ -195,10 +199,12 @@ class Saver:
             part.parts += [(piece, number, offset) for piece, offset in planned.parts]
         return part
 
-    def _write_file(self, target: Path, planned: Planned) -> str:
+    def _write_file(self, target: Path, planned: Planned) -> None:
+        write_pieces(target / planned.name, self._pieces(planned), self._closing.is_set)
+
+    def _pieces(self, planned: Planned) -> list[memoryview]:
         assert self._snapshot is not None
-        data = self._snapshot.view(planned.start, planned.stop)
-        return write_file(target / planned.name, planned.head, [data], self._closing.is_set)
+        return [memoryview(planned.head), self._snapshot.view(planned.start, planned.stop)]
 
     def _try(self, work: Callable[[], T]) -> T:
         """``work`` again, up to three times with doubling waits, where the storage fails."""
@@ -304,7 +310,7 @@ class Saver:
 def copy_durable(source: Path, target: Path, sha256: str) -> None:
     """Copy a file, durably; OSError where what was read is not what ``sha256`` says."""
     digest = hashlib.sha256()
-    with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
+    with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write, naming(target):
         while chunk := read.read(CHUNK):
             digest.update(chunk)
             rest = memoryview(chunk)

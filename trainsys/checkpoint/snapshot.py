@@ -15,9 +15,14 @@ from torch import Tensor
 from trainsys.checkpoint.atoms import Piece, nbytes
 from trainsys.checkpoint.boxes import Box, shape_of
 from trainsys.checkpoint.container import ITEM_BYTES, Entry, arrange
+from trainsys.checkpoint.lanes import LANES
 
-FILE_BYTES = 256 << 20
-"""A rank's part is cut into files of about this size, so that several are hashed and written at once."""
+SMALLEST_FILE, LARGEST_FILE = 16 << 20, 256 << 20
+
+
+def file_bytes(size: int) -> int:
+    """About how large the files of a rank's part of ``size`` bytes are: so many that they are hashed side by side."""
+    return min(max(size // LANES, SMALLEST_FILE), LARGEST_FILE)
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,12 @@ def key(name: str, box: Box) -> str:
     return f"{name}[{','.join(f'{a}:{b}' for a, b in box)}]"
 
 
-def plan_files(pieces: Sequence[Piece], rank: int, file_bytes: int = FILE_BYTES) -> list[Planned]:
+def plan_files(pieces: Sequence[Piece], rank: int, limit: int) -> list[Planned]:
     """The files of ``pieces``, in their order, which must be by falling item size (see ``order``)."""
     groups: list[list[Piece]] = []
     size = 0
     for piece in pieces:
-        if not groups or (size and size + nbytes(piece) > file_bytes):
+        if not groups or (size and size + nbytes(piece) > limit):
             groups.append([])
             size = 0
         groups[-1].append(piece)
