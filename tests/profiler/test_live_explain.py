@@ -18,7 +18,7 @@ from trainsys.profiler.advice import advise, to_fit
 from trainsys.profiler.explain import Explanation, explain, to_json
 from trainsys.profiler.flops_split import split_flops
 from trainsys.profiler.goodput import account
-from trainsys.profiler.memory import memory_report
+from trainsys.profiler.memory import memory_report, would_have_fitted
 from trainsys.profiler.page import MAX_BYTES, page
 from trainsys.profiler.pipeline import PipelineStep
 from trainsys.profiler.steps import make_table
@@ -192,6 +192,25 @@ def test_memory_parts_sum_to_the_peak_and_stand_beside_the_prediction(made: Path
     assert measured["resident between steps"] == 10 * GIB
     assert measured["transient at the peak"] == 20 * GIB
     assert all(held >= 0 for _, held in report.parts)
+
+
+OOM = (
+    "OutOfMemoryError: CUDA out of memory. Tried to allocate {} GiB. GPU 0 has a total capacity of 79.15 GiB of which "
+    "1.50 GiB is free. Of the allocated memory 70.00 GiB is allocated by PyTorch, and 6.00 GiB is reserved by PyTorch "
+    "but unallocated."
+)
+
+
+def test_a_run_out_of_memory_is_told_whether_it_would_have_fitted(tmp_path: Path) -> None:
+    assert would_have_fitted("SIGTERM") == ""
+    assert would_have_fitted("RuntimeError: out of memory") == ""
+    assert "would have fitted" in would_have_fitted(OOM.format("4.00"))
+    assert "2.50 GiB were missing" in would_have_fitted(OOM.format("10.00"))
+    end = RunEnd(status="failed", time_s=1100.0, reason=OOM.format("4.00"))
+    e = explain(write(tmp_path / "run", {0: [start(device_memory=80 * GIB), *records(0)[1:-1], end]}))
+    assert e.memory is not None
+    assert e.memory.fragmentation == GIB  # 31 reserved, 30 at the peak
+    assert "expandable_segments" in e.memory.would_have_fitted
 
 
 def test_a_leak_is_growth_beyond_doubt() -> None:

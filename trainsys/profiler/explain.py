@@ -94,12 +94,13 @@ def explain_table(run: RunData, table: StepTable) -> Explanation:
     cfg = load_config(run.run_dir)
     work = split_flops(table, cfg)
     fall = waterfall(table, run.start.peak_flops, work)
-    memory = memory_report(table, run.start, cfg)
+    memory = memory_report(table, run.start, cfg, run.reason)
     verdicts = find_blame(table)
     good = goodput_of(run.run_dir, run.lead.rank)
     fit: list[str] = []
-    if cfg is not None and memory is not None and memory.capacity and memory.peak > 0.95 * memory.capacity:
-        fit = to_fit(cfg, memory, memory.peak - 0.9 * memory.capacity)
+    full = 0.0 if memory is None else memory.capacity or 0.0
+    if cfg and memory and full and (memory.peak > 0.95 * full or memory.would_have_fitted):
+        fit = to_fit(cfg, memory, max(memory.peak - 0.9 * full, 0.02 * full))
     start = run.start
     rows = np.flatnonzero(table.work)
     pipe = pipeline_step(table, cfg)

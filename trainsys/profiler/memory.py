@@ -2,12 +2,14 @@
 
 An allocator tells two totals that a prediction can be held against. What is allocated when a step has ended is
 resident: parameters, gradients, optimizer state. What the peak adds is transient: activations, logits, buffers,
-gathered parameters. What is reserved beyond the peak is fragmentation. On CPU there is the resident set alone, of
-which interpreter and libraries are a part that no formula gives.
+gathered parameters. What is reserved beyond the peak is fragmentation: the allocator holds it in pieces between what is
+in use. A run that died for want of memory is told whether it would have fitted without. On CPU there is the resident
+set alone, of which interpreter and libraries are a part that no formula gives.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +24,7 @@ from trainsys.planner.memory_constants import MemoryConstants, shipped_memory
 from trainsys.planner.space import KEYS, Job, config_name, to_cases
 from trainsys.profiler.steps import StepTable
 from trainsys.telemetry.events import RunStart
+from trainsys.telemetry.text import size
 
 RESIDENT = ("parameters", "gradients", "optimizer")
 TRANSIENT = ("activations", "logits", "buffers")
@@ -50,6 +53,10 @@ class MemoryReport:
     parts: list[tuple[str, float]]
     compared: list[MemoryPart]
     reserved: float
+    fragmentation: float
+    """Bytes reserved beyond the highest use; 0 where no allocator tells."""
+    would_have_fitted: str
+    """Of a run that died for want of memory: whether fragmentation was to blame; empty for others."""
     leak_bytes_per_step: float
     """Slope of memory at the ends of steps, 0 unless it grows beyond doubt."""
     by_stage: dict[int, float]
@@ -91,8 +98,10 @@ def _constants(start: RunStart) -> MemoryConstants:
     return constants if start.device_memory else replace(constants, overhead_bytes=0.0)
 
 
-def memory_report(table: StepTable, start: RunStart, cfg: RunConfig | None) -> MemoryReport | None:
-    """None for a run that told no memory."""
+def memory_report(
+    table: StepTable, start: RunStart, cfg: RunConfig | None, reason: str = ""
+) -> MemoryReport | None:
+    """None for a run that told no memory. ``reason``: what ended the run, as its last record says."""
     peak = table.memory.get("peak")
     if peak is None or not peak.any():
         return None
@@ -124,7 +133,8 @@ def memory_report(table: StepTable, start: RunStart, cfg: RunConfig | None) -> M
     return MemoryReport(
         table.ranks[column], high, None if guess is None else sum(guess.values()),
         float(start.device_memory) if start.device_memory else None, parts, compared,
-        float(reserved.max()), _leak(held), {int(s): float(peak[:, stages == s].max()) for s in np.unique(stages)},
+        float(reserved.max()), max(0.0, float(reserved.max()) - high) if on_device else 0.0, would_have_fitted(reason),
+        _leak(held), {int(s): float(peak[:, stages == s].max()) for s in np.unique(stages)},
         [(int(table.steps[i]), float(held[i]), float(peak[i, column])) for i in thin], notes,
     )  # fmt: skip
 
@@ -138,6 +148,33 @@ def _fill(guess: dict[str, float], high: float, resident: float | None) -> list[
         scale = min(1.0, limit / total) if total > 0 else 1.0
         out += [(n, guess[n] * scale) for n in names]
     return out
+
+
+_OOM = {
+    "asked": r"Tried to allocate ([\d.]+) (\w+)",
+    "free": r"of which ([\d.]+) (\w+) is free",
+    "pieces": r"([\d.]+) (\w+) is reserved by PyTorch but unallocated",
+}
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def would_have_fitted(reason: str) -> str:
+    """What torch's own words about an allocation that failed add up to; empty for any other reason.
+
+    An allocation fails although there is room when the room is in pieces: what is reserved and not allocated.
+    """
+    found = {name: re.search(pattern, reason) for name, pattern in _OOM.items()}
+    if "out of memory" not in reason or found["asked"] is None:
+        return ""
+    asked, free, pieces = (
+        float(m[1]) * _UNITS.get(m[2], 1) if (m := found[name]) else 0.0 for name in ("asked", "free", "pieces")
+    )
+    if pieces and asked <= free + pieces:
+        return (
+            f"it would have fitted without fragmentation: {size(asked)} were asked for, {size(free)} were free and "
+            f"{size(pieces)} reserved in pieces; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        )
+    return f"it would not have fitted without fragmentation either: {size(asked - free - pieces)} were missing"
 
 
 def _leak(held: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:

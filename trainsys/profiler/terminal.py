@@ -138,6 +138,10 @@ class _Page:
         for part in m.compared:
             if part.measured is not None and part.predicted is not None:
                 self.line(f"{part.name}: predicted {say.size(part.predicted)}, measured {say.size(part.measured)}")
+        if m.fragmentation > 0.02 * m.peak:
+            self.line(f"{say.size(m.fragmentation)} more are reserved in pieces (fragmentation)")
+        if m.would_have_fitted:
+            self.line(m.would_have_fitted, "bold red")
         if m.leak_bytes_per_step:
             self.line(f"memory grows by {say.size(m.leak_bytes_per_step)} a step", "bold red")
         for note in m.notes:

@@ -216,7 +216,8 @@ if (phaseNames.length && E.ranks.length) {
 if (E.memory) {
   const M = E.memory, tones = ["--opt", "--elem", "--redo", "--c1", "--c3", "--bubble", "--rest", "--gap"], all = M.capacity ?? M.peak, parts = M.parts.filter(([, v]) => v > 0);
   const bar = h("div", { class: "whole" }, parts.map(([name, v], i) => h("i", { style: `width:${(100 * v) / all}%;background:var(${tones[name === "other" ? 6 : i % 6]})`, tip: `${name}: ${bytes(v)} (${share(v / M.peak)} of the peak)` })),
-    M.capacity ? h("i", { style: `flex:1;background:var(--hover)`, tip: `free: ${bytes(M.capacity - M.peak)}` }) : null);
+    M.fragmentation > 0 && M.capacity ? h("i", { class: "pieces", style: `width:${(100 * Math.min(M.fragmentation, M.capacity - M.peak)) / all}%`, tip: `reserved in pieces (fragmentation): ${bytes(M.fragmentation)}` }) : null,
+    M.capacity ? h("i", { style: `flex:1;background:var(--hover)`, tip: `free: ${bytes(Math.max(0, M.capacity - M.peak - M.fragmentation))}` }) : null);
   const known = M.compared.filter((p) => p.predicted !== null);
   const holder = h("div", {});
   const draw = (WD) => {
@@ -229,7 +230,8 @@ if (E.memory) {
     return pic;
   };
   card("Memory at the peak", `Rank ${M.rank}, ${bytes(M.peak)}` + (M.capacity ? ` of ${bytes(M.capacity)}` : "") + (M.predicted_total === null ? "" : `; the planner's model predicts ${bytes(M.predicted_total)}`) + (M.leak_bytes_per_step ? `; grows by ${bytes(M.leak_bytes_per_step)} a step` : ""),
-    bar, h("div", { class: "legend" }, parts.map(([name, v], i) => h("span", {}, h("i", { style: `background:var(${tones[name === "other" ? 6 : i % 6]})` }), `${name} ${bytes(v)}`))),
+    bar, h("div", { class: "legend" }, parts.map(([name, v], i) => h("span", {}, h("i", { style: `background:var(${tones[name === "other" ? 6 : i % 6]})` }), `${name} ${bytes(v)}`)), M.fragmentation > 0 ? h("span", {}, h("i", { class: "pieces" }), `fragmentation, beyond the peak ${bytes(M.fragmentation)}`) : null),
+    M.would_have_fitted ? h("p", { class: "warn" }, M.would_have_fitted) : null,
     h("div", { class: "two" }, h("div", {}, h("h2", {}, "Predicted beside measured"), known.length ? h("table", {}, h("tr", {}, ["part", "predicted", "measured"].map((t) => h("th", {}, t))),
       known.map((p) => h("tr", {}, h("td", {}, p.name), h("td", {}, bytes(p.predicted)), h("td", {}, p.measured === null ? "–" : bytes(p.measured))))) : h("p", { class: "note" }, "no prediction")),
       h("div", {}, h("h2", {}, "Over time"), h("p", { class: "note" }, "area: between steps; line: highest"), holder)),
