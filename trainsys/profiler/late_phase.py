@@ -15,7 +15,7 @@ ENOUGH = 256
 
 PHASE_ADVICE = {
     "data": "its loader: workers, storage, a page cache that thrashes; raise data.prefetch; try it on another host",
-    "compute": "its clocks, thermals, ECC errors and neighbours; trainsys preflight times products and memory on every rank",
+    "compute": "its clocks, thermals, ECC errors and neighbours; trainsys preflight times matmul and memory on all",
     "optimizer": "what its optimizer step does that the others' does not: offload, a larger share of parameters",
     "other": "its host: another process on the cores, swapping, logging in the step",
 }
