@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from support.jobs import Job
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.inspect import verify
 from trainsys.config.loader import load_run
-from trainsys.data import Loader, build_source
+from trainsys.data import Loader, Source, build_source
 from trainsys.engines.native import NativeEngine
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
@@ -178,3 +178,41 @@ def test_a_run_goes_back_before_a_bad_batch_and_on_without_it(tmp_path: Path) ->
     want = apart(losses_without, config, kept)
     assert [last[s] for s in range(20)] == pytest.approx(want, rel=1e-5)
     assert max(want) - min(want) > 1e-3
+
+
+# ---- storage that fails ----
+
+
+def unsteady(fails: int) -> Callable[[int], None]:
+    """On rank 1, the storage fails ``fails`` times in a row at batch 3."""
+
+    def prepare(rank: int) -> None:
+        real, left = Source.rows, [fails if rank == 1 else 0]
+
+        def rows(self: Source, step: int, rows: Any) -> Any:
+            if step == 3 and left[0]:
+                left[0] -= 1
+                raise OSError(5, "Input/output error", "/data/shard_7")
+            return real(self, step, rows)
+
+        Source.rows = rows  # type: ignore[method-assign]
+
+    return prepare
+
+
+def test_data_that_fails_is_read_again_and_it_is_on_record(tmp_path: Path) -> None:
+    config, log = write_run(tmp_path, 5), tmp_path / "log"
+    assert Job(2, config, [], log, unsteady(2)).wait() == [0, 0], log.read_text()
+    said = [e.text for e in events(tmp_path, Message, rank=1) if e.level == "warning"]
+    assert [s.split(": [")[0] for s in said if s.startswith("data: ")] == [
+        f"data: step 3: attempt {n} of 4" for n in (1, 2)
+    ]
+    assert all("/data/shard_7" in s for s in said if s.startswith("data: "))
+    assert not any(e.text.startswith("data: ") for e in events(tmp_path, Message, rank=0))
+
+
+def test_data_that_stays_away_ends_the_run_with_the_file_named(tmp_path: Path) -> None:
+    config, log = write_run(tmp_path, 5), tmp_path / "log"
+    codes = Job(2, config, [], log, unsteady(99)).wait()
+    assert all(codes), "no rank is left behind"
+    assert "rank 1: OSError: [Errno 5] Input/output error: '/data/shard_7'" in log.read_text()

@@ -27,9 +27,15 @@ from trainsys.telemetry.recorder import Recorder
 
 
 def attempt() -> int:
-    """How often this job was started before: by torchrun after a failure, by Slurm after a requeue."""
+    """How often this job was started before: by torchrun after a failure, by Slurm after a requeue, or by a JobSet."""
     env = os.environ
-    return int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(env.get("SLURM_RESTART_COUNT", 0))
+    # A JobSet's pods have its restart-attempt for a rendezvous id; the index is what marks them as an indexed Job's.
+    made_anew = env.get("PET_RDZV_ID", "") if "JOB_COMPLETION_INDEX" in env else ""
+    return (
+        int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        + int(env.get("SLURM_RESTART_COUNT", 0))
+        + (int(made_anew) if made_anew.isdigit() else 0)
+    )
 
 
 class Run(Protocol):

@@ -77,6 +77,8 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
         while not session.over:
             with reporter.recorder.phase("data"):
                 data = next(loader)
+            while loader.retried:
+                reporter.warn(f"data: {loader.retried.pop(0)}")
             result = engine.train_step(session.step, data, session.guard.judge, drain.requested)
             reporter.end_step(session.step, data, result)
             session.after(data, result)
