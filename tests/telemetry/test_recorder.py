@@ -355,7 +355,7 @@ def test_nothing_grows_with_the_run() -> None:
             rec.end_step(i)
     rec.end_step(9999)
     clock_ = rec._clock
-    assert len(clock_._collectives) <= MAX_CACHED
+    assert len(clock_.collectives) <= MAX_CACHED
     assert not clock_.open
     assert not clock_.begun
     assert clock_.end(clock.ns).phases == {"other": 0}

@@ -62,7 +62,8 @@ class StepClock:
         self._sampled = sampled
         self._phases: dict[str, Phase] = {}
         self._totals: dict[tuple[str, str], Total] = {}
-        self._collectives: dict[tuple[str, str, int], Collective] = {}
+        self.collectives: dict[tuple[str, str, int], Collective] = {}
+        """By (axis, operation, bytes); always this one object."""
         self._on_device = [OTHER]
 
     def phase(self, name: str) -> Phase:
@@ -72,19 +73,19 @@ class StepClock:
         return found
 
     def collective(self, axis: str, op: str, nbytes: int) -> Collective:
-        found = self._collectives.get((axis, op, nbytes))
-        return self._make(axis, op, nbytes) if found is None else found
-
-    def _make(self, axis: str, op: str, nbytes: int) -> Collective:
-        if len(self._collectives) >= MAX_CACHED:
-            self._collectives.clear()
+        """Made once, and kept in ``collectives``."""
+        found = self.collectives.get((axis, op, nbytes))
+        if found is not None:
+            return found
+        if len(self.collectives) >= MAX_CACHED:
+            self.collectives.clear()
         total = self.total(axis, op)
         made = (
             Collective(self, total, nbytes)
             if self.device is None
             else MarkedCollective(self, total, nbytes, COMM + axis)
         )
-        self._collectives[axis, op, nbytes] = made
+        self.collectives[axis, op, nbytes] = made
         return made
 
     def total(self, axis: str, op: str) -> Total:
