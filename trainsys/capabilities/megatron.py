@@ -56,6 +56,21 @@ MEGATRON: tuple[Limit, ...] = (
         {"parallel.pp": 5},
     ),
     Limit(
+        "two ranks that interleave without overlap",
+        lambda cfg, layout: (
+            layout.pp == 2
+            and cfg.parallel.pipeline.schedule == "interleaved_1f1b"
+            and not cfg.parallel.overlap.pipeline
+        ),
+        "both neighbours are the same rank, and messages of one batch would be taken for each other; "
+        "set parallel.overlap.pipeline=true, or parallel.pp to more than 2",
+        {
+            "parallel.pp": 2,
+            "parallel.pipeline.schedule": "interleaved_1f1b",
+            "parallel.overlap.pipeline": False,
+        },
+    ),
+    Limit(
         "a tied embedding in a pipeline with a sharded optimizer",
         lambda cfg, layout: (
             layout.pp > 1

@@ -49,9 +49,10 @@ def _exchanged(
     rank: int, n: int, output: Any, source: Any, out_splits: Any = None, splits: Any = None, *_: Any
 ) -> int:
     """All but what stays here; ``splits``: rows for each rank, equal where there are none."""
-    if not isinstance(splits, (list, tuple)) or not splits:
+    if splits is None or len(splits) == 0:
         return _all(source) * (n - 1) // n
-    return _all(source) * (sum(splits) - splits[rank]) // max(1, sum(splits))
+    rows = [int(size) for size in splits]
+    return _all(source) * (sum(rows) - rows[rank]) // max(1, sum(rows))
 
 
 def _lists_exchanged(rank: int, n: int, outputs: Any, sources: Any, *_: Any) -> int:

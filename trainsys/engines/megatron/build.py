@@ -42,23 +42,33 @@ if not hasattr(moe_utils, "te_general_gemm"):
     # 0.16 asks for it without having looked whether Transformer Engine is there.
     moe_utils.te_general_gemm = None
 
-# As what the collectives of Megatron's groups count, by the name it gives a group.
-AXES = {
-    "TENSOR_MODEL_PARALLEL_GROUP": "tp",
-    "EXPERT_TENSOR_PARALLEL_GROUP": "tp",
-    "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
-    "EMBEDDING_GROUP": "pp",
-    "POSITION_EMBEDDING_GROUP": "pp",
-    "CONTEXT_PARALLEL_GROUP": "cp",
-    "EXPERT_MODEL_PARALLEL_GROUP": "ep",
-    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "ep",
-    "EXPERT_DATA_PARALLEL_GROUP": "expert_fsdp",
-    "INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "fsdp",
-    "MODEL_PARALLEL_GROUP": "world",
-    "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "world",
-    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "world",
-    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "world",
-}
+
+def axes_of(layout: Layout) -> dict[str, str]:
+    """As what the collectives of Megatron's groups count, by the name it gives a group. Several groups have the same
+    ranks where axes have size 1, and only the name tells what a call was for."""
+    data = (
+        "fsdp"
+        if layout.dp_replicate == 1
+        else ("loss" if layout.dp_shard * layout.cp > 1 else "dp_replicate")
+    )
+    return {
+        "TENSOR_MODEL_PARALLEL_GROUP": "tp",
+        "EXPERT_TENSOR_PARALLEL_GROUP": "tp",
+        "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
+        "EMBEDDING_GROUP": "pp",
+        "CONTEXT_PARALLEL_GROUP": "cp",
+        "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "cp" if layout.cp > 1 else "tp",
+        "EXPERT_MODEL_PARALLEL_GROUP": "ep",
+        "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "ep" if layout.ep > 1 else "tp",
+        "EXPERT_DATA_PARALLEL_GROUP": "expert_fsdp",
+        "DATA_PARALLEL_GROUP": data,
+        "DATA_PARALLEL_GROUP_WITH_CP": data,
+        "INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "fsdp",
+        "MODEL_PARALLEL_GROUP": "world",
+        "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "world",
+        "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "world",
+        "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "world",
+    }
 
 
 def virtual_stages(cfg: RunConfig, layout: Layout) -> int | None:

@@ -46,7 +46,7 @@ class MegatronEngine:
         self.cfg, self.mesh, self.recorder, self.device = cfg, mesh, recorder, mesh.device
         if self.device.type == "cpu":
             on_cpu.install()
-        observe(mesh, build.AXES)
+        observe(mesh, build.axes_of(mesh.layout))
         build.join(cfg, mesh.layout, self.device)
         config = build.transformer_config(cfg, mesh.layout, self.device)
         with on_cpu.cuda_by_name(self.device):

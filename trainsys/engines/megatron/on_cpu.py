@@ -1,7 +1,8 @@
 """What Megatron-Core needs to run without CUDA. Nothing here is used on a GPU.
 
-Megatron names CUDA in five ways: ``torch.cuda.current_device()`` as where a tensor goes; literal ``device="cuda"``
-and ``.cuda()``; streams, events and ``synchronize``; the states of CUDA's generators; and the names of tensor types.
+Megatron wants CUDA in six ways: ``torch.cuda.current_device()`` as where a tensor goes; literal ``device="cuda"``
+and ``.cuda()``; streams, events and ``synchronize``; the states of CUDA's generators; the names of tensor types;
+and sizes that become numbers only on their way from a device.
 torch itself stays as it is: its modules are given another ``torch``, a copy of the namespace in which these few names
 lead to the CPU. Only ``Tensor.cuda`` and ``Tensor.type`` cannot be reached so, and are replaced while a model and its
 optimizer are built.
@@ -64,6 +65,11 @@ def _no_state(*_: Any, **__: Any) -> Tensor:
     return torch.empty(0, dtype=torch.uint8)
 
 
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Sizes of the experts' rows, which Megatron turns into numbers only where they come from a device."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
@@ -97,6 +103,8 @@ def install() -> None:
     router._apply_expert_bias = getattr(
         router._apply_expert_bias, "_torchdynamo_orig_callable", router._apply_expert_bias
     )
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _as_numpy  # type: ignore[attr-defined]
     stand_in = _torch()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
