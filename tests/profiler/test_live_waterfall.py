@@ -191,3 +191,15 @@ def test_padding_is_the_time_that_padding_took(tmp_path: Path) -> None:
     fall = waterfall(rows, None, split_flops(rows, None))
     assert fall is not None
     assert fall.get("padding") == pytest.approx(0.4 * (fall.get("padding") + fall.get("compute")), rel=1e-6)
+
+
+def test_recomputation_is_the_time_that_it_took(tmp_path: Path) -> None:
+    spec = Standin(LAYOUT, steps=12, recompute_share=0.8, timed_recompute=True)
+    _, told, table = ledger(tmp_path, spec)
+    fall = waterfall(table, None, split_flops(table, None))
+    assert fall is not None
+    rows = np.flatnonzero(table.work)
+    injected = np.mean([np.array(rank["recompute"])[rows].mean() for rank in told])
+    # Both are clocks around the same sleeps; what a late rank is late by is counted with those who wait for it.
+    assert fall.get("recompute") == pytest.approx(injected, rel=0.15)
+    assert not next(t for t in fall.terms if t.name == "recompute").estimated

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from trainsys.bench.matmul import ceiling_in_run
 from trainsys.config.run import RunConfig
 from trainsys.hardware import Device, lookup, match_device
+from trainsys.hardware.catalogue import DType
+from trainsys.hardware.measured import MeasurementKey, load_measurement, store_measurement
 from trainsys.hardware.peak import Peak, peak_for_run
 from trainsys.train.process import Process
 
@@ -36,6 +38,22 @@ def find_peak(cfg: RunConfig, proc: Process, device: Device | None) -> Peak | No
         store=proc.rank == 0 and proc.world == proc.local_world,
     )
     return peak_for_run(None, cfg.train.dtype, measured)
+
+
+def raise_peak(dtype: DType, proc: Process, flops_per_s: float) -> bool:
+    """A run that did more than its measured ceiling has measured a higher one, for the runs to come: ``flops_per_s``
+    of all ranks together. True if it is kept; of a job on several hosts nothing is."""
+    if proc.rank != 0 or proc.world != proc.local_world:
+        return False
+    name = torch.cuda.get_device_name() if proc.device.type == "cuda" else None
+    known = load_measurement(MeasurementKey.here(dtype, proc.local_world, torch.get_num_threads(), name))
+    if known is None or known.flops_per_s >= flops_per_s:
+        return False
+    try:
+        store_measurement(known.model_copy(update={"flops_per_s": flops_per_s}))
+    except OSError:
+        return False
+    return True
 
 
 def _barrier() -> None:

@@ -44,7 +44,7 @@ from trainsys.telemetry.sinks.build import build_sinks
 from trainsys.telemetry.topology import switch_of
 from trainsys.train.device import CudaTimer, cuda_memory
 from trainsys.train.gather import WindowGather
-from trainsys.train.peak import find_device, find_peak
+from trainsys.train.peak import find_device, find_peak, raise_peak
 from trainsys.train.process import Process
 
 
@@ -74,6 +74,7 @@ class Reporter:
         )
         device = find_device(cfg, proc)
         peak = find_peak(cfg, proc, device)
+        self._measured = peak is not None and peak.source == "measured"
         on_cuda = proc.device.type == "cuda"
         self.info = RunStart(
             run_id=self.run_dir.name,
@@ -187,7 +188,7 @@ class Reporter:
             self._doubted = True
             self.warn(
                 f"mfu is above 100%: the peak ({self.info.peak_label}) was measured when the machine was busier; "
-                "measure it anew on a quiet one: trainsys bench matmul"
+                "what this run reaches is kept for the next one"
             )
         last = step == self.cfg.train.steps - 1
         if (step + 1) % self.cfg.telemetry.log_every == 0 or last:
@@ -251,6 +252,9 @@ class Reporter:
         told = explain_table(data, load_steps(self.run_dir, data.start, data.ranks))
         summary = {**summarize(data), **summary_of(told)}
         write_summary(self.run_dir, summary)
+        reached = max(summary["mfu"] or 0.0, summary["hfu"] or 0.0)
+        if self._measured and reached > 1.0 and self.info.peak_flops:
+            raise_peak(self.cfg.train.dtype, self.proc, reached * self.info.peak_flops * self.info.world)
         self._sinks.finish(summary, timeout_s=25.0 if wait else 5.0)
         if wait:
             final_report(data)

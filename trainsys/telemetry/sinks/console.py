@@ -19,6 +19,8 @@ from trainsys.telemetry.sinks.base import RunInfo
 
 PLAIN_EVERY_S = 2.0
 """Plain lines come no denser than this; the first and the last step always get one."""
+REFRESH = 2
+"""A second: drawing takes the interpreter for a millisecond."""
 MILESTONES = 10
 """Lines that a live run leaves behind above its bar, so that the history stays readable."""
 SPARK = "▁▂▃▄▅▆▇█"
@@ -71,7 +73,7 @@ class ConsoleSink:
         self._console.print(Text.assemble(("run folder  ", "dim"), str(info.run_dir)), soft_wrap=True)
         if self._live_wanted:
             self._live = Live(
-                get_renderable=self._render, console=self._console, refresh_per_second=5, transient=True
+                get_renderable=self._render, console=self._console, refresh_per_second=REFRESH, transient=True
             )
             self._live.start()
 
