@@ -113,7 +113,8 @@ class Reporter:
             memory=cuda_memory if on_cuda else None,
         )
         self._gather = WindowGather(proc.world, proc.world // layout.data_world)
-        self._shown: Step | None = None
+        self._shown: tuple[Step, int] | None = None
+        """The last step of the window that is under way between ranks, and the tokens seen until then."""
         self._tokens_seen = 0
         self._doubted = False
         self._sinks = Sinks([], self.warn)
@@ -193,7 +194,7 @@ class Reporter:
         last = step == self.cfg.train.steps - 1
         if (step + 1) % self.cfg.telemetry.log_every == 0 or last:
             self._show(self._gather.exchange())
-            self._shown = record
+            self._shown = record, self._tokens_seen
         if last:
             self._show(self._gather.last())
         else:
@@ -202,7 +203,7 @@ class Reporter:
     def _show(self, window: Tensor | None) -> None:
         """Rank 0's last shown step, with what all ranks saw since the one before, read off the step's thread."""
         if self._reading is not None and window is not None and self._shown is not None:
-            self._reading.put((window, self._shown, self._tokens_seen))
+            self._reading.put((window, *self._shown))
 
     def _read(self, item: tuple[Tensor, Step, int]) -> None:
         window, shown, tokens_seen = item
