@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from trainsys.layout import Layout
 from trainsys.profiler.blame import find_blame, judge_window
 from trainsys.profiler.live import EVERY, LiveWatch
 from trainsys.profiler.shape import forward_backward
-from trainsys.profiler.steps import StepTable
+from trainsys.profiler.steps import Capture, StepTable
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.events import Flops, Step
 from trainsys.telemetry.vectors import to_vector
@@ -151,6 +152,11 @@ def test_the_live_watch_says_it_once_and_shows_the_waterfall() -> None:
     watch = LiveWatch(Layout(dp_shard=4), 1e9, found.append, lambda step, m: shown.append((step, m)))
     rng = np.random.default_rng(0)
     for window in range(3 * EVERY):
+        if window == 2 * EVERY:
+            deadline = time.monotonic() + 30
+            while len(shown) < 2 and time.monotonic() < deadline:  # what is queued is looked at without it
+                time.sleep(0.01)
+            watch.refine(Capture(window, 0, 0.9, 0.0))
         work = 0.1 * (1 + 0.01 * rng.normal(size=4)) * np.array([1, 1, 1.5, 1])
         wait = work.max() - work + 0.01
         rows = [
@@ -165,3 +171,5 @@ def test_the_live_watch_says_it_once_and_shows_the_waterfall() -> None:
     assert step == 3 * EVERY - 1
     assert metrics["waterfall/straggler_ms"] == pytest.approx(50, rel=0.1)
     assert sum(metrics.values()) == pytest.approx(160, rel=0.1)
+    assert "waterfall/compute_below_peak_ms" in shown[0][1]
+    assert metrics["waterfall/other_compute_ms"] == pytest.approx(0.1 * 100, rel=0.3)  # of the compute that is left

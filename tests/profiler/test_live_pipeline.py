@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
+from support.pipeline_cases import FSDP, Case
+from support.ranks import run_ranks
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
+from trainsys.data import Loader, build_source
+from trainsys.engines.native import NativeEngine
 from trainsys.layout import Layout
+from trainsys.parallel.mesh import Mesh
+from trainsys.profiler.explain import explain
 from trainsys.profiler.pipeline import pipeline_step
 from trainsys.profiler.steps import StepTable, make_table
 from trainsys.profiler.waterfall import Work, waterfall
@@ -15,6 +25,8 @@ from trainsys.profiler.what_if_run import what_if
 from trainsys.schedules.build import build
 from trainsys.schedules.program import Compute, Reduce, programs
 from trainsys.telemetry.events import Step
+from trainsys.telemetry.recorder import Recorder, here
+from trainsys.telemetry.run_dir import write_config
 
 MICROS, FORWARD_S, BACKWARD_S = 8, 0.010, 0.020
 
@@ -122,3 +134,35 @@ def test_a_rank_like_its_peers_gives_the_step_to_the_next_latest() -> None:
     assert gains["rank 2 like its peers"].step_s == pytest.approx(0.17 - 0.03)
     assert "rank 3 like its peers" not in gains
     assert gains["no communication on fsdp in the way"].step_s == pytest.approx(0.17 - 0.01)
+
+
+def train(case: Case, folder: str, steps: int) -> None:
+    """``case`` on this rank, as the training loop does it, with events in ``folder``."""
+    cfg, rank = case.config, dist.get_rank()
+    layout = Layout.resolve(cfg.parallel, case.world)
+    mesh = Mesh(layout, torch.device("cpu"))
+    sizes = {axis: getattr(layout, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
+    recorder = Recorder(folder, here(run_id="pp", rank=rank, world=case.world, layout=sizes))
+    mesh.ledger.recorder = recorder
+    engine = NativeEngine(cfg, mesh, recorder)
+    with Loader(build_source(cfg), mesh.layout, rank, cfg.train.micro_batch) as loader:
+        recorder.begin()
+        for step in range(steps):
+            engine.train_step(step, next(loader))
+            recorder.end_step(step)
+    recorder.finish("done")
+
+
+@pytest.mark.parametrize("case", [Case("1f1b", 2, FSDP), Case("zero_bubble", 2)], ids=lambda c: c.id)
+def test_what_a_real_pipeline_recorded_is_replayed_whole(case: Case, tmp_path: Path) -> None:
+    run_ranks(case.world, train, case, str(tmp_path), 6)
+    write_config(tmp_path, case.config)
+    e = explain(tmp_path)
+    assert e.pipeline is not None
+    told = {span[:3] for spans in e.pipeline.ranks for span in spans}
+    micros = 8 // (case.config.train.micro_batch * case.world // 2)
+    assert told == {tuple(action) for action in build(case.schedule, 2, micros).actions}
+    assert all(end > start for spans in e.pipeline.ranks for *_, start, end in spans)
+    assert 0 < e.pipeline.ideal_s <= e.pipeline.step_s
+    busy = [sum(end - start for *_, start, end in spans) for spans in e.pipeline.ranks]
+    assert max(busy) <= e.pipeline.step_s <= sum(busy)

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trainsys.errors import UserError
-from trainsys.profiler.steps import CAPTURE
+from trainsys.profiler.steps import CAPTURE, Capture
 from trainsys.profiler.trace.analyse import Options, analyse_file
 from trainsys.telemetry.events import Step
 from trainsys.telemetry.recorder import Recorder
@@ -49,10 +49,10 @@ class StepCapture:
             self._profile = profile(activities=activities, record_shapes=True, acc_events=False)
             self._profile.start()
 
-    def after(self, record: Step) -> None:
-        """That step has ended, and this is its record."""
+    def after(self, record: Step) -> Capture | None:
+        """That step has ended, and this is its record; what a capture of it shows, if there is one."""
         if self._profile is None:
-            return
+            return None
         with self._recorder.stall("capture"), ExitStack() as stack:
             stack.callback(setattr, self, "_profile", None)
             try:
@@ -60,10 +60,15 @@ class StepCapture:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 path = self._folder / f"step_{record.step:07d}_rank_{self._recorder.info.rank:05d}.json.gz"
                 self._profile.export_chrome_trace(str(path))
-                self._recorder.metrics(record.step, shares(path, record))
+                found = shares(path, record)
+                self._recorder.metrics(record.step, found)
+                return Capture(
+                    record.step, self._recorder.info.rank, found[CAPTURE + "matmul"], found[CAPTURE + "idle"]
+                )
             except (UserError, OSError, RuntimeError) as error:
                 self._every = 0
                 self._recorder.message("warning", f"no more profiler captures: {error}")
+        return None
 
 
 def shares(path: Path, record: Step) -> dict[str, float]:

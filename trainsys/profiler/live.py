@@ -14,7 +14,7 @@ import numpy as np
 
 from trainsys.layout import Layout
 from trainsys.profiler.blame import judge_window
-from trainsys.profiler.steps import Floats, table_of_windows
+from trainsys.profiler.steps import Capture, Floats, table_of_windows
 from trainsys.profiler.verdict import ALPHA, Verdict
 from trainsys.profiler.waterfall import Work, waterfall
 from trainsys.telemetry.events import Flops
@@ -47,6 +47,7 @@ class LiveWatch:
         self._windows: deque[tuple[Floats, Flops | None]] = deque(maxlen=KEEP)
         self._known: set[tuple[object, ...]] = set()
         self._count = 0
+        self._captures: list[Capture] = []
         self._calls: queue.SimpleQueue[tuple[Floats, Flops | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trainsys-watch", daemon=True)
         self._thread.start()
@@ -55,6 +56,10 @@ class LiveWatch:
         """A window ``[R, V]``: each rank's mean step (``telemetry.vectors``); ``flops`` of a step over all ranks."""
         if self._calls.qsize() < DEPTH:
             self._calls.put((ranks, flops))
+
+    def refine(self, capture: Capture) -> None:
+        """What a profiler capture of this rank has shown splits compute from now on."""
+        self._captures = [capture]
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Look at what is queued, then end."""
@@ -72,6 +77,7 @@ class LiveWatch:
         """One family of tests a look: consecutive looks share most windows, so they share one ``ALPHA`` too."""
         recent = list(self._windows)
         table = table_of_windows(np.stack([w for w, _ in recent]), [f for _, f in recent], self._layout)
+        table.captures = self._captures
         last = int(table.steps[-1])
         model, hardware = table.flops_model, table.flops_hardware
         padding = np.maximum(0.0, hardware - self._share * hardware / (3 + self._share) - model)

@@ -182,7 +182,9 @@ class Reporter:
             lr=result.lr,
             flops=flops,
         )
-        self._capture.after(record)
+        captured = self._capture.after(record)
+        if captured is not None and self._watch is not None:
+            self._watch.refine(captured)
         self._tokens_seen += data.real_tokens_global
         self._gather.add(record)
         if (record.mfu or 0.0) > 1.0 and not self._doubted:
