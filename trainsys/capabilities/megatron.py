@@ -140,6 +140,15 @@ MEGATRON: tuple[Limit, ...] = (
         {**_MOE, "parallel.tp": 2, "parallel.sequence_parallel": False},
     ),
     Limit(
+        "experts under tensor and expert parallelism on CPU",
+        lambda cfg, layout: (
+            cfg.model.moe is not None and layout.tp > 1 and layout.ep > 1 and cfg.train.device == "cpu"
+        ),
+        "ranks of tp gather each other's rows, as many as each has, and gloo gathers equally many alone; "
+        "parallel.tp=1 or parallel.ep=1",
+        {**_MOE, "parallel.dp_shard": 2, "parallel.tp": 2, "parallel.ep": 2, "train.device": "cpu"},
+    ),
+    Limit(
         "other ways to experts",
         lambda cfg, layout: cfg.parallel.expert.dispatch != "flat" or cfg.parallel.expert.chunks != 1,
         "rows travel by one all-to-all; parallel.expert.dispatch=flat and chunks=1",

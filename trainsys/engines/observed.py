@@ -147,7 +147,8 @@ class Observer:
         self._real.clear()
 
     def _replace(self, name: str, by: Callable[..., Any]) -> None:
-        real = self._real[name] = getattr(dist.ProcessGroup, name)
+        real = getattr(dist.ProcessGroup, name)
+        self._real[name] = vars(dist.ProcessGroup)[name]  # as it lies there: what getattr gives binds no instance
 
         @functools.wraps(real)
         def method(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from trainsys.capabilities import refuse_unable
 from trainsys.comm import ops
 from trainsys.config.run import RunConfig
 from trainsys.data.loader import StepData
@@ -46,6 +47,9 @@ class MegatronEngine:
         self.cfg, self.mesh, self.recorder, self.device = cfg, mesh, recorder, mesh.device
         if self.device.type == "cpu":
             on_cpu.install()
+            # The table was asked before anybody knew what train.device=auto is.
+            here = cfg.model_copy(update={"train": cfg.train.model_copy(update={"device": "cpu"})})
+            refuse_unable(here, mesh.layout)
         observe(mesh, build.axes_of(mesh.layout))
         build.join(cfg, mesh.layout, self.device)
         config = build.transformer_config(cfg, mesh.layout, self.device)
