@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from trainsys.layout import Layout  # noqa: E402
 from trainsys.profiler.blame import find_blame, judge_window  # noqa: E402
+from trainsys.profiler.links import own_time  # noqa: E402
 from trainsys.profiler.steps import StepTable, load_steps  # noqa: E402
 from trainsys.telemetry.run_data import load_run  # noqa: E402
 
@@ -85,10 +86,14 @@ def real_run(seed: int, only: str | None = None) -> dict[str, Any]:
         spec = Standin(tuple(layout.items()), steps=steps, seed=seed, faults=faults)
         run_ranks(world, run, spec, folder, timeout_s=120)
         start = load_run(folder)
-        verdicts = find_blame(load_steps(folder, start.start, start.ranks))
+        table = load_steps(folder, start.start, start.ranks)
+        verdicts = find_blame(table)
+    good = right(kind, ranks, axis, verdicts)
+    # What a wrong answer was made of, so that it can be understood later.
+    own = {} if good else {a: np.round(1e3 * t, 2).T.tolist() for a, (_, t) in own_time(table.select(table.work)).items()}
     return {
         "seed": seed, "kind": kind, "layout": layout, "ranks": ranks, "axis": axis, "amount": round(amount, 4),
-        "first": first, "right": right(kind, ranks, axis, verdicts),
+        "first": first, "right": good, **({"own_ms": own} if own else {}),
         "verdicts": [[v.kind, v.phase, list(v.ranks), v.since, round(v.cost_s, 5), v.evidence] for v in verdicts],
     }  # fmt: skip
 

@@ -33,19 +33,26 @@ MIN_BEFORE = 8
 
 def slow_links(table: StepTable, work: Floats, alpha: float, step_s: float) -> list[Verdict]:
     """At most one verdict: a throttled axis makes groups of others late, so the one with most to save is the cause."""
-    groups = {}
+    own = own_time(table)
+    out = []
+    for axis, (members, mine) in own.items():
+        beside = _beside_others(table, axis, mine, members, alpha, step_s)
+        others = [np.median(values, axis=1) for a, (_, values) in own.items() if a != axis]
+        slow = beside or _beside_before(table, axis, mine, members, work, others, step_s)
+        out += [slow] if slow else []
+    return [max(out, key=lambda v: v.cost_s)] if out else []
+
+
+def own_time(table: StepTable) -> dict[str, tuple[npt.NDArray[np.int64], Floats]]:
+    """axis -> (columns of each group's members ``[G, members]``, seconds of communication nobody was late to
+    ``[T, G]``)."""
+    out = {}
     for axis in axes_of(table):
         found = [g for g in table.groups(axis) if g.shape[1] > 1] if axis not in ("pp", "unknown") else []
         if found:
-            groups[axis] = found[-1]
-    own = {a: table.phases[COMM + a][:, members].min(axis=2) for a, members in groups.items()}  # [T, groups]
-    out = []
-    for axis, members in groups.items():
-        beside = _beside_others(table, axis, own[axis], members, alpha, step_s)
-        others = [np.median(values, axis=1) for a, values in own.items() if a != axis]
-        slow = beside or _beside_before(table, axis, own[axis], members, work, others, step_s)
-        out += [slow] if slow else []
-    return [max(out, key=lambda v: v.cost_s)] if out else []
+            members = found[-1]
+            out[axis] = members, np.asarray(table.phases[COMM + axis][:, members].min(axis=2))
+    return out
 
 
 def _beside_others(
@@ -94,9 +101,9 @@ def _beside_before(
         # compute is slower too, and so is what the other axes do.
         above = float((x[split:, None] > x[None, :split]).mean())
         growth = min(_floor(x[split:]) / max(_floor(x[:split]), 1e-5), float(high[g] / max(low[g], 1e-5)))
-        busier = max(1.0, _growth(np.median(work[:, members[g]], axis=1), split))
-        elsewhere = max([busier, *(_growth(y, split) for y in others)])
-        twice = above >= MIN_ABOVE and growth >= LEAST_RATIO * busier
+        busier = _growth(np.median(work[:, members[g]], axis=1), split)
+        elsewhere = max([1.0, busier, *(_growth(y, split) for y in others)])
+        twice = above >= MIN_ABOVE and growth >= LEAST_RATIO * elsewhere
         alone = len(members) == 1 and bool(others) and above >= MIN_APART and growth >= LEAST_CHANGE * elsewhere
         if twice or alone:
             return _changed(table, axis, members[g], float(low[g]), float(high[g]), step_s, split)
