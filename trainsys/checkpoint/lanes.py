@@ -32,6 +32,8 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _START = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
 # With fewer files than this in the lanes one hashlib is as fast.
 _FEWEST = 6
+# A node has as many ranks as devices: more threads of each would be in the way of those that bring the data.
+_THREADS = 4
 
 Pieces = Sequence[memoryview]
 """A file as what is written to it, one after the other."""
@@ -48,9 +50,8 @@ def sha256_each(files: Sequence[Pieces], stop: Callable[[], bool] = lambda: Fals
         beside = []
     alone = sorted(set(range(len(files))).difference(beside), key=lambda i: -sizes[i])
     out = [""] * len(files)
-    with ThreadPoolExecutor(
-        max(1, min(len(alone) + bool(beside), os.cpu_count() or 1)), "trainsys-sha256"
-    ) as pool:
+    threads = max(1, min(len(alone) + bool(beside), os.cpu_count() or 1, _THREADS))
+    with ThreadPoolExecutor(threads, "trainsys-sha256") as pool:
         together = pool.submit(_together, kernel, [files[i] for i in beside], stop) if beside else None
         for i, digest in zip(alone, pool.map(lambda i: _alone(files[i], stop), alone), strict=True):
             out[i] = digest
