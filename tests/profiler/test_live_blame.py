@@ -130,6 +130,20 @@ def test_a_last_stage_with_too_much_is_told_from_a_slow_stage(
     assert (verdict.kind, verdict.ranks, verdict.phase) == ("stage", ranks, f"stage {stage}")
 
 
+def test_the_only_link_of_an_axis_is_slower_than_before() -> None:
+    """By less than twice: believed if nothing else became slower with it."""
+    table = small(steps=60)
+    own = float(table.phases["comm/fsdp"].min(axis=1).mean())
+    table.phases["comm/fsdp"][30:] += 0.7 * own
+    (verdict,) = judge_window(table)
+    assert (verdict.kind, verdict.phase, verdict.ranks) == ("link", "fsdp", tuple(range(8)))
+    assert abs(verdict.since - 30) <= 2
+    assert verdict.cost_s == pytest.approx(0.7 * own, rel=0.15)
+    world = float(table.phases["comm/world"].min(axis=1).mean())
+    table.phases["comm/world"][30:] += 0.7 * world  # a busier machine, or the whole network
+    assert judge_window(table) == []
+
+
 def test_one_phase_alone_slow_is_named() -> None:
     table = small(steps=40)
     table.phases["optimizer"][:, 5] += 0.02

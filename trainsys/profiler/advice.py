@@ -56,7 +56,8 @@ def advise(fall: Waterfall, cfg: RunConfig | None, memory: MemoryReport | None) 
         elif term.name == "bubble":
             say(*_bubble(term.seconds, cfg))
         elif term.name == "straggler":
-            say("see who is late, and how often: verdicts, what if, rank by time", term.seconds, "all waiting for late peers")
+            say("see who is late, and how often: verdicts, what if, rank by time", term.seconds,
+                "all waiting for late peers")  # fmt: skip
         elif term.name == "launch":
             say("train.compile=true, a larger train.micro_batch: fewer and longer kernels", term.seconds,
                 "the device had nothing to do in the captured step")  # fmt: skip
