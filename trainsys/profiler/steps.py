@@ -252,20 +252,19 @@ def _usual_calls(steps: Sequence[Step], phase: str) -> Floats:
     return np.asarray(np.median([f for f in found if len(f) == count] or [[0] * count], axis=0) / 1e6)
 
 
-def table_of_windows(windows: Floats, flops: Sequence[Flops | None], layout: Layout) -> StepTable:
-    """From gathered windows ``[T, R, V]`` (``telemetry.vectors``), each row one rank's mean step; ``flops[T]``."""
+def table_of_windows(windows: Sequence[Floats], flops: Sequence[Flops | None], layout: Layout) -> StepTable:
+    """From gathered windows ``[V, R]`` (``telemetry.vectors``), each column one rank's mean step; ``flops`` of each."""
 
     def column(name: str) -> Floats:
-        return np.ascontiguousarray(windows[:, :, PLACE[name]])
+        return np.array([w[PLACE[name]] for w in windows])
 
     def columns(names: Iterable[str]) -> dict[str, Floats]:
-        found = {name: column(name) for name in names}
-        return {name: values for name, values in found.items() if values.any()}
+        return {name: column(name) for name in names if any(w[PLACE[name]].any() for w in windows)}
 
     time = column("step_time_s")
     pauses = column("stalls_s")
     return StepTable(
-        list(range(windows.shape[1])), windows[:, 0, PLACE["step"]].astype(np.int64), time, columns(TIMED),
+        list(range(windows[0].shape[1])), column("step")[:, 0].astype(np.int64), time, columns(TIMED),
         {"all": pauses} if pauses.any() else {},
         {name[len(BYTES) :]: values for name, values in columns(BYTES + a for a in COMM_AXES).items()},
         column("tokens"), column("tokens_padded"),
