@@ -14,6 +14,7 @@ if [ ! -e "$mark" ] || [ pyproject.toml -nt "$mark" ]; then
   echo "setting up .venv (once) ..." >&2
   # torch first and by version: a plain range would take a newer build with gigabytes of CUDA beside it.
   .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install -q "torch==${TORCH_VERSION:-2.13.0}"
-  .venv/bin/python -m pip install -q -e ".${extras:+[$extras]}"
+  # DeepSpeed comes as source; 0: nothing of it is compiled, now or later (its engine here needs nothing compiled).
+  DS_BUILD_OPS=0 .venv/bin/python -m pip install -q -e ".${extras:+[$extras]}"
   touch "$mark"
 fi
