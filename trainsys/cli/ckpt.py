@@ -52,13 +52,21 @@ def _ckpt_diff(args: argparse.Namespace) -> int:
 
 @command(
     "ckpt convert",
-    "rewrite a checkpoint with whole tensors, or for torch.distributed.checkpoint",
+    "rewrite a checkpoint with whole tensors, or for torch.distributed.checkpoint or DeepSpeed",
     CKPT,
     arg("output", metavar="OUT", help="new folder"),
-    arg("--to", choices=["whole", "dcp"], default="whole"),
+    arg("--to", choices=["whole", "dcp", "deepspeed-universal"], default="whole"),
     arg("--weights-only", action="store_true", help="leave the optimizer's moments out"),
 )
 def _ckpt_convert(args: argparse.Namespace) -> None:
+    if args.to == "deepspeed-universal":
+        from pathlib import Path
+
+        from trainsys.checkpoint.deepspeed_universal import export
+        from trainsys.checkpoint.inspect import resolve
+
+        print(export(resolve(args.checkpoint), Path(args.output), weights_only=args.weights_only))
+        return
     from trainsys.checkpoint.convert import convert
 
     print(convert(args.checkpoint, args.output, to=args.to, weights_only=args.weights_only))
@@ -82,13 +90,16 @@ def _ckpt_export(args: argparse.Namespace) -> None:
 
 @command(
     "ckpt import",
-    "make a Hugging Face folder step 0 of a run's checkpoints",
-    arg("source", metavar="HF_DIR"),
+    "make a Hugging Face folder, or DeepSpeed's universal checkpoint, one of a run's checkpoints",
+    arg("source", metavar="DIR"),
     arg("folder", metavar="FOLDER", help="the run's checkpoint folder"),
 )
 def _ckpt_import(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from trainsys.checkpoint.deepspeed_universal import import_ as import_universal
+    from trainsys.checkpoint.deepspeed_universal import is_one
     from trainsys.checkpoint.hf import import_
 
-    print(import_(Path(args.source), Path(args.folder)))
+    source = Path(args.source)
+    print((import_universal if is_one(source) else import_)(source, Path(args.folder)))
