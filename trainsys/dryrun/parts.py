@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,7 @@ def told_apart(meter: Meter) -> Iterator[None]:
         new = not hasattr(param, "_unsharded_param")
         first_unsharded(param)
         if new:
-            param._unsharded_param.register_hook(lambda grad: meter.belongs(grad, "gradients"))
+            param._unsharded_param.register_hook(partial(_is_gradient, meter))
 
     reduce = fsdp._CountedReduceScatter.__call__
 
@@ -69,6 +70,11 @@ def mark(meter: Meter, model: ParallelModel | PipelineModel) -> None:
             whole = getattr(p, "_local_tensor", p)
             meter.belongs(whole, "parameters")
             if whole is p:
-                p.register_hook(lambda grad: meter.belongs(grad, "gradients"))
+                p.register_hook(partial(_is_gradient, meter))
             if p.grad is not None:
                 meter.belongs(p.grad, "gradients")
+
+
+def _is_gradient(meter: Meter, grad: Tensor | None) -> None:
+    if grad is not None:  # or it is to be computed later
+        meter.belongs(grad, "gradients")

@@ -84,6 +84,11 @@ class Cases:
     ds_pipeline: Array  # 1: DeepSpeed's pipeline engine
     single_rail: Array  # 1: fully sharded parameters move over one ring, so one NIC a node
     offload: Array
+    native: Array  # 1: this project's own engine, whose memory is counted and not estimated
+    loss_chunk: Array  # positions of a row whose logits exist at a time; 0: all
+    cut_first: Array  # layers of the first rank of pp, the fullest between and the last; 0: an even split
+    cut_middle: Array
+    cut_last: Array
 
     @property
     def size(self) -> int:

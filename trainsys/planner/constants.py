@@ -63,7 +63,9 @@ PRIORS: dict[str, Prior] = {
     "layer_host_s": Prior(4e-4, 0.5, "host time to launch one layer's forward, classic stack"),
     "host_modern": Prior(0.7, 0.3, "the same in modern stacks, relative"),
     "collective_host_s": Prior(4e-5, 0.5, "host time of one collective"),
-    "step_s": Prior(0.012, 0.1, "host work, loss synchronisation and logging of a step: some 10 ms in any stack"),
+    "step_s": Prior(
+        0.012, 0.1, "host work, loss synchronisation and logging of a step: some 10 ms in any stack"
+    ),
     # communication
     "link_eff": Prior(0.78, 0.08, "of the scale-up link's one-way rate, large messages"),
     "nic_eff": Prior(0.80, 0.15, "of the NIC's rate"),

@@ -223,6 +223,11 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "single_rail": float(stack.single_rail),
         "ulysses": float(bool(re.search(r"ulysses|cp_comm=a2a", flags))),
         "offload": float("offload=true" in flags),
+        "native": 0.0,
+        "loss_chunk": 0.0,
+        "cut_first": 0.0,
+        "cut_middle": 0.0,
+        "cut_last": 0.0,
     }
 
 

@@ -107,9 +107,7 @@ def attention(c: Cases, k: Constants, rate16: Array, keys: Array) -> Pass:
     )
     modern = (kernel >= ATTN_KERNELS.index("cudnn")) & hopper_up
     eff = np.where(modern, k.attn_fused, eff)
-    ramp = (
-        keys / (keys + k.attn_seq_half) * np.where(c.head_dim < 128, 0.75 + 0.25 * c.head_dim / 128.0, 1.0)
-    )
+    ramp = keys / (keys + k.attn_seq_half) * np.where(c.head_dim < 128, 0.75 + 0.25 * c.head_dim / 128.0, 1.0)
     blocks = c.micro_batch * heads * np.ceil(np.minimum(c.seq / c.cp, 2.0 * keys) / 128.0) / c.sms
     fill = np.minimum(1.0, blocks)
     fused_f = 0.5 * c.attended * full / (c.peak_16 * eff * ramp * fill)

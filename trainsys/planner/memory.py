@@ -14,6 +14,7 @@ import numpy as np
 from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Array, Cases
 from trainsys.planner.kernels import falls_back
 from trainsys.planner.memory_constants import MemoryConstants
+from trainsys.planner.native_memory import summits
 from trainsys.planner.partition import parts, stages
 
 GIB = 2.0**30
@@ -152,7 +153,14 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
         logits = head * c.tokens * c.vocab * a_logit / split
         bucket = np.where((c.zero > 0) & (c.zero < 3) & (data > 1), m.bucket_bytes, 0.0)
         buffers = m.overhead_bytes + bucket + 0.0 * count
-        return params, grads, opt, m.activation * acts, m.activation * logits, buffers
+        estimate = (params, grads, opt, m.activation * acts, m.activation * logits, buffers)
+        if not np.any(c.native > 0):
+            return estimate
+        own_head = np.where(c.pp > 1, head, head * (1.0 - c.tied)) * embed
+        table = embeddings * embed - own_head
+        exact = list(summits(c, layers, dense_layer + expert_layer, table, own_head, head, live))
+        exact[5] = exact[5] + m.overhead_bytes
+        return tuple(np.where(c.native > 0, x, y) for x, y in zip(exact, estimate, strict=True))
 
     one = c.pp == 1
     zero_, one_ = np.zeros(()), np.ones(())

@@ -54,14 +54,15 @@ class Stages:
 
 
 def stages(c: Cases) -> Stages:
-    """Split as evenly as integers allow, counting embedding and head as ``ends_fewer`` layers each; what does not
-    divide is taken from the last stage, then the first."""
+    """As given, or split as evenly as integers allow, counting embedding and head as ``ends_fewer`` layers each; what
+    does not divide is taken from the last stage, then the first."""
     fewer = np.minimum(c.ends_fewer, np.floor(c.n_layers / c.pp))
     full = np.ceil((c.n_layers + 2.0 * fewer) / c.pp)
     spare = full * c.pp - c.n_layers - 2.0 * fewer
     last = np.maximum(full - fewer - np.where(spare > 0, 1.0, 0.0), 0.0)
     first = np.maximum(full - fewer - np.where(spare > 1, 1.0, 0.0), 0.0)
-    one = c.pp == 1
-    return Stages(
-        np.where(one, c.n_layers, first), np.where(one, c.n_layers, full), np.where(one, c.n_layers, last)
-    )
+    given = [
+        np.where(c.cut_middle > 0, cut, even)
+        for cut, even in ((c.cut_first, first), (c.cut_middle, full), (c.cut_last, last))
+    ]
+    return Stages(*[np.where(c.pp == 1, c.n_layers, layers) for layers in given])

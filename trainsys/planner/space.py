@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -17,7 +18,9 @@ from trainsys.flops import layer_params
 from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
 from trainsys.planner.machine import Machine
 from trainsys.planner.stacks import STACKS, Stack
-from trainsys.schedules.build import problems, splits_backward
+from trainsys.schedules.actions import rank_of, stages_of
+from trainsys.schedules.build import placement, problems, splits_backward
+from trainsys.schedules.partition import partition
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 KEYS = (*AXES, "micro_batch", "vpp", "schedule", "recompute", "reshard")
@@ -81,6 +84,7 @@ class Job:
     compiled: bool = False
     flash: str = "flash2"
     ulysses: bool = False
+    loss_chunk: int = 0
 
     @staticmethod
     def of(
@@ -94,7 +98,7 @@ class Job:
         return Job(
             run.model, run.train.seq_len, run.train.global_batch, world, machine, STACKS[stack],
             dtype or "bf16", run.train.compile or STACKS[stack].compiled, "cudnn" if modern else "flash2",
-            run.parallel.context.flavour == "ulysses",
+            run.parallel.context.flavour == "ulysses", run.train.loss_chunk,
         )  # fmt: skip
 
 
@@ -105,12 +109,12 @@ def _tp_choices(model: ModelConfig, most: int) -> list[int]:
     return [t for t in divisors(model.kv_heads) if t <= most and all(s % t == 0 for s in sizes)]
 
 
-_CONFIG_NAMES = {"interleaved": "interleaved_1f1b", "zb1": "zero_bubble"}
+CONFIG_NAMES = {"interleaved": "interleaved_1f1b", "zb1": "zero_bubble"}
 
 
 def config_name(schedule: str) -> str:
     """What ``parallel.pipeline.schedule`` calls it."""
-    return _CONFIG_NAMES.get(schedule, schedule)
+    return CONFIG_NAMES.get(schedule, schedule)
 
 
 def _schedules(job: Job, pp: int, micro_batches: int) -> list[tuple[str, int]]:
@@ -224,8 +228,40 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
         "modern": s.modern, "eager": s.eager, "tp_overlap": s.tp_overlap, "fp32_reduce": s.fp32_reduce,
         "gathered_logits": s.gathered_logits, "plain_accumulation": s.plain_accumulation,
         "ds_pipeline": s.ds_pipeline, "single_rail": s.single_rail, "ulysses": job.ulysses, "offload": 0.0,
+        "native": s.name == "native", "loss_chunk": job.loss_chunk,
     }  # fmt: skip
+    columns |= dict(zip(("cut_first", "cut_middle", "cut_last"), _cuts(job, layouts), strict=True))
     return Cases(**{k: np.asarray(v, float) for k, v in columns.items()})
+
+
+def _cuts(
+    job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]
+) -> list[np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    """Layers of the first, the fullest middle and the last rank of pp, as the native engine cuts them; zeros where it is
+    another stack's even split."""
+    if job.stack.name != "native":
+        return [np.zeros(1)] * 3
+    keys = np.stack([layouts["pp"], layouts["vpp"], layouts["schedule"]], axis=1)
+    kinds, place = np.unique(keys, axis=0, return_inverse=True)
+    found = np.array([_cut(job, int(pp), int(vpp), SCHEDULES[int(code)]) for pp, vpp, code in kinds])
+    return [found[:, i][place.ravel()] for i in range(3)]
+
+
+def _cut(job: Job, pp: int, vpp: int, schedule: str) -> tuple[float, float, float]:
+    total = job.model.n_layers
+    if pp == 1:
+        return total, total, total
+    parts = cut_of(job.model, pp * vpp, job.seq_len)
+    where = placement(config_name(schedule))
+    held = [sum(parts[s] for s in stages_of(rank, pp, pp * vpp, where)) for rank in range(pp)]
+    last = rank_of(pp * vpp - 1, pp, where)
+    return held[0], max(held[1:-1], default=max(held)), held[last]
+
+
+@lru_cache(maxsize=256)
+def cut_of(model: ModelConfig, stages: int, seq_len: int) -> tuple[int, ...]:
+    """Layers of each stage, as the native engine's `trainsys.schedules.partition` cuts them."""
+    return tuple(len(part.layers) for part in partition(model, stages, seq_len))
 
 
 def _attended(m: ModelConfig, seq: int) -> float:

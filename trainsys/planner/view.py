@@ -59,7 +59,9 @@ def _table(ranked: list[dict[str, Any]]) -> Table:
         left = name in ("layout", "pipeline", "recompute", "lost most to")
         # Only the last column gives way on a narrow screen.
         width = None if name == header[-1] else max(len(name), *(len(row[i]) for row in rows))
-        table.add_column(name, justify="left" if left else "right", no_wrap=width is not None, min_width=width)
+        table.add_column(
+            name, justify="left" if left else "right", no_wrap=width is not None, min_width=width
+        )
     for row in rows:
         table.add_row(*row)
     return table

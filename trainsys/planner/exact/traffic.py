@@ -160,8 +160,8 @@ def _replicated(place: Place, sent: Traffic) -> None:
                 sizes.append(size)
                 size = 0
             size += 4 * p.numel
-        for size in [*sizes, *([size] if size else [])]:
-            sent["dp_replicate", "all_reduce"] += 2 * size * (r - 1) // r
+        for whole in [*sizes, *([size] if size else [])]:
+            sent["dp_replicate", "all_reduce"] += 2 * whole * (r - 1) // r
 
 
 def is_routed(place: Place) -> bool:
