@@ -80,10 +80,12 @@ class Case:
             "data": DataConfig(source="synthetic", prefetch=0),
             **self.other,
         }
+        readers = self.layout.get("dp_shard", 1) * self.layout.get("dp_replicate", 1)
         train = {
             "seq_len": 16,
             "global_batch": 8,
-            "micro_batch": 2,
+            # Two micro-batches where there are no other data ranks, or a pipeline: small tests, both ways.
+            "micro_batch": 8 // (readers * self.layout.get("pp", 1 if readers > 1 else 2)),
             "dtype": "fp32",
             "device": "cpu",
             "steps": STEPS,
@@ -116,8 +118,8 @@ CASES: dict[str, Case] = {
     "replicas2": Case(2, {"dp_replicate": 2}, ("dp_replicate",), TWO, {"train": {"micro_batch": 1}}),
     "tp2": Case(2, {"tp": 2, "sequence_parallel": False}, ("tp",), OTHER, Z_LOSS),
     "tp2 sp": Case(2, {"tp": 2}, ("tp",), TWO),
-    "pp2": Case(2, {"pp": 2}, ("pp",)),
-    "pp2 tied": Case(2, {"pp": 2}, ("pp",), {"tied_embeddings": True}),
+    "pp2": Case(2, {"pp": 2}, ("pp",), TWO, {"train": {"micro_batch": 1}}),
+    "pp2 tied": Case(2, {"pp": 2}, ("pp",), {**TWO, "tied_embeddings": True}),
     "pp2 interleaved": Case(2, {"pp": 2, "pipeline": INTERLEAVED}, ("pp",)),
     "cp2": Case(2, {"cp": 2}, ("cp", "fsdp"), TWO),
     "cp2 ulysses, documents": Case(2, {"cp": 2, "context": {"flavour": "ulysses"}}, ("cp",), TWO, DOCUMENTS),
