@@ -165,4 +165,4 @@ def test_what_a_real_pipeline_recorded_is_replayed_whole(case: Case, tmp_path: P
     assert all(end > start for spans in e.pipeline.ranks for *_, start, end in spans)
     assert 0 < e.pipeline.ideal_s <= e.pipeline.step_s
     busy = [sum(end - start for *_, start, end in spans) for spans in e.pipeline.ranks]
-    assert max(busy) <= e.pipeline.step_s <= sum(busy)
+    assert 0.999 * max(busy) <= e.pipeline.step_s <= 1.001 * sum(busy)
