@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -34,6 +35,7 @@ with contextlib.suppress(ImportError):
 torch.set_num_threads(1)
 
 DEFAULT_TIMEOUT_S = 60.0
+KEPT_GROUPS = 12
 _pools: dict[int, _Pool] = {}
 
 
@@ -128,6 +130,7 @@ def _work(rank: int, world: int, folder: str, pipe: Connection) -> None:
                 path, module, name, args = pipe.recv()
             except EOFError:
                 break
+            _forget_groups()
             sys.path[:] = path
             try:
                 target: Any = __import__(module, fromlist=["_"])
@@ -142,6 +145,16 @@ def _work(rank: int, world: int, folder: str, pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc()))
     finally:
         os._exit(code)
+
+
+def _forget_groups() -> None:
+    """End the groups that earlier tasks have made, once they are many: each keeps threads that poll, and hundreds of
+    tasks would leave thousands of them. All ranks have answered by now, so nobody waits in one."""
+    made = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+    if len(made) > KEPT_GROUPS:
+        for group in made:
+            dist.destroy_process_group(group)
+        gc.collect()
 
 
 @atexit.register
