@@ -1,0 +1,64 @@
+"""The planner's memory of the native engine against dry runs of its real step: an 8-layer Llama-3-8B under many layouts.
+
+    python profiling/dryrun_memory.py          # writes profiling/results/dryrun_memory.json, minutes of one core
+
+The dry run holds what CUDA would (``train.device=cuda``); tests/planner/test_native_memory.py holds the planner to the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from trainsys.config.loader import load_run
+from trainsys.dryrun.ranks import distinct_ranks
+from trainsys.dryrun.step import dry_step
+from trainsys.layout import Layout
+
+RESULT = Path(__file__).parent / "results" / "dryrun_memory.json"
+BASE = (
+    "data.source=synthetic", "data.path=null", "data.document_mask=false", "parallel.dp_shard=1", "train.seq_len=4096",
+    "train.global_batch=1", "train.micro_batch=1", "train.dtype=bf16", "train.device=cuda", "train.compile=false",
+    "model.n_layers=8", "recompute.policy=none",
+)  # fmt: skip
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "one-full": (1, ("recompute.policy=full",)),
+    "one-kept-attention": (1, ("recompute.policy=selective++",)),
+    "one-chunked-loss": (1, ("train.loss_chunk=512",)),
+    "accumulation": (1, ("train.global_batch=2",)),
+    "micro-batch-4": (1, ("train.global_batch=4", "train.micro_batch=4")),
+    "fsdp8": (8, ("parallel.dp_shard=8", "train.global_batch=8")),
+    "fsdp8-accumulation": (8, ("parallel.dp_shard=8", "train.global_batch=16")),
+    "fsdp8-full": (8, ("parallel.dp_shard=8", "train.global_batch=8", "recompute.policy=full")),
+    "fsdp8-kept": (8, ("parallel.dp_shard=8", "train.global_batch=8", "parallel.fsdp.reshard_after_forward=false")),
+    "fsdp64-full-chunked-loss": (
+        64, ("parallel.dp_shard=64", "train.global_batch=64", "recompute.policy=full", "train.loss_chunk=512"),
+    ),
+    "tp8": (8, ("parallel.tp=8",)),
+    "tp8-fsdp8": (64, ("parallel.tp=8", "parallel.dp_shard=8", "train.global_batch=8")),
+    "tp8-fsdp8-full": (64, ("parallel.tp=8", "parallel.dp_shard=8", "train.global_batch=8", "recompute.policy=full")),
+    "cp2-fsdp4": (8, ("parallel.cp=2", "parallel.dp_shard=4", "train.global_batch=4")),
+    "pp4-fsdp4": (16, ("parallel.pp=4", "parallel.dp_shard=4", "train.global_batch=32")),
+    "pp4": (4, ("parallel.pp=4", "train.global_batch=8")),
+    "ddp2": (2, ("parallel.dp_replicate=2", "train.global_batch=2")),
+}  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for name, (world, overrides) in CASES.items():
+        cfg = load_run("train/llama3-8b", [*BASE, *overrides])
+        layout = Layout.resolve(cfg.parallel, world)
+        steps = [dry_step(cfg, layout, rank, as_cuda=True) for rank in distinct_ranks(cfg, layout)]
+        peaks = {step.rank: step.peak_bytes for step in steps}
+        rows.append({"name": name, "world": world, "overrides": [*BASE, *overrides], "peak_bytes": peaks})
+        print(name, peaks, flush=True)
+    RESULT.write_text(json.dumps({"run": "train/llama3-8b", "cases": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
