@@ -131,6 +131,13 @@ DEEPSPEED: tuple[Limit, ...] = (
         {**_CP, "recompute.policy": "selective++"},
     ),
     Limit(
+        "streamed layers",
+        lambda cfg, layout: bool(cfg.recompute.stream_ffn or cfg.recompute.stream_attention),
+        "layers that run again piece by piece inside backward were not tried under its hooks; recompute.stream_ffn=0 and "
+        "recompute.stream_attention=0, or engine=native",
+        {"recompute.stream_ffn": 8},
+    ),
+    Limit(
         "parallel.overlap.tensor",
         lambda cfg, layout: layout.tp > 1 and cfg.parallel.overlap.tensor,
         "products around a ring were not tried under its hooks; parallel.overlap.tensor=false, or engine=native",
