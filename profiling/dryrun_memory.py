@@ -2,7 +2,8 @@
 
     python profiling/dryrun_memory.py          # writes profiling/results/dryrun_memory.json, minutes of one core
 
-The dry run holds what CUDA would (``train.device=cuda``); tests/planner/test_native_memory.py holds the planner to the file.
+The dry run holds what CUDA would (``train.device=cuda``);
+tests/planner/test_native_memory.py holds the planner to the file.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from trainsys.cli.registry import OVERRIDES, RUN, arg, command
     arg("--stack", default="native", help="software whose memory and speed is predicted"),
     arg("--dtype", choices=["bf16", "fp8", "fp4"], help="of matmuls; the run's own where left out"),
     arg("--write", metavar="FILE", help="the run with the winning layout, as a config"),
+    arg("--calibration", metavar="FILE", help="of trainsys sweep --calibration, or the JSON of trainsys bench"),
     arg(
         "--show-schedule", nargs="?", const=True, default=False, metavar="FILE.svg", help="draw the pipeline"
     ),
@@ -43,6 +44,7 @@ def _plan(args: argparse.Namespace) -> None:
         stack=args.stack,
         dtype=args.dtype,
         show_schedule=args.show_schedule,
+        calibration=args.calibration,
     )
 
 
@@ -76,3 +78,32 @@ def _dryrun(args: argparse.Namespace) -> None:
     from trainsys.dryrun.main import dryrun
 
     dryrun(args.run, args.overrides, world=args.world, rank=args.rank, json=args.json)
+
+
+@command(
+    "sweep",
+    "run many layouts of one run for a few steps each; one leaderboard, predicted beside measured",
+    arg("sweep", metavar="SWEEP.yaml", help="base run and points: grid, points, or the planner's best"),
+    arg("--on", choices=["local", "slurm"], default="local", help="slurm: one array"),
+    arg("--cluster", metavar="NAME", help="predict step times on this machine"),
+    arg("--calibration", metavar="FILE", help="refit the planner to what finished, into this file"),
+    arg("--html", metavar="FILE", help="also write a page that needs no network"),
+    arg("--show", action="store_true", help="run nothing, show what has ended"),
+    arg("--dry-run", action="store_true", help="print what would be run"),
+    arg("--detach", action="store_true", help="slurm: submit and return"),
+    arg("--json", action="store_true", help="print the leaderboard as JSON"),
+)
+def _sweep(args: argparse.Namespace) -> int:
+    from trainsys.sweep.main import sweep
+
+    return sweep(
+        args.sweep,
+        on=args.on,
+        cluster=args.cluster,
+        calibration=args.calibration,
+        html=args.html,
+        json=args.json,
+        dry_run=args.dry_run,
+        detach=args.detach,
+        show=args.show,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trainsys.config.loader import load_run, read_tree
 from trainsys.config.text import dump
 from trainsys.errors import UserError
 from trainsys.flops import param_counts
-from trainsys.planner import explain
+from trainsys.planner import explain, learned
 from trainsys.planner.cluster import Cluster, load_cluster
 from trainsys.planner.constants import shipped, shipped_sources
 from trainsys.planner.goodput import checkpoint_seconds, goodput
@@ -21,6 +22,7 @@ from trainsys.planner.memory import GIB
 from trainsys.planner.memory_constants import shipped_memory
 from trainsys.planner.search import Found, search
 from trainsys.planner.space import Job, config_name, parse_limits
+from trainsys.planner.step_time import StepTime
 from trainsys.planner.view import render
 
 _MEMORY = ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -146,10 +148,11 @@ def plan(
     stack: str = "native",
     dtype: str | None = None,
     show_schedule: str | Path | bool = False,
+    calibration: str | Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """The command. ``margin``: share of usable memory kept free. ``show_schedule``: draw the winner's pipeline, in the
-    terminal or to an SVG file. Returns what it printed.
+    terminal or to an SVG file. ``calibration``: what a sweep has learned, or a bench measured. Returns what it printed.
 
     Raises:
         UserError: unknown cluster, device, key or stack; nothing divides or fits (with what would).
@@ -160,9 +163,16 @@ def plan(
         raise UserError(f"--top {top}: at least 1")
     run = load_run(run_yaml, overrides)
     where = load_cluster(cluster)
-    job = Job.of(run, where.machine(), world_of(where, gpus), stack, dtype)
-    found = search(job, parse_limits(limits), margin)
+    known = None if calibration is None else learned.load(calibration)
+    machine = where.machine() if known is None else known.machine(where.machine())
+    job = Job.of(run, machine, world_of(where, gpus), stack, dtype)
+    found = search(job, parse_limits(limits), margin, k=None if known is None else known.constants)
+    if known is not None:
+        scaled = {f.name: known.scale * getattr(found.time, f.name) for f in fields(StepTime)}
+        found = replace(found, time=StepTime(**scaled))
     data = result(found, where, top, why)
+    if known is not None:
+        data["confidence"] = known.confidence
     if write is not None:
         write_winner(run_yaml, overrides, found, write)
         data["written"] = str(write)
