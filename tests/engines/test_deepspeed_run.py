@@ -66,7 +66,7 @@ def test_a_run_of_two_ranks(tmp_path: Path) -> None:
     terms = {term.name for term in told.waterfall.terms}
     assert {"optimizer", COMM + "fsdp"} <= terms, terms
     assert COMM + "other" not in terms, "a group of ranks that is no axis"
-    assert sum(t.seconds for t in told.waterfall.terms) == pytest.approx(told.waterfall.step_s, rel=1e-9)
+    assert sum(t.seconds for t in told.waterfall.terms) == pytest.approx(told.waterfall.wall_s, rel=1e-9)
 
     if wandb:
         (record,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
