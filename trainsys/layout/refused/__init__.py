@@ -14,9 +14,9 @@ from trainsys.layout.refused.case import Case, Refusal
 
 SECTIONS: dict[str, tuple[Refusal, ...]] = {
     "Model": model.TABLE,
-    "Sequence and batch": batch.TABLE,
     "Context parallelism": context.TABLE,
     "Pipeline": pipeline.TABLE,
+    "Sequence and batch": batch.TABLE,
     "Sharding of gradients and optimizer": sharding.TABLE,
     "Overlap": overlap.TABLE,
     "Recomputation, streaming, chunked loss": memory.TABLE,
