@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.atoms import assign, check_tiling
-from trainsys.checkpoint.boxes import intersect, shape_of, tile, volume, within
 from trainsys.checkpoint.container import Damaged, Entry, TensorFile, arrange, hash_file, write_file
 from trainsys.checkpoint.folder import Folder, problems
 from trainsys.checkpoint.inspect import ls, verify
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.peers import peer_of
 from trainsys.errors import UserError
+from trainsys.models.boxes import intersect, shape_of, tile, volume, within
 
 spans = st.integers(0, 9).flatmap(lambda a: st.integers(a, 9).map(lambda b: (a, b)))
 boxes = st.lists(spans, min_size=2, max_size=2).map(tuple)

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from support.parity import Trace, assemble
 from support.ranks import run_ranks
 from trainsys.checkpoint.atoms import AtomReader
-from trainsys.checkpoint.boxes import intersect, volume
 from trainsys.checkpoint.deepspeed_universal import export, import_, is_one
-from trainsys.checkpoint.flat import boxes_of_range
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.inspect import open_checkpoint, resolve
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
+from trainsys.models.boxes import intersect, volume
+from trainsys.models.flat import boxes_of_range
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="the deepspeed extra is not installed"

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainsys.checkpoint.boxes import Box, intersect, shape_of, tile, volume, within
 from trainsys.checkpoint.container import ITEM_BYTES, Damaged
 from trainsys.checkpoint.manifest import Atom, Manifest
 from trainsys.errors import UserError
+from trainsys.models.boxes import Box, intersect, shape_of, tile, volume, within
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

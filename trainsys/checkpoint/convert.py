@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from trainsys.checkpoint.atoms import AtomReader
-from trainsys.checkpoint.boxes import whole
 from trainsys.checkpoint.container import Entry, arrange, write_file
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.inspect import open_checkpoint, resolve
 from trainsys.checkpoint.manifest import Atom, File, Part
 from trainsys.checkpoint.snapshot import LARGEST_FILE, key
 from trainsys.errors import UserError
+from trainsys.models.boxes import whole
 
 
 def diff(a: str | Path, b: str | Path) -> list[str]:

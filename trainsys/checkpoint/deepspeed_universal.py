@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from trainsys.checkpoint.atoms import AtomReader
-from trainsys.checkpoint.boxes import whole
 from trainsys.checkpoint.container import Entry, arrange, write_file
 from trainsys.checkpoint.durable import sync_dir, write_durable
 from trainsys.checkpoint.folder import Folder
@@ -29,6 +28,7 @@ from trainsys.checkpoint.hf import our_name
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.snapshot import key
 from trainsys.errors import UserError
+from trainsys.models.boxes import whole
 
 VERSION = 0.4
 """Of their format, as DeepSpeed 0.19 writes it."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from trainsys.checkpoint.atoms import TORCH_DTYPES, AtomReader
-from trainsys.checkpoint.boxes import whole
 from trainsys.checkpoint.container import Damaged, Entry, TensorFile, arrange, write_file
 from trainsys.checkpoint.durable import sync_dir, write_durable
 from trainsys.checkpoint.folder import Folder
@@ -25,6 +24,7 @@ from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.snapshot import key
 from trainsys.config.model import ModelConfig, RopeConfig
 from trainsys.errors import UserError
+from trainsys.models.boxes import whole
 
 SHARD_BYTES = 5 << 30
 """A file of an export; the size that the Hub's own tools cut at."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from trainsys.checkpoint.boxes import Box
 from trainsys.checkpoint.container import Damaged
 from trainsys.checkpoint.durable import write_durable
 from trainsys.errors import UserError
+from trainsys.models.boxes import Box
 
 NAME = "manifest.json"
 FORMAT = "trainsys-checkpoint"

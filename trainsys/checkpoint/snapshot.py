@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from trainsys.checkpoint.atoms import Piece, nbytes
-from trainsys.checkpoint.boxes import Box, shape_of
 from trainsys.checkpoint.container import ITEM_BYTES, Entry, arrange
 from trainsys.checkpoint.lanes import LANES
+from trainsys.models.boxes import Box, shape_of
 
 SMALLEST_FILE, LARGEST_FILE = 16 << 20, 256 << 20
 

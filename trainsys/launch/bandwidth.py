@@ -57,11 +57,11 @@ def slow_groups(
     slow: list[tuple[str, tuple[int, ...], float, str]] = []
     for axis, by_ranks in groups.items():
         median = statistics.median(by_ranks.values())
-        for ranks, rate in by_ranks.items():
-            if axis in expected and rate < SHARE * expected[axis]:
-                slow.append((axis, ranks, rate, f"{expected[axis] / 1e9:.3g} expected"))
-            elif axis not in expected and rate < SHARE * median:
-                slow.append((axis, ranks, rate, f"the median group at {median / 1e9:.3g}"))
+        for ranks, reached in by_ranks.items():
+            if axis in expected and reached < SHARE * expected[axis]:
+                slow.append((axis, ranks, reached, f"{expected[axis] / 1e9:.3g} expected"))
+            elif axis not in expected and reached < SHARE * median:
+                slow.append((axis, ranks, reached, f"the median group at {median / 1e9:.3g}"))
     times = {rank: sum(rank in ranks for _, ranks, _, _ in slow) for rank in rates}
     return [
         (

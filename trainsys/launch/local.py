@@ -41,7 +41,9 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     world = _world(config, nproc)
     if config.resilience.elastic:
         config = replan(config, world)
-    Layout.resolve(config.parallel, world).validate(config.model, config.train, config.parallel)
+    Layout.resolve(config.parallel, world).validate(
+        config.model, config.train, config.parallel, recompute=config.recompute
+    )
     train = ["-m", "trainsys", "train", path, *overrides]
     restarts = config.resilience.max_restarts
     again = ["--max-restarts", str(restarts)] if restarts else []

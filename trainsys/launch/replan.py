@@ -54,7 +54,7 @@ def replan(cfg: RunConfig, world: int) -> RunConfig:
 
 
 def _check(cfg: RunConfig, world: int) -> None:
-    Layout.resolve(cfg.parallel, world).validate(cfg.model, cfg.train, cfg.parallel)
+    Layout.resolve(cfg.parallel, world).validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
 
 
 def _doublings(n: int) -> float:

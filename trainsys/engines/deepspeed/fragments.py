@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainsys.checkpoint.boxes import volume
-from trainsys.checkpoint.flat import boxes_of_range
+from trainsys.models.boxes import volume
+from trainsys.models.flat import boxes_of_range
 from trainsys.models.shards import ShardSpec
 
 
