@@ -37,7 +37,7 @@ def trainsys(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RANK", "WORLD_", "LOCAL_"))}
     return subprocess.run(
         [sys.executable, "-m", "trainsys", *args],
-        capture_output=True, text=True, cwd=cwd, check=False, timeout=120,
+        capture_output=True, text=True, cwd=cwd, check=False, timeout=240,
         env={**env, "PYTHONPATH": str(ROOT), "HOME": str(cwd), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
