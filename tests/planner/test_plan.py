@@ -121,9 +121,9 @@ def test_explanations_are_about_the_right_part(found: Found) -> None:
 
 
 def test_slow_network_moves_the_winner_away_from_sharding_over_it() -> None:
-    fast = search(job("train/llama3-70b", 64, "dgx-h100", "train.global_batch=256"))
+    fast = search(job("train/llama3-70b", 128, "dgx-h100", "train.global_batch=256"))
     cluster = load_cluster("dgx-h100").model_copy(update={"nic_gbit_per_gpu": 10.0})
-    slow = search(Job.of(load_run("train/llama3-70b", ["train.global_batch=256"]), cluster.machine(), 64))
+    slow = search(Job.of(load_run("train/llama3-70b", ["train.global_batch=256"]), cluster.machine(), 128))
 
     def crossing(f: Found) -> float:
         return float(f.layouts["dp_shard"][0] * f.layouts["cp"][0] * f.layouts["tp"][0])
