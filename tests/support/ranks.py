@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import multiprocessing as mp
 import os
 import signal
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -35,7 +35,6 @@ with contextlib.suppress(ImportError):
 torch.set_num_threads(1)
 
 DEFAULT_TIMEOUT_S = 60.0
-KEPT_GROUPS = 12
 _pools: dict[int, _Pool] = {}
 
 
@@ -125,12 +124,13 @@ def _work(rank: int, world: int, folder: str, pipe: Connection) -> None:
             world_size=world,
             timeout=timedelta(seconds=DEFAULT_TIMEOUT_S),
         )
+        dist.new_group = groups = _Groups()
         while True:
             try:
                 path, module, name, args = pipe.recv()
             except EOFError:
                 break
-            _forget_groups()
+            groups.begin()
             sys.path[:] = path
             try:
                 target: Any = __import__(module, fromlist=["_"])
@@ -147,14 +147,27 @@ def _work(rank: int, world: int, folder: str, pipe: Connection) -> None:
         os._exit(code)
 
 
-def _forget_groups() -> None:
-    """End the groups that earlier tasks have made, once they are many: each keeps threads that poll, and hundreds of
-    tasks would leave thousands of them. All ranks have answered by now, so nobody waits in one."""
-    made = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
-    if len(made) > KEPT_GROUPS:
-        for group in made:
-            dist.destroy_process_group(group)
-        gc.collect()
+class _Groups:
+    """In place of ``dist.new_group``: what an earlier task had made for the same ranks, for each group keeps threads
+    that poll, and hundreds of tasks would leave thousands of them. Within a task every call gets a group of its own."""
+
+    def __init__(self) -> None:
+        self._real = dist.new_group
+        self._made: dict[tuple[tuple[int, ...], int], Any] = {}
+        self._asked: Counter[tuple[int, ...]] = Counter()
+
+    def begin(self) -> None:
+        self._asked.clear()
+
+    def __call__(self, ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
+        if ranks is None or args or kwargs:
+            return self._real(ranks, *args, **kwargs)
+        key = tuple(ranks)
+        self._asked[key] += 1
+        place = key, self._asked[key]
+        if place not in self._made:
+            self._made[place] = self._real(ranks)
+        return self._made[place]
 
 
 @atexit.register
