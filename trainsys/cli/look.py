@@ -55,6 +55,9 @@ def _wandb_workspace(args: argparse.Namespace) -> None:
     arg("--html", metavar="FILE", help="write a self-contained page"),
     arg("--perfetto", metavar="FILE", help="write an annotated timeline (.gz: compressed)"),
     arg("--model", metavar="RUN.yaml", help="config whose model was trained, for MFU"),
+    arg(
+        "--seq-len", type=int, metavar="S", help="tokens of a sequence, for MFU; the config's where left out"
+    ),
     arg("--tokens-per-step", type=int, metavar="N", help="of all ranks together, for MFU"),
     arg("--device", metavar="NAME", help="catalogue name, where the trace's own is missing or wrong"),
     arg("--workers", type=int, metavar="N", help="processes that read; as many as cores where left out"),
@@ -76,7 +79,7 @@ def _trace(args: argparse.Namespace) -> None:
         args.html,
         args.perfetto,
         model,
-        seq_len=seq_len,
+        seq_len=args.seq_len if args.seq_len is not None else seq_len,
         tokens_per_step=args.tokens_per_step,
         device=args.device,
         against=args.against,
