@@ -47,6 +47,7 @@ def test_a_node_that_fails_preflight_is_left_out(cluster: Callable[..., None], w
     assert "2 problems" not in everything(folder), "the good node is not blamed"
 
 
+@pytest.mark.slow  # a slow node stands out only where the others are not slowed by neighbours
 def test_a_slow_node_is_left_and_nothing_is_lost(cluster: Callable[..., None], work: Path) -> None:
     steps = 200
     options = [
