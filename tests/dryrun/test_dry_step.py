@@ -13,6 +13,9 @@ from trainsys.config.run import RunConfig
 from trainsys.dryrun.step import RankStep, metered_step
 from trainsys.layout import Layout
 
+# The first of them waits for the dry runs of all cases.
+pytestmark = pytest.mark.timeout(1200)
+
 # One of each thing that could differ between a fake and a real group; the others are held to the planner's count.
 REAL = (
     "one", "one-bf16", "chunked-loss", "fsdp-bf16", "fsdp3-ragged", "hsdp", "tp", "sp-full-fsdp", "cp-ring",

@@ -9,6 +9,9 @@ from support.dry_cases import CASES, world
 from trainsys.layout import Layout
 from trainsys.planner.exact import Place, states, step_flops, step_traffic
 
+# The first of them waits for the dry runs of all cases.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_run(name: str) -> None:
