@@ -51,7 +51,7 @@ def test_healthy_runs_are_left_alone() -> None:
 @pytest.mark.parametrize("seed", [1002, 1003])  # a link, pauses; the waterfall tests put in the others
 def test_real_ranks(seed: int) -> None:
     result = real_run(seed)
-    kind, phase, ranks, _, _ = result["verdicts"][0]
+    kind, phase, ranks, *_ = result["verdicts"][0]
     assert sorted(ranks) == sorted(result["ranks"])
     assert (kind, phase) == (("link", result["axis"]) if result["kind"] == "link" else ("gc", "gc"))
 
