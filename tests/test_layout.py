@@ -258,7 +258,7 @@ class Nodes:
     [
         (Layout(tp=4), 2, "tp=4 is more than the 2 devices of a node"),
         (Layout(tp=4), 6, "tp=4 does not divide the 6 devices of a node"),
-        (Layout(pp=4), 8, "n_layers=6 does not divide by parallel.pp=4"),
+        (Layout(pp=4), 8, "n_layers=6 does not divide by parallel.pp=4: some stages hold one layer more, "),
     ],
 )
 def test_what_runs_but_hardly_as_meant_is_warned_of(layout: Layout, node: int, says: str) -> None:

@@ -17,9 +17,12 @@ from trainsys.config.run import (
 )
 from trainsys.layout.words import divisors, listed
 from trainsys.schedules.build import stages_per_rank
+from trainsys.schedules.partition import imbalance
 
 if TYPE_CHECKING:
     from trainsys.layout.axes import Layout
+
+EVEN_ENOUGH = 0.02  # a slowest stage's work above the mean that is not worth a warning
 
 
 class Cluster(Protocol):
@@ -87,11 +90,12 @@ def _pipeline(
             "parallel.pipeline.gathered_stages says how many stages are whole at once"
         )
     virtual = stages_per_rank(pipeline.schedule, pipeline.virtual_stages)
-    if model.n_layers % (layout.pp * virtual):
+    stages = layout.pp * virtual
+    if model.n_layers % stages and (above := imbalance(model, stages, train.seq_len)) > EVEN_ENOUGH:
         each = f" × {virtual} virtual stages a rank" if virtual > 1 else ""
         yield (
             f"model.n_layers={model.n_layers} does not divide by parallel.pp={layout.pp}{each}: "
-            f"some stages hold one layer more and the others wait for them"
+            f"some stages hold one layer more, {100 * above:.0f}% of work above the mean, and the others wait for them"
         )
     micros = train.global_batch // (layout.data_world * train.micro_batch)
     if micros < layout.pp:

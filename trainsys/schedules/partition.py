@@ -33,12 +33,7 @@ def partition(model: ModelConfig, stages: int, seq_len: int) -> list[StagePart]:
     the embedding counts with the first stage: it multiplies nothing, but it is read, written and held.
     """
     assert 1 <= stages <= model.n_layers, "Layout.validate should have refused"
-    heads = model.n_heads * model.dim_per_head
-    attention = 4 * heads * causal_pairs(seq_len, model.sliding_window) / seq_len
-    flops = [
-        attention + sum(g.flops_per_token for g in layer_gemms(model, i)) for i in range(model.n_layers)
-    ]
-    flops[-1] += head_gemm(model).flops_per_token
+    flops = _flops(model, seq_len)
     params = [float(layer_params(model, i).total) for i in range(model.n_layers)]
     params[0] += model.vocab * model.d_model
     params[-1] += model.vocab * model.d_model + model.d_model
@@ -47,6 +42,23 @@ def partition(model: ModelConfig, stages: int, seq_len: int) -> list[StagePart]:
     return [
         StagePart(s, a, b, embed=s == 0, head=s == stages - 1) for s, (a, b) in enumerate(pairwise(cuts))
     ]
+
+
+def imbalance(model: ModelConfig, stages: int, seq_len: int) -> float:
+    """By how much the slowest stage of the best cut is above their mean, in forward FLOPs: 0 where all are equal."""
+    flops = _flops(model, seq_len)
+    return _cut(flops, stages, max)[0] * stages / sum(flops) - 1
+
+
+def _flops(model: ModelConfig, seq_len: int) -> list[float]:
+    """Forward FLOPs of a token by layer, the head with the last."""
+    heads = model.n_heads * model.dim_per_head
+    attention = 4 * heads * causal_pairs(seq_len, model.sliding_window) / seq_len
+    flops = [
+        attention + sum(g.flops_per_token for g in layer_gemms(model, i)) for i in range(model.n_layers)
+    ]
+    flops[-1] += head_gemm(model).flops_per_token
+    return flops
 
 
 def _cut(
