@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--parity-table", type=Path, metavar="FILE", help="write the parity results of this session as a page"
     )
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_stays() -> Iterator[None]:
+    """A rank forked later would find it: groups belong to forked ranks, never to the process of pytest."""
+    yield
+    if (dist := sys.modules.get("torch.distributed")) and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("left a process group in pytest's own process")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

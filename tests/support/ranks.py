@@ -77,8 +77,11 @@ class _Pool:
             self._processes.append(process)
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
-        for pipe in self._pipes:
-            pipe.send((sys.path, fn.__module__, fn.__qualname__, args))
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send((sys.path, fn.__module__, fn.__qualname__, args))
+            except BrokenPipeError:
+                raise RankFailed(self._death(rank)) from None
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
         while len(results) < len(self._pipes):
@@ -92,11 +95,20 @@ class _Pool:
                 try:
                     ok, value = pipe.recv()
                 except EOFError:
-                    raise RankFailed(f"rank {rank} died") from None
+                    raise RankFailed(self._death(rank)) from None
                 if not ok:
                     raise RankFailed(f"rank {rank} of {len(self._pipes)}:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(len(self._pipes))]
+
+    def _death(self, rank: int) -> str:
+        """What is known of a rank that is gone: its last words, its exit status (-9: killed, often for memory)."""
+        self._processes[rank].join(5)
+        words = ""
+        with contextlib.suppress(EOFError, OSError):
+            if self._pipes[rank].poll():
+                words = f":\n{self._pipes[rank].recv()[1]}"
+        return f"rank {rank} of {len(self._processes)} died, exit status {self._processes[rank].exitcode}{words}"
 
     def kill(self) -> None:
         for process in self._processes:
