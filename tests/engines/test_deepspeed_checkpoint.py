@@ -51,38 +51,45 @@ def layered(layout: str) -> RunConfig:
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"n_layers": 2})})
 
 
-def native(layout: str) -> RunConfig:
-    """The same model on the same batches, in one native process."""
-    cfg = layered(layout)
+def of_engine(engine: str, micro_batch: int = 12, **axes: int) -> RunConfig:
+    """The same model on the same batches, by another engine."""
+    cfg = layered("zero0")
     return cfg.model_copy(
         update={
-            "engine": "native",
-            "parallel": type(cfg.parallel)(dp_shard=1),
-            "train": cfg.train.model_copy(update={"micro_batch": 12}),
+            "engine": engine,
+            "parallel": type(cfg.parallel)(**{"dp_shard": 1, **axes}),
+            "train": cfg.train.model_copy(update={"micro_batch": micro_batch}),
         }
     )
 
 
+NATIVE = of_engine("native")
+
+
 @needs_deepspeed
 def test_any_engine_and_layout_goes_on_from_any_other(tmp_path: Path) -> None:
-    roots = {name: str(tmp_path / name.replace(" ", "_")) for name in (*SAVING, "native")}
-    held, losses = {}, {}
-    for layout in SAVING:
-        ranks = run_ranks(LAYOUTS[layout][0], save, layered(layout), roots[layout])
-        held[layout], losses[layout] = assemble([r[0] for r in ranks]), ranks[0][1]
-    ranks = run_ranks(1, save, native("zero0"), roots["native"])
-    held["native"], losses["native"] = assemble([r[0] for r in ranks]), ranks[0][1]
-    for layout in SAVING:
-        assert held[layout].keys() == held["native"].keys()
-        assert np.allclose(losses[layout], losses["native"], rtol=1e-4, atol=0)
-    targets = [(LAYOUTS[name][0], layered(name)) for name in RESUMING]
-    for world, cfg in [*targets, (1, native("zero0"))]:
-        by_rank = run_ranks(world, resume, cfg, list(roots.values()))
+    deepspeed = {name: (LAYOUTS[name][0], layered(name)) for name in (*SAVING, *RESUMING)}
+    native = {"native": (1, NATIVE)}
+    megatron = {}
+    if importlib.util.find_spec("megatron"):
+        megatron = {
+            "megatron, tp and sp": (2, of_engine("megatron", tp=2)),
+            "megatron, pp and dp": (4, of_engine("megatron", micro_batch=3, pp=2, dp_shard=2)),
+        }
+    roots, held, losses = {}, {}, {}
+    for name, (world, cfg) in {**{n: deepspeed[n] for n in SAVING}, **native, **megatron}.items():
+        roots[name] = str(tmp_path / name.replace(" ", "_"))
+        ranks = run_ranks(world, save, cfg, roots[name], timeout_s=180)
+        held[name], losses[name] = assemble([r[0] for r in ranks]), ranks[0][1]
+        assert held[name].keys() == held[SAVING[0]].keys()
+        assert np.allclose(losses[name], losses[SAVING[0]], rtol=1e-4, atol=0)
+    for world, cfg in [*(deepspeed[n] for n in RESUMING), *native.values(), *megatron.values()]:
+        by_rank = run_ranks(world, resume, cfg, list(roots.values()), timeout_s=180)
         for i, name in enumerate(roots):
             got = assemble([rank[i][0] for rank in by_rank])
             for atom, data in held[name].items():
                 assert np.array_equal(got[atom], data), f"{atom} of {name} is not what was saved"
-            assert np.allclose(by_rank[0][i][1], losses[name], rtol=1e-4, atol=0), f"from {name}"
+            assert np.allclose(by_rank[0][i][1], losses[name], rtol=1e-4, atol=0), f"from {name} by {cfg.engine}"
 
 
 def write_theirs(layout: str, root: str) -> list[Any]:
@@ -150,7 +157,7 @@ def test_it_reads_the_universal_checkpoint_that_we_write(tmp_path: Path) -> None
     run_ranks(2, save, layered("zero3"), str(tmp_path / "ours"))
     folder = export(resolve(tmp_path / "ours"), tmp_path / "theirs")
     assert folder.name == "global_step3"
-    want, losses = run_ranks(1, resume, native("zero3"), [str(tmp_path / "ours")])[0][0]
+    want, losses = run_ranks(1, resume, NATIVE, [str(tmp_path / "ours")])[0][0]
     for layout in ("zero2 of 3", "zero3"):
         by_rank = run_ranks(LAYOUTS[layout][0], read_theirs, layout, str(tmp_path / "theirs"))
         got = assemble([held for held, _ in by_rank])
@@ -160,7 +167,7 @@ def test_it_reads_the_universal_checkpoint_that_we_write(tmp_path: Path) -> None
 
 
 def test_there_and_back_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    run_ranks(1, save, native("zero0"), str(tmp_path / "ours"))
+    run_ranks(1, save, NATIVE, str(tmp_path / "ours"))
     saved = resolve(tmp_path / "ours")
     export(saved, tmp_path / "theirs")
     back = import_(tmp_path / "theirs", tmp_path / "back")

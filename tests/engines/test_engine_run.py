@@ -1,4 +1,4 @@
-"""A whole run under DeepSpeed, as a user starts it: settings kept, waterfall, W&B, going on in the native engine."""
+"""A whole run under each other engine, as a user starts it: waterfall, W&B, going on in the native engine."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import pytest
 from trainsys.profiler.explain import explain
 from trainsys.telemetry.events import COMM
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="the deepspeed extra is not installed"
-)
+ENGINES = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"the {name} extra is not installed")
+    )
+    for name in ("deepspeed", "megatron")
+]
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
-name: ds
-engine: deepspeed
+name: run
 model: {n_layers: 1, d_model: 32, n_heads: 4, n_kv_heads: 2, d_ff: 64, vocab: 260}
 parallel: {dp_shard: 2}
-deepspeed: {zero_stage: 2}
 data: {source: synthetic}
 optim: {lr: 2.0e-3}
 train: {steps: 6, seq_len: 32, global_batch: 8, micro_batch: 2, device: cpu, dtype: fp32}
@@ -43,23 +44,27 @@ def trainsys(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_of(folder: Path) -> Path:
-    (found,) = [p for p in (folder / "runs").glob("ds-*") if not p.is_symlink()]
+    (found,) = [p for p in (folder / "runs").glob("run-*") if not p.is_symlink()]
     return found
 
 
-def test_a_run_of_two_ranks(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(RUN)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_of_two_ranks(engine: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        RUN + f"engine: {engine}\n" + ("deepspeed: {zero_stage: 2}\n" if engine == "deepspeed" else "")
+    )
     wandb = ["telemetry.wandb.mode=offline"] if importlib.util.find_spec("wandb") else []
     done = trainsys(tmp_path, "launch", "run.yaml", "--on", "local", "--nproc", "2", *wandb)
     assert done.returncode == 0, done.stdout + done.stderr
-    noise = [line for line in done.stderr.splitlines() if "deepspeed" in line.lower() or "Warning" in line]
+    noise = [line for line in done.stderr.splitlines() if engine in line.lower() or "Warning" in line]
     assert not noise, noise
     run = run_of(tmp_path)
-    settings = json.loads((run / "deepspeed.json").read_text())
-    assert settings["zero_optimization"]["stage"] == 2
-    assert settings["train_batch_size"] == 8
-    assert settings["gradient_accumulation_steps"] == 2
-    assert f"deepspeed: {json.dumps(settings)}" in done.stdout
+    if engine == "deepspeed":
+        settings = json.loads((run / "deepspeed.json").read_text())
+        assert settings["zero_optimization"]["stage"] == 2
+        assert settings["train_batch_size"] == 8
+        assert settings["gradient_accumulation_steps"] == 2
+        assert f"deepspeed: {json.dumps(settings)}" in done.stdout
 
     told = explain(run)
     assert told.waterfall is not None
@@ -88,8 +93,8 @@ def test_a_run_of_two_ranks(tmp_path: Path) -> None:
         ):
             assert key in seen, key
 
-    # The second half again, natively, from DeepSpeed's own checkpoint.
-    shutil.rmtree(tmp_path / "runs" / "checkpoints" / "ds" / "step_0000000006")
+    # The second half again, natively, from the engine's own checkpoint.
+    shutil.rmtree(tmp_path / "runs" / "checkpoints" / "run" / "step_0000000006")
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [m["train/loss"] for m in metrics if "train/loss" in m]
     assert len(losses) == 6

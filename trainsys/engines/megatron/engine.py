@@ -24,6 +24,7 @@ from trainsys.engines.megatron.names import Part, Rows, rows_of
 from trainsys.engines.megatron.pieces import boxes
 from trainsys.engines.megatron.theory import estimated_throughput, theoretical_memory
 from trainsys.engines.megatron.timers import PhaseTimers
+from trainsys.engines.noise import hush
 from trainsys.engines.observed import observe
 from trainsys.flops import StepWork, step_flops
 from trainsys.models.init import fill
@@ -45,6 +46,7 @@ class MegatronEngine:
 
     def __init__(self, cfg: RunConfig, mesh: Mesh, recorder: Recorder) -> None:
         self.cfg, self.mesh, self.recorder, self.device = cfg, mesh, recorder, mesh.device
+        hush()
         if self.device.type == "cpu":
             on_cpu.install()
             # The table was asked before anybody knew what train.device=auto is.
@@ -143,13 +145,7 @@ class MegatronEngine:
     def _inputs(self, batch: Batch) -> Inputs:
         """This rank's part of a micro-batch, on the device."""
         with self.recorder.phase("data"):
-            batch = self._cut(batch)
-            return Inputs(
-                *(
-                    None if a is None else torch.from_numpy(a).to(self.device, non_blocking=True)
-                    for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
-                )
-            )
+            return Inputs.of(self._cut(batch), self.device)
 
     def _forward(self, data: Iterator[Inputs], model: Any) -> tuple[Tensor, Any]:
         """One micro-batch through one stage: what it gives, and what makes a loss of that."""
