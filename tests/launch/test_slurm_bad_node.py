@@ -12,7 +12,7 @@ from support.slurm import (
     SLOW,
     everything,
     losses,
-    missing,
+    needs_slurm,
     quiet,
     spoil,
     starts_of,
@@ -21,10 +21,7 @@ from support.slurm import (
     wait_for,
 )
 
-pytestmark = [
-    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()} not found; apt-get install slurm-wlm"),
-    pytest.mark.timeout(900),
-]
+pytestmark = needs_slurm
 
 FULL_DISK = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 9, 0)"
 

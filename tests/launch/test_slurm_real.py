@@ -13,7 +13,7 @@ from support.slurm import (
     SLOW,
     everything,
     losses,
-    missing,
+    needs_slurm,
     quiet,
     ranks_of,
     saved,
@@ -26,10 +26,7 @@ from support.slurm import (
 from trainsys.cli import main
 from trainsys.launch import slurm
 
-pytestmark = [
-    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()} not found; apt-get install slurm-wlm"),
-    pytest.mark.timeout(900),
-]
+pytestmark = needs_slurm
 
 
 def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(

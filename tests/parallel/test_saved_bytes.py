@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from support.ranks import run_ranks
+from support.saved import saved_bytes
 from trainsys.config.model import ModelConfig
 from trainsys.config.run import RecomputeConfig
 from trainsys.layout import Layout
@@ -44,20 +45,7 @@ def _saved(layers: int, policy: str, sequence_parallel: bool) -> int:
     apply_recompute(model, RecomputeConfig(policy=policy))  # type: ignore[arg-type]  # a test's string
     model.to_empty(device="cpu")
     init_weights(model, cfg, 0, shards)
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-    alive: list[torch.Tensor] = []
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(torch.zeros(B, S, dtype=torch.int64), torch.arange(S).expand(B, S))
-    return sum(sizes.values())
+    return saved_bytes(model, torch.zeros(B, S, dtype=torch.int64), torch.arange(S).expand(B, S))
 
 
 def _layer(policy: str, sequence_parallel: bool = False) -> float:

@@ -8,6 +8,7 @@ from test_parity import config
 
 from support.parity import train_on_this_rank
 from support.ranks import run_ranks
+from support.saved import saved_bytes
 from trainsys.config.run import RunConfig
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
@@ -23,20 +24,7 @@ def _kept(cfg: RunConfig) -> int:
     """Bytes of distinct storages that forward keeps, parameters left out."""
     mesh = Mesh(Layout(tp=2), torch.device("cpu"))
     model = parallelize(cfg, mesh).module
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-    alive: list[torch.Tensor] = []
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(torch.zeros(1, 16, dtype=torch.int64), torch.arange(16)[None])
-    return sum(sizes.values())
+    return saved_bytes(model, torch.zeros(1, 16, dtype=torch.int64), torch.arange(16)[None])
 
 
 def test_bytes_sent_and_kept_are_those_of_whole_collectives() -> None:

@@ -68,6 +68,13 @@ def missing() -> str:
     return ", ".join(name for name in ("slurmctld", "slurmd", "sbatch") if shutil.which(name) is None)
 
 
+needs_slurm = [
+    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()} not found; apt-get install slurm-wlm"),
+    pytest.mark.timeout(900),
+]
+"""Marks of tests that start one."""
+
+
 def submit(*arguments: str) -> tuple[str, Path]:
     """A job's id and folder."""
     before = set(Path("runs/jobs").glob("*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainsys.capabilities import LIMITS
 from trainsys.capabilities.base import Limit
+from trainsys.config.text import in_code
 
 
 def page() -> str:
@@ -26,11 +27,7 @@ def page() -> str:
 
 
 def _row(limit: Limit) -> str:
-    told = " ".join(
-        f"`{name}={str(value).lower() if isinstance(value, bool) else value}`"
-        for name, value in limit.example.items()
-    )
-    return f"| {limit.what} | {told} | {limit.reason} |"
+    return f"| {limit.what} | {in_code(limit.example)} | {limit.reason} |"
 
 
 if __name__ == "__main__":

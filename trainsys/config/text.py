@@ -7,7 +7,7 @@ keeps the last. Here scalars follow the YAML 1.2 core schema, and a repeated key
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -167,3 +167,11 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 for _name, _pattern in _SCALARS.items():
     for _side in (_Loader, _Dumper):
         _side.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern.pattern})\Z"), None)
+
+
+def in_code(settings: Mapping[str, object]) -> str:
+    """Settings by dotted name as a page shows them: each ``name=value`` between backticks, as on the command line."""
+    return " ".join(
+        f"`{name}={str(value).lower() if isinstance(value, bool) else value}`"
+        for name, value in settings.items()
+    )

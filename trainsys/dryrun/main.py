@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +17,7 @@ from trainsys.dryrun.step import RankStep, dry_step
 from trainsys.errors import UserError
 from trainsys.flops import batch_flops, causal_pairs
 from trainsys.layout import Layout
+from trainsys.telemetry.host_memory import host_memory
 
 
 def dryrun(
@@ -38,8 +37,7 @@ def dryrun(
         )
     if world < 1:
         raise UserError(f"--world {world}: at least 1")
-    layout = Layout.resolve(cfg.parallel, world)
-    notes = layout.validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
+    layout, notes = Layout.of(cfg, world)
     if cfg.train.compile:
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
         notes.append(
@@ -51,9 +49,7 @@ def dryrun(
     data = result(cfg, layout, steps) | {
         "notes": notes,
         "seconds": time.perf_counter() - began,
-        # Linux counts it in KiB, macOS in bytes.
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss_bytes": host_memory().peak,
     }
     if json:
         print(jsonlib.dumps(data, indent=1))

@@ -12,9 +12,8 @@ from trainsys.config.run import RunConfig
 from trainsys.data.loader import StepData
 from trainsys.data.packing import Batch
 from trainsys.engines.base import Judge, LocalTensor, StepResult
+from trainsys.engines.loss import loss_sums
 from trainsys.models.shards import ShardSpec
-from trainsys.ops.chunked_loss import chunked_cross_entropy_sum
-from trainsys.ops.loss import cross_entropy_sum
 from trainsys.optim.adamw import LocalAdamW
 from trainsys.optim.local import local
 from trainsys.optim.norm import clip_, square_sum
@@ -42,8 +41,6 @@ class NativeEngine:
         self._headed = next((part.module for part in parts if part.module.head is not None), None)
         self.experts = ExpertBalance((part.module for part in parts), mesh["loss"])
         self.optimizer = LocalAdamW(self.model.owned, cfg.optim)
-        # Over which ranks the vocabulary of the logits is split.
-        self._vocab = mesh["tp"] if cfg.parallel.loss_parallel and mesh["tp"].size > 1 else None
         self._tokens_global = 0
 
     def train_step(
@@ -92,24 +89,11 @@ class NativeEngine:
     def _inputs(self, model: ParallelModel | PipelineModel, batch: Batch) -> Inputs:
         """This rank's part of a micro-batch, on the device."""
         with self.recorder.phase("data"):
-            batch = model.cut(batch)
-            return Inputs(
-                *(
-                    None if a is None else torch.from_numpy(a).to(self.device, non_blocking=True)
-                    for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
-                )
-            )
+            return Inputs.of(model.cut(batch), self.device)
 
     def _loss(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is differentiated, the sum of nll) of logits, or with ``loss_chunk`` of hidden states."""
-        options = {"z_loss": self.cfg.optim.z_loss, "group": self._vocab}
-        if self.cfg.train.loss_chunk:
-            assert self._headed is not None
-            loss, nll = chunked_cross_entropy_sum(
-                out, self._headed.head_weight, labels, chunk=self.cfg.train.loss_chunk, **options
-            )
-        else:
-            loss, nll = cross_entropy_sum(out, labels, **options)
+        """(what is differentiated, the sum of nll) of what the model gives."""
+        loss, nll = loss_sums(self.cfg, self.mesh, out, labels, self._headed)
         # Divided by the tokens of the whole global batch, so that sums over ranks and micro-batches are the
         # gradient of the global mean whatever the layout.
         return loss / self._tokens_global, nll

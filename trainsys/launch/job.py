@@ -76,9 +76,7 @@ def make(path: str, overrides: Sequence[str] = (), grid: Sequence[str] = ()) -> 
                 f"--grid {' '.join(point)}: the tasks of one job ask for the same nodes and devices"
             )
         try:
-            Layout.resolve(run.parallel, launch.nodes * each).validate(
-                run.model, run.train, run.parallel, recompute=run.recompute
-            )
+            Layout.of(run, launch.nodes * each)
         except UserError as error:
             where = f"launch.nodes={launch.nodes}, {each} ranks a node"
             raise UserError(f"{where}{': ' + ' '.join(point) if point else ''}: {error}") from None

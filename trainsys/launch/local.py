@@ -41,9 +41,7 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     world = _world(config, nproc)
     if config.resilience.elastic:
         config = replan(config, world)
-    Layout.resolve(config.parallel, world).validate(
-        config.model, config.train, config.parallel, recompute=config.recompute
-    )
+    Layout.of(config, world)
     train = ["-m", "trainsys", "train", path, *overrides]
     restarts = config.resilience.max_restarts
     again = ["--max-restarts", str(restarts)] if restarts else []

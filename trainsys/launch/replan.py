@@ -23,7 +23,7 @@ def replan(cfg: RunConfig, world: int) -> RunConfig:
     """
     first: UserError | None = None
     try:
-        _check(cfg, world)
+        Layout.of(cfg, world)
         return cfg
     except UserError as error:
         first = error
@@ -46,15 +46,11 @@ def replan(cfg: RunConfig, world: int) -> RunConfig:
     for _, axes in sorted(choices, key=lambda c: (c[0], sorted(c[1].items()))):
         candidate_cfg = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=axes)})
         try:
-            _check(candidate_cfg, world)
+            Layout.of(candidate_cfg, world)
             return candidate_cfg
         except UserError:
             continue
     raise UserError(f"no layout of {world} ranks serves this run; the configured one: {first}")
-
-
-def _check(cfg: RunConfig, world: int) -> None:
-    Layout.resolve(cfg.parallel, world).validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
 
 
 def _doublings(n: int) -> float:

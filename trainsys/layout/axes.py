@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainsys.config.model import ModelConfig
-from trainsys.config.run import ParallelConfig, RecomputeConfig, TrainConfig
+from trainsys.config.run import ParallelConfig, RecomputeConfig, RunConfig, TrainConfig
 from trainsys.errors import UserError
 from trainsys.layout.advice import Cluster, warnings
 from trainsys.layout.names import AXES, PLACED, SIZED, Axis, PlacedAxis
@@ -61,6 +61,12 @@ class Layout:
     def resolve(cls, parallel: ParallelConfig, world: int) -> Layout:
         """Fill in the -1, if any, and check the product against ``world`` ranks; UserError if it fails."""
         return cls(**resolved_sizes(parallel, world))
+
+    @classmethod
+    def of(cls, run: RunConfig, world: int) -> tuple[Layout, list[str]]:
+        """The layout of ``run`` on ``world`` ranks, and warnings; UserError for what `resolve` or `validate` refuses."""
+        layout = cls.resolve(run.parallel, world)
+        return layout, layout.validate(run.model, run.train, run.parallel, recompute=run.recompute)
 
     # ---- arithmetic ------------------------------------------------------------------------------
 

@@ -11,6 +11,14 @@ import math
 from collections.abc import Iterator, Sequence
 
 from trainsys.models.boxes import Box, whole
+from trainsys.models.shards import ShardSpec
+
+
+def places_of_range(part: ShardSpec, start: int, stop: int) -> Iterator[ShardSpec]:
+    """The boxes of the full parameter that tile elements ``[start, stop)`` of its ``part``, in row-major order."""
+    for box in boxes_of_range(part.local_shape, start, stop):
+        bounds = tuple((at + a, at + b) for (a, b), (at, _) in zip(box, part.bounds, strict=True))
+        yield ShardSpec(part.full_shape, bounds)
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:

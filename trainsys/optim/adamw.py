@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,28 @@ from trainsys.config.run import OptimConfig
 from trainsys.optim.local import Owned
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def decay_groups(params: Iterable[tuple[Tensor, int]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer, of (parameter, dims of the full parameter): matrices decay, vectors do not."""
+    decay: list[Tensor] = []
+    rest: list[Tensor] = []
+    for param, dims in params:
+        (decay if dims >= 2 else rest).append(param)
+    groups = ((decay, weight_decay), (rest, 0.0))
+    return [{"params": some, "weight_decay": each} for some, each in groups if some]
+
+
+def moments_of(optimizer: torch.optim.Optimizer, param: Tensor, updates: int) -> dict[str, Tensor]:
+    """``exp_avg`` and ``exp_avg_sq`` of a parameter, to be read or filled; zeros, made here, before the first update.
+
+    ``updates``: how many the optimizer has made, which its bias correction counts.
+    """
+    held = optimizer.state[param]
+    if not held:
+        held["step"] = torch.tensor(float(updates), device=param.device)
+        held.update({moment: torch.zeros_like(param.detach()) for moment in MOMENTS})
+    return {moment: held[moment] for moment in MOMENTS}
 
 
 class LocalAdamW:
@@ -24,13 +47,8 @@ class LocalAdamW:
         self._owned = dict(owned)
         # Leaves that share storage with the weights: what they are told, the model has.
         self._leaves = {name: nn.Parameter(o.weight) for name, o in self._owned.items() if o.weight.numel()}
-        decay = [leaf for name, leaf in self._leaves.items() if len(self._owned[name].place.full_shape) >= 2]
-        rest = [leaf for name, leaf in self._leaves.items() if len(self._owned[name].place.full_shape) < 2]
-        groups = [
-            {"params": params, "weight_decay": wd}
-            for params, wd in ((decay, cfg.weight_decay), (rest, 0.0))
-            if params
-        ]
+        dims = ((leaf, len(self._owned[name].place.full_shape)) for name, leaf in self._leaves.items())
+        groups = decay_groups(dims, cfg.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
         self.updates = 0
         """How many updates were made, which is what the moments' bias correction counts."""
@@ -43,7 +61,9 @@ class LocalAdamW:
             leaf.grad = self._owned[name].grad
         self._optimizer.step()
         for leaf in self._leaves.values():
-            leaf.grad = None  # or the old gradients would be held beside the new ones all through the next step
+            leaf.grad = (
+                None  # or the old gradients would be held beside the new ones all through the next step
+            )
 
     def state(self, name: str) -> dict[str, Tensor]:
         """``exp_avg`` and ``exp_avg_sq`` of a parameter for a checkpoint to read or fill; made where there is
@@ -52,11 +72,7 @@ class LocalAdamW:
         if leaf is None:
             nothing = torch.zeros_like(self._owned[name].weight)
             return dict.fromkeys(MOMENTS, nothing)
-        held = self._optimizer.state[leaf]
-        if not held:
-            held["step"] = torch.tensor(float(self.updates), device=leaf.device)
-            held.update({moment: torch.zeros_like(leaf) for moment in MOMENTS})
-        return {moment: held[moment] for moment in MOMENTS}
+        return moments_of(self._optimizer, leaf, self.updates)
 
     def resume(self, updates: int) -> None:
         """The moments are now those after ``updates`` updates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
@@ -11,7 +12,7 @@ from trainsys.launch.job import make
 from trainsys.layout import Layout
 from trainsys.sweep.config import SweepConfig
 from trainsys.sweep.points import Candidate
-from trainsys.sweep.store import Result, Store, measured
+from trainsys.sweep.store import Result, Store, ended_badly, measured
 from trainsys.telemetry.run_data import load_run
 
 
@@ -22,7 +23,7 @@ def submit(sweep: SweepConfig, todo: list[Candidate], store: Store, *, dry_run: 
     for n, candidate in enumerate(todo):
         run = _placed(candidate, store, f"{sweep.name}-{n:04d}")
         try:
-            Layout.resolve(run.parallel, first.world).validate(run.model, run.train, run.parallel)
+            Layout.of(run, first.world)
         except UserError as error:
             store.write(candidate, Result("refused", reason=" ".join(str(error).split())))
             continue
@@ -55,13 +56,8 @@ def collect(todo: list[Candidate], store: Store, *, ended: bool) -> None:
             store.write(candidate, result)
 
 
-def _unfinished(runs: object) -> Result:
+def _unfinished(runs: Path) -> Result:
     """A task whose run has no summary: in the words of its ranks, if it left any."""
-    from pathlib import Path
-
-    from trainsys.sweep.store import ended_badly
-
-    assert isinstance(runs, Path)
     folders = sorted(runs.glob("*/events"), key=lambda p: p.stat().st_mtime)
     if not folders:
         return Result("failed", reason="the task left nothing; see the job's logs")

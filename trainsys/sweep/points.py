@@ -103,9 +103,7 @@ def _candidate(sweep: SweepConfig, number: int, point: dict[str, Any]) -> Candid
     try:
         world = Layout.required_world(run.parallel) or sweep.ranks
         if world is not None:
-            Layout.resolve(run.parallel, world).validate(
-                run.model, run.train, run.parallel, recompute=run.recompute
-            )
+            Layout.of(run, world)
     except UserError as error:
         return Candidate(number, key, point, overrides, None, _line(error))
     return Candidate(number, key, point, overrides, run)

@@ -58,30 +58,31 @@ def _layers() -> tuple[list[nn.Parameter], AxisGroup]:
     return [nn.Parameter(torch.ones(4)) for _ in range(LAYERS)], mesh["dp_replicate"]
 
 
+def _measured(
+    sums: Sums, layers: list[nn.Parameter], where: Any, name: str, op: str, comm_s: float, compute_s: float
+) -> list[float]:
+    """Waits while each call of ``where.name`` takes ``comm_s``."""
+    assert len(sums.buckets) == LAYERS
+    real, lane = getattr(where, name), Lane()
+    try:
+        setattr(where, name, lambda *a, **k: Late(real(*a, **k), lane.take(comm_s)))
+        return _waits(sums, layers, op, compute_s)
+    finally:
+        setattr(where, name, real)
+
+
 def measure(on: bool, comm_s: float, compute_s: float) -> list[float]:
     """Waits for buckets, of ``comm_s`` each, of layers whose backward takes ``compute_s`` each."""
     layers, replicas = _layers()
     sums = GradientBuckets(layers, replicas, BUCKET_MB, overlap=on)
-    assert len(sums.buckets) == LAYERS
-    reduce, lane = dist.all_reduce, Lane()
-    try:
-        dist.all_reduce = lambda *a, **k: Late(reduce(*a, **k), lane.take(comm_s))
-        return _waits(sums, layers, "all_reduce", compute_s)
-    finally:
-        dist.all_reduce = reduce
+    return _measured(sums, layers, dist, "all_reduce", "all_reduce", comm_s, compute_s)
 
 
 def measure_pieces(on: bool, comm_s: float, compute_s: float) -> list[float]:
     """The same where each replica gets the sums of its pieces alone."""
     layers, replicas = _layers()
     sums = ReplicaShards(layers, replicas, BUCKET_MB, overlap=on)
-    assert len(sums.buckets) == LAYERS
-    reduce, lane = ops.reduce_scatter_flat, Lane()
-    try:
-        ops.reduce_scatter_flat = lambda *a, **k: Late(reduce(*a, **k), lane.take(comm_s))
-        return _waits(sums, layers, "reduce_scatter", compute_s)
-    finally:
-        ops.reduce_scatter_flat = reduce
+    return _measured(sums, layers, ops, "reduce_scatter_flat", "reduce_scatter", comm_s, compute_s)
 
 
 def predict(on: bool, comm_s: float, compute_s: float) -> float:

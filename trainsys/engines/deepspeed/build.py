@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -16,29 +16,21 @@ from trainsys.config.run import RunConfig
 from trainsys.data.packing import Batch
 from trainsys.engines.deepspeed import environment
 from trainsys.engines.deepspeed.fragments import Fragment, fragments, masters_to_model
-from trainsys.engines.deepspeed.model import build_model, initialise, materialise, tell_tensor_parallel
+from trainsys.engines.deepspeed.model import build_model, materialise, tell_tensor_parallel
 from trainsys.engines.deepspeed.optimizer import AskingAdamW, build_optimizer
 from trainsys.engines.deepspeed.settings import mixed, settings
 from trainsys.engines.deepspeed.topology import Topology
+from trainsys.engines.loss import loss_sums
 from trainsys.layout import Layout
 from trainsys.models.decoder import Decoder
+from trainsys.models.init import fill
 from trainsys.models.shards import ShardSpec
-from trainsys.ops.chunked_loss import chunked_cross_entropy_sum
-from trainsys.ops.loss import cross_entropy_sum
 from trainsys.parallel.mesh import Mesh
+from trainsys.parallel.pipeline.stage import Inputs
 from trainsys.telemetry.recorder import Recorder
 
 Ask = Callable[[Tensor], None]
 """Called with the rank's sum of nll, before the update"""
-
-
-class Inputs(NamedTuple):
-    """One micro-batch on the device."""
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    doc_ids: Tensor | None
 
 
 class Built:
@@ -67,7 +59,7 @@ class Built:
                 optimizer.register_step_pre_hook(lambda *_: self._clip())
         for fragment in self.fragments:
             for place, data in fragment.pieces(fragment.owner):
-                initialise(fragment.name, data, place, cfg)
+                fill(data, place, fragment.name, cfg.model, cfg.train.seed)
         self.masters_to_model()
 
     def masters_to_model(self) -> None:
@@ -86,12 +78,7 @@ class Built:
 
     def inputs(self, batch: Batch) -> Inputs:
         with self.phase("data"):
-            return Inputs(
-                *(
-                    None if a is None else torch.from_numpy(a).to(self.mesh.device, non_blocking=True)
-                    for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
-                )
-            )
+            return Inputs.of(batch, self.mesh.device)
 
     def run(self, batches: Sequence[Batch], tokens: int, ask: Ask) -> None:
         """Forward and backward of each micro-batch in turn, then the update."""
@@ -117,16 +104,8 @@ class Built:
         return grad_scale(self.cfg, self.mesh.layout)
 
     def loss(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is differentiated, the sum of nll) of logits, or with ``loss_chunk`` of hidden states."""
-        cfg, tp = self.cfg, self.mesh["tp"]
-        options = {
-            "z_loss": cfg.optim.z_loss,
-            "group": tp if cfg.parallel.loss_parallel and tp.size > 1 else None,
-        }
-        if cfg.train.loss_chunk:
-            weight = self.decoder.head_weight
-            return chunked_cross_entropy_sum(out, weight, labels, chunk=cfg.train.loss_chunk, **options)
-        return cross_entropy_sum(out, labels, **options)
+        """(what is differentiated, the sum of nll) of what the model gives."""
+        return loss_sums(self.cfg, self.mesh, out, labels, self.decoder)
 
 
 def grad_scale(cfg: RunConfig, layout: Layout) -> float:

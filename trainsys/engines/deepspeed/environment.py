@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from trainsys.engines.noise import hush
 from trainsys.parallel.mesh import Mesh
 
 
@@ -38,9 +39,7 @@ def prepare(mesh: Mesh) -> None:
         # A run of one process has no group; DeepSpeed counts its ranks by one.
         backend = "gloo" if mesh.device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # Said to DeepSpeed, which uses them a hundred times a step; users can do nothing about it.
-    old = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
-    warnings.filterwarnings("ignore", message=old, category=FutureWarning)
+    hush()
 
 
 def prepare_cpu() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainsys.models.boxes import volume
-from trainsys.models.flat import boxes_of_range
+from trainsys.models.flat import places_of_range
 from trainsys.models.shards import ShardSpec
 
 
@@ -32,13 +32,10 @@ class Fragment:
         of the full parameter."""
         flat = like.detach().view(-1)
         at = self.offset
-        for box in boxes_of_range(self.spec.local_shape, self.start, self.stop):
-            bounds = tuple(
-                (origin + a, origin + b) for (a, b), (origin, _) in zip(box, self.spec.bounds, strict=True)
-            )
-            place = ShardSpec(self.spec.full_shape, bounds)
-            yield place, flat[at : at + volume(box)].view(place.local_shape)
-            at += volume(box)
+        for place in places_of_range(self.spec, self.start, self.stop):
+            end = at + math.prod(place.local_shape)
+            yield place, flat[at:end].view(place.local_shape)
+            at = end
 
 
 Names = Mapping[nn.Parameter, str]

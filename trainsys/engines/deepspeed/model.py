@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -16,7 +15,6 @@ from trainsys.engines.deepspeed.topology import Topology
 from trainsys.memory.recompute import apply_recompute
 from trainsys.models.attention import CoreAttention
 from trainsys.models.decoder import Decoder
-from trainsys.models.init import init_weights
 from trainsys.models.layers import TiedHead
 from trainsys.models.shards import ShardSpec
 from trainsys.ops.attention import attention
@@ -142,19 +140,3 @@ class UlyssesAttention(nn.Module):
             # It wants a kv head a rank at least.
             k, v = k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)
         return self._spread(q, k, v, 0, None, prepared, doc_ids)
-
-
-class OnePiece(nn.Module):
-    """One box of one parameter, as `init_weights` wants a model."""
-
-    def __init__(self, name: str, data: Tensor) -> None:
-        super().__init__()
-        self._piece = name, data
-
-    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
-        yield self._piece
-
-
-def initialise(name: str, data: Tensor, place: ShardSpec, cfg: RunConfig) -> None:
-    """Fill a box of a parameter's master as every engine does."""
-    init_weights(OnePiece(name, data), cfg.model, cfg.train.seed, {name: place})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainsys.config.run import OptimConfig
-from trainsys.optim.adamw import MOMENTS
+from trainsys.optim.adamw import decay_groups, moments_of
 
 
 class AskingAdamW(torch.optim.AdamW):
@@ -42,11 +42,7 @@ class AskingAdamW(torch.optim.AdamW):
 
     def moments(self, param: Tensor) -> dict[str, Tensor]:
         """``exp_avg`` and ``exp_avg_sq`` of what it was given; zeros, made here, before the first update."""
-        held = self.state[param]
-        if not held:
-            held["step"] = torch.tensor(float(self.updates), device=param.device)
-            held.update({moment: torch.zeros_like(param.detach()) for moment in MOMENTS})
-        return {moment: held[moment] for moment in MOMENTS}
+        return moments_of(self, param, self.updates)
 
     def resume(self, updates: int) -> None:
         """The moments are now those after ``updates`` updates."""
@@ -58,10 +54,5 @@ class AskingAdamW(torch.optim.AdamW):
 def build_optimizer(
     named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig, dims: dict[str, int]
 ) -> AskingAdamW:
-    """Matrices decay, vectors do not: by the number of ``dims`` of the full parameter."""
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, p in named:
-        (decay if dims[name] >= 2 else rest).append(p)
-    groups = ((decay, cfg.weight_decay), (rest, 0.0))
-    return AskingAdamW([{"params": ps, "weight_decay": wd} for ps, wd in groups if ps], cfg)
+    """``dims``: of the full parameters, by name."""
+    return AskingAdamW(decay_groups(((p, dims[name]) for name, p in named), cfg.weight_decay), cfg)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from trainsys.config.run import RunConfig
 from trainsys.data.packing import Batch
-from trainsys.engines.deepspeed.build import Ask, Built, Inputs
+from trainsys.engines.deepspeed.build import Ask, Built
 from trainsys.engines.deepspeed.model import build_model, materialise, tell_tensor_parallel
 from trainsys.models.shards import ShardSpec
 from trainsys.parallel.mesh import Mesh
+from trainsys.parallel.pipeline.stage import Inputs
 from trainsys.schedules.partition import StagePart, partition
 from trainsys.telemetry.recorder import Recorder
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from trainsys.optim.adamw import MOMENTS
+from trainsys.optim.adamw import moments_of
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,8 @@ class Master:
 
     def moments(self, updates: int) -> dict[str, Tensor]:
         """``[n]`` each, made where there was no update yet."""
-        held: dict[str, Tensor] = self.optimizer.state[self.main]
-        if not held:
-            held["step"] = torch.tensor(float(updates), device=self.main.device)
-            held.update({moment: torch.zeros_like(self.main.detach()) for moment in MOMENTS})
-        return {moment: held[moment].view(-1) for moment in MOMENTS}
+        held = moments_of(self.optimizer, self.main, updates)
+        return {moment: data.view(-1) for moment, data in held.items()}
 
     def resume(self, updates: int) -> None:
         if held := self.optimizer.state.get(self.main):

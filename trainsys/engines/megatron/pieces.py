@@ -6,13 +6,14 @@ boxes: the end of a row, whole rows, the beginning of a row; all are views, so w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from trainsys.engines.base import LocalTensor
 from trainsys.engines.megatron.names import Rows
-from trainsys.models.shards import ShardSpec
+from trainsys.models.flat import places_of_range
 
 
 def boxes(data: Tensor, start: int, rows: Sequence[Rows], columns: int) -> Iterator[LocalTensor]:
@@ -22,29 +23,8 @@ def boxes(data: Tensor, start: int, rows: Sequence[Rows], columns: int) -> Itera
     for r in rows:
         first, last = max(start, r.first * columns), min(stop, (r.first + r.count) * columns)
         if first < last:
-            offset = r.first * columns
-            yield from _cut(data[first - start : last - start], first - offset, r, columns)
-
-
-def _cut(data: Tensor, at: int, rows: Rows, columns: int) -> Iterator[LocalTensor]:
-    """``data`` is the elements from ``at`` on of one piece of ours."""
-    stop = at + data.numel()
-    begin = at
-    while at < stop:
-        row, column = divmod(at, columns)
-        if column or stop - at < columns:
-            end = min(stop, (row + 1) * columns)
-            place = _narrow(rows.place, row, row + 1, column, column + end - at, columns)
-        else:
-            end = stop // columns * columns
-            place = _narrow(rows.place, row, end // columns, 0, columns, columns)
-        yield LocalTensor(rows.name, data[at - begin : end - begin].view(place.local_shape), place)
-        at = end
-
-
-def _narrow(place: ShardSpec, row: int, end: int, column: int, last: int, columns: int) -> ShardSpec:
-    if len(place.full_shape) == 1:
-        assert columns == 1
-        return place.narrow(0, row, end)
-    dims = len(place.full_shape)
-    return place.narrow(dims - 2, row, end).narrow(dims - 1, column, last)
+            at = first - start
+            for place in places_of_range(r.place, first - r.first * columns, last - r.first * columns):
+                end = at + math.prod(place.local_shape)
+                yield LocalTensor(r.name, data[at:end].view(place.local_shape), place)
+                at = end

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainsys.config.run import RunConfig
+from trainsys.config.text import in_code
 from trainsys.layout.axes import Layout
 from trainsys.layout.refused import SECTIONS, Case, Refusal
 
@@ -52,10 +53,7 @@ def page() -> str:
 
 
 def _row(refusal: Refusal) -> str:
-    told = " ".join(
-        f"`{name.removeprefix('parallel.')}={str(value).lower() if isinstance(value, bool) else value}`"
-        for name, value in refusal.example.items()
-    )
+    told = in_code({name.removeprefix("parallel."): value for name, value in refusal.example.items()})
     return f"| {refusal.name} | {told} | {refusal.says(case_of(refusal.example))} |"
 
 

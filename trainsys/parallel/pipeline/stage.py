@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainsys.data.packing import Batch
 from trainsys.parallel.parallelize import ParallelModel
 from trainsys.parallel.pipeline import weights
 from trainsys.parallel.pipeline.sharded import ShardedStage
@@ -22,6 +23,16 @@ class Inputs(NamedTuple):
     labels: Tensor
     positions: Tensor
     doc_ids: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Inputs:
+        """A rank's part of a micro-batch, on its way to the device."""
+        return cls(
+            *(
+                None if a is None else torch.from_numpy(a).to(device, non_blocking=True)
+                for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
+            )
+        )
 
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
