@@ -43,7 +43,7 @@ class PipelineStep:
     bubble: float
     """Share of all ranks' time in which they wait."""
     ideal_s: float
-    """Had every rank's actions taken the mean."""
+    """Had every rank's actions taken the mean; ``step_s`` where that is no gain (unlike actions can happen to fit)."""
     without: list[float]
     """By pipeline rank: had this one's actions taken the mean of the others'."""
 
@@ -78,6 +78,7 @@ def pipeline_step(table: StepTable, cfg: RunConfig | None) -> PipelineStep | Non
         seconds.update(mine)
     usual = _means(seconds, lambda action: True)
     timeline = simulate(schedule, _Measured(seconds))
+    alike = simulate(schedule, _Measured({a: usual[a.op] for a in seconds})).step_time
     without = []
     for rank in range(schedule.ranks):
         stages = set(schedule.stages_of(rank))
@@ -89,7 +90,7 @@ def pipeline_step(table: StepTable, cfg: RunConfig | None) -> PipelineStep | Non
     ]
     return PipelineStep(
         schedule.name, spans if sum(map(len, spans)) <= MAX_ACTIONS else [], timeline.step_time, _measured(table),
-        timeline.bubble, simulate(schedule, _Measured({a: usual[a.op] for a in seconds})).step_time, without,
+        timeline.bubble, min(alike, timeline.step_time), without,
     )  # fmt: skip
 
 

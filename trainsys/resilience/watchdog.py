@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainsys.telemetry.recorder import Recorder
 
@@ -126,17 +127,28 @@ class WatchedRecorder:
     def __init__(self, recorder: Recorder, state: RankState) -> None:
         self._recorder, self._state = recorder, state
 
-    @contextmanager
-    def collective_span(self, axis: str, op: str, nbytes: int) -> Iterator[None]:
-        state = self._state
-        state.counts[axis] = state.counts.get(axis, 0) + 1
-        doing = state.doing = f"{op} on {axis}"
-        with self._span(axis, op, nbytes):
-            yield
-        state.doing, state.last = "", doing
+    def collective_span(self, axis: str, op: str, nbytes: int) -> AbstractContextManager[None]:
+        return _Watched(self._state, axis, op, self._recorder.collective_span(axis, op, nbytes))
 
-    def _span(self, axis: str, op: str, nbytes: int) -> AbstractContextManager[None]:
-        return self._recorder.collective_span(axis, op, nbytes)
+
+class _Watched:
+    """A plain class, as every collective of a step pays for it."""
+
+    __slots__ = ("_axis", "_doing", "_span", "_state")
+
+    def __init__(self, state: RankState, axis: str, op: str, span: AbstractContextManager[None]) -> None:
+        self._state, self._axis, self._doing, self._span = state, axis, f"{op} on {axis}", span
+
+    def __enter__(self) -> None:
+        counts = self._state.counts
+        counts[self._axis] = counts.get(self._axis, 0) + 1
+        self._state.doing = self._doing
+        self._span.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._span.__exit__(*error)
+        if error[0] is None:  # else it is the collective that this rank failed in
+            self._state.doing, self._state.last = "", self._doing
 
 
 def read_states(folder: Path) -> dict[int, RankState]:
