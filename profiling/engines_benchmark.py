@@ -56,6 +56,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "one process": (1, {}, 16),
     "replicas": (2, {"dp_replicate": 2}, 8),
     "sharded": (2, {"dp_shard": 2}, 8),
+    # ZeRO-2: weights whole everywhere, gradients and optimizer states sharded.
+    "sharded states": (
+        2, {"dp_replicate": 2, "shard": {"grads": "over_replicas", "optim": "over_replicas"}}, 8,
+    ),
     "tp": (2, {"tp": 2, "sequence_parallel": False}, 16),
     "tp+sp": (2, {"tp": 2}, 16),
     "pp": (2, {"pp": 2}, 4),
@@ -63,7 +67,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
 # (layout, runner, settings of the engine beside the layout)
 RUNNERS: list[tuple[str, str, dict[str, Any]]] = [
     *((layout, engine, {}) for layout in LAYOUTS for engine in ("native", "megatron", "deepspeed")),
-    ("sharded", "deepspeed ZeRO-2", {"deepspeed": {"zero_stage": 2}}),
     ("one process", "torch", {}),
     ("replicas", "torch DDP", {}),
     ("sharded", "torch FSDP2", {}),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainsys.resilience.drain import MARKER, was_drained
+from trainsys.resilience.drain import MARKER, Drain, was_drained
 
 ROOT = Path(__file__).resolve().parents[2]
 # A rank without torch. "deep": the main thread sits in C and runs no Python signal handler.
@@ -78,3 +78,14 @@ def test_a_marker_of_an_earlier_run_goes_when_the_next_one_starts(tmp_path: Path
     code = f"from trainsys.resilience.drain import Drain\nwith Drain({str(tmp_path)!r}, 1.0): pass"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert not was_drained(tmp_path)
+
+
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_of_several_ranks_the_one_that_knows_who_asked_is_heard(tmp_path: Path, asked_first: bool) -> None:
+    asked, other = Drain(tmp_path, 60.0, rank=0), Drain(tmp_path, 60.0, rank=1)
+    asked._asked = "SIGTERM"
+    for drain in (asked, other) if asked_first else (other, asked):
+        drain.saved_step = 7
+        drain.mark()
+    note = json.loads((tmp_path / MARKER).read_text())
+    assert (note["signal"], note["saved_step"]) == ("SIGTERM", 7)

@@ -9,13 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainsys.comm.flat import all_gather_flat, reduce_scatter_flat
 from trainsys.comm.group import AxisGroup
 
 REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
-# torch 2.13 renamed these two; 2.11 has only the older names.
-all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def nbytes(x: Tensor) -> int:
@@ -49,13 +46,44 @@ def reduce_scatter(x: Tensor, g: AxisGroup, dim: int) -> Tensor:
     """Sum ``x`` over the group and keep this rank's chunk along ``dim``; its size must divide evenly."""
     if g.group is None:
         return x
-    assert x.shape[dim] % g.size == 0, f"dim {dim} of {tuple(x.shape)} over {g.size} ranks"
-    chunk = x.shape[dim] // g.size
-    stacked = x.unflatten(dim, (g.size, chunk)).movedim(dim, 0).contiguous()
-    out = torch.empty_like(stacked[0])
+    stacked, out = _parts(x, g, dim)
     with g.ledger.span(g.axis, "reduce_scatter", nbytes(out) * (g.size - 1)):
         reduce_scatter_flat(out.view(-1), stacked.view(-1), group=g.group)
     return out
+
+
+def _parts(x: Tensor, g: AxisGroup, dim: int) -> tuple[Tensor, Tensor]:
+    """``x`` as the ranks' chunks of ``dim``, one after the other, and a place for one of them."""
+    assert x.shape[dim] % g.size == 0, f"dim {dim} of {tuple(x.shape)} over {g.size} ranks"
+    stacked = x.unflatten(dim, (g.size, x.shape[dim] // g.size)).movedim(dim, 0).contiguous()
+    return stacked, torch.empty_like(stacked[0])
+
+
+class Summing:
+    """A sum over the group that goes on in the background; counted when it is waited for."""
+
+    def __init__(self, result: Tensor, work: dist.Work, g: AxisGroup, op: str, sent_bytes: int) -> None:
+        self._result, self._work = result, work
+        self._counted = g, op, sent_bytes
+
+    def wait(self) -> Tensor:
+        g, op, sent_bytes = self._counted
+        with g.ledger.span(g.axis, op, sent_bytes):
+            self._work.wait()
+        return self._result
+
+
+def start_sum(x: Tensor, g: AxisGroup, dim: int | None) -> Summing:
+    """Start what `all_reduce_` does (``dim`` None) or `reduce_scatter` along ``dim``; nobody may touch ``x`` until
+    it has been waited for. The group is one of several ranks."""
+    assert g.group is not None
+    if dim is None:
+        assert x.is_contiguous(), "summed in place: the tensor must be contiguous"
+        work = dist.all_reduce(x, group=g.group, async_op=True)
+        return Summing(x, work, g, "all_reduce", 2 * nbytes(x) * (g.size - 1) // g.size)
+    stacked, out = _parts(x, g, dim)
+    work = reduce_scatter_flat(out.view(-1), stacked.view(-1), group=g.group, async_op=True)
+    return Summing(out, work, g, "reduce_scatter", nbytes(out) * (g.size - 1))
 
 
 def broadcast_(x: Tensor, g: AxisGroup, source_index: int = 0) -> Tensor:

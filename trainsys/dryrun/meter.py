@@ -41,6 +41,7 @@ def _attention(q: Tensor, k: Tensor, causal: bool) -> int:
 _FORMULAS: dict[Any, Callable[[tuple[Any, ...]], int]] = {
     aten.mm.default: lambda a: _matmul(a[0], a[1]),
     aten.addmm.default: lambda a: _matmul(a[1], a[2]),
+    aten.addmm_.default: lambda a: _matmul(a[1], a[2]),
     aten.bmm.default: lambda a: _matmul(a[0], a[1]),
     aten.baddbmm.default: lambda a: _matmul(a[1], a[2]),
     aten._grouped_mm.default: lambda a: _matmul(a[0], a[1]),

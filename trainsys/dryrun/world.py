@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from trainsys.comm import flat
 from trainsys.dryrun.swap import swapped
 from trainsys.models import layers
 from trainsys.models.decoder import Decoder
@@ -34,8 +35,12 @@ def rank_of(world: int, rank: int) -> Iterator[None]:
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Hold what CUDA holds where the code takes another way on a CPU: RMSNorm keeps its input and one number a row
-    in any dtype, and the loss works on larger pieces."""
-    with swapped(layers, "rms_norm", _CudaRmsNorm.apply), swapped(loss, "_CPU_PIECE", loss._DEVICE_PIECE):
+    in any dtype, the loss works on larger pieces, and a reduce-scatter needs no place for the others' parts."""
+    with (
+        swapped(layers, "rms_norm", _CudaRmsNorm.apply),
+        swapped(loss, "_CPU_PIECE", loss._DEVICE_PIECE),
+        swapped(flat, "exchanges", lambda _: False),
+    ):
         yield
 
 

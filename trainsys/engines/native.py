@@ -12,6 +12,7 @@ from trainsys.config.run import RunConfig
 from trainsys.data.loader import StepData
 from trainsys.data.packing import Batch
 from trainsys.engines.base import Judge, LocalTensor, StepResult
+from trainsys.engines.host_memory import keep_freed
 from trainsys.engines.loss import loss_sums
 from trainsys.models.shards import ShardSpec
 from trainsys.optim.adamw import LocalAdamW
@@ -32,6 +33,8 @@ class NativeEngine:
     def __init__(self, cfg: RunConfig, mesh: Mesh, recorder: Recorder) -> None:
         self.cfg, self.mesh, self.recorder = cfg, mesh, recorder
         self.device = mesh.device
+        if self.device.type == "cpu":
+            keep_freed()
         self.model: ParallelModel | PipelineModel
         if mesh.layout.pp > 1:
             self.model = PipelineModel(cfg, mesh, self._loss, recorder)

@@ -10,6 +10,7 @@ leaving one a reduce-scatter, at the same bytes as the two all-reduces they repl
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from trainsys.models.layers import Embedding
 from trainsys.models.moe import MoE
 from trainsys.models.shards import ShardSpec
 from trainsys.parallel.tensor_overlap import overlap_pair
+from trainsys.parallel.tensor_products import enter_pair
 
 SEQUENCE_DIM = 1  # of [B, S, D]
 VOCAB_DIM = 2  # of [B, S, V]
@@ -82,11 +84,18 @@ def needs_tp_reduction(name: str, sequence_parallel: bool) -> bool:
 
 
 def apply_tensor_parallel(
-    model: Decoder, tp: AxisGroup, *, sequence_parallel: bool, loss_parallel: bool, overlap: bool = False
+    model: Decoder,
+    tp: AxisGroup,
+    *,
+    sequence_parallel: bool,
+    loss_parallel: bool,
+    overlap: bool = False,
+    streamed: Collection[str] = (),
 ) -> dict[str, ShardSpec]:
     """Slice ``model`` (on meta) and hook the collectives in. Returns each parameter's place.
 
     ``overlap``: attention and dense feed-forwards multiply part by part of the sequence (`tensor_overlap`).
+    ``streamed``: those of ``attn`` and ``ffn`` that call their linears piece by piece.
     """
     shards = slice_parameters(model, tp)
     if tp.size == 1:
@@ -101,11 +110,14 @@ def apply_tensor_parallel(
         return comm.scatter_sum(out, tp, SEQUENCE_DIM) if sequence_parallel else comm.reduce(out, tp)
 
     for block in model.layers.values():
-        for pair in (block.attn, block.ffn):
+        for name, pair in (("attn", block.attn), ("ffn", block.ffn)):
             if overlap and not isinstance(pair, MoE):
                 overlap_pair(pair, Link(tp))
                 continue
-            pair.register_forward_pre_hook(enter)
+            if isinstance(pair, MoE) or name in streamed:
+                pair.register_forward_pre_hook(enter)
+            else:
+                enter_pair(pair, tp, SEQUENCE_DIM if sequence_parallel else None)
             pair.register_forward_hook(leave)
     if model.embed is not None:
         model.embed = SplitEmbedding(model.embed, shards["embed.weight"].bounds[0][0])

@@ -26,7 +26,7 @@ def overlap_pair(pair: nn.Module, link: Link) -> None:
     ``pair.forward`` is unchanged. Its first linears are computed before it is called and hand out what is ready; in
     place of the input it gets a placeholder of the gathered shape, of which it reads the shape alone.
     """
-    first, last = _linears(pair)
+    first, last = linears_of(pair)
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
@@ -38,12 +38,12 @@ def overlap_pair(pair: nn.Module, link: Link) -> None:
 
     ready: list[list[Tensor]] = [[] for _ in first]
     for waiting, linear in zip(ready, first, strict=True):
-        linear.forward = partial(_hand_out, waiting)  # type: ignore[method-assign]  # names and hooks stay
+        linear.forward = partial(hand_out, waiting)  # type: ignore[method-assign]  # names and hooks stay
     last.forward = partial(_leave, last, link)  # type: ignore[method-assign]
     pair.register_forward_pre_hook(enter)
 
 
-def _linears(pair: nn.Module) -> tuple[list[Linear], Linear]:
+def linears_of(pair: nn.Module) -> tuple[list[Linear], Linear]:
     """Those that read the input of the pair, and the one that makes its output."""
     if isinstance(pair, Attention):
         return [pair.wq, pair.wk, pair.wv], pair.wo
@@ -52,7 +52,8 @@ def _linears(pair: nn.Module) -> tuple[list[Linear], Linear]:
     return linears[:-1], linears[-1]
 
 
-def _hand_out(waiting: list[Tensor], placeholder: Tensor) -> Tensor:
+def hand_out(waiting: list[Tensor], placeholder: Tensor) -> Tensor:
+    """In place of a linear's forward: what was computed for it."""
     return waiting.pop()
 
 

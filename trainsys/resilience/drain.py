@@ -55,11 +55,17 @@ class Drain:
             self._began = True
 
     def mark(self) -> None:
-        """Write the marker: this run was drained, not finished. Any rank may, the last one wins."""
+        """Write the marker: this run was drained, not finished. Any rank may; one that knows who asked is heard."""
         with suppress(OSError):  # a full disk must not turn a drained run into a failed one
             self.folder.mkdir(parents=True, exist_ok=True)
             note = {"signal": self._asked, "saved_step": self.saved_step, "time_s": time.time()}
-            write_durable(self.folder / MARKER, json.dumps(note).encode() + b"\n")
+            data = json.dumps(note).encode() + b"\n"
+            if self._asked:
+                write_durable(self.folder / MARKER, data)
+                return
+            # Stops because another rank was asked, which may have said so already.
+            with (self.folder / MARKER).open("xb") as file:
+                file.write(data)
 
     def lost_peer(self, error: Exception) -> None:
         """An error while a stop was under way: with a peer already gone that is the end of a drained run too,

@@ -54,6 +54,7 @@ def _flash_backward(d: Dims) -> int:
 COUNTED = {
     "aten::mm": _mm,
     "aten::addmm": _addmm,
+    "aten::addmm_": _addmm,
     "aten::bmm": _bmm,
     "aten::baddbmm": _baddbmm,
     "aten::_scaled_mm": _mm,
