@@ -66,7 +66,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
 }
 # (layout, runner, settings of the engine beside the layout)
 RUNNERS: list[tuple[str, str, dict[str, Any]]] = [
-    *((layout, engine, {}) for layout in LAYOUTS for engine in ("native", "megatron", "deepspeed")),
+    *((layout, "native", {}) for layout in LAYOUTS if layout != "pp"),
+    # The schedule that has no bubble to speak of is one of ours alone; beside it the one that both have.
+    ("pp", "native", {"parallel": {"dp_shard": 1, "pp": 2, "pipeline": {"schedule": "zero_bubble"}}}),
+    ("pp", "native 1F1B", {}),
+    *((layout, "megatron", {}) for layout in LAYOUTS if not layout.startswith("sharded")),
+    # What its distributed optimizer shards: Megatron-Core keeps weights whole.
+    ("sharded states", "megatron", {"parallel": {"dp_shard": 2}}),
+    *((layout, "deepspeed", {}) for layout in LAYOUTS),
     ("one process", "torch", {}),
     ("replicas", "torch DDP", {}),
     ("sharded", "torch FSDP2", {}),
