@@ -117,6 +117,8 @@ def build(cfg: RunConfig, mesh: Mesh, recorder: Recorder) -> Built:
     """Every rank must call it."""
     if mesh.device.type == "cpu":
         environment.prepare_cpu()
+    # Of the group that is up. A pipeline and stage 3 communicate before they initialise.
+    deepspeed.init_distributed(dist_init_required=False)
     given = settings(cfg, mesh.layout, mesh.device.type == "cuda")
     if mesh.layout.pp > 1:
         from trainsys.engines.deepspeed.pipeline import build_pipeline
@@ -128,8 +130,6 @@ def build(cfg: RunConfig, mesh: Mesh, recorder: Recorder) -> Built:
         for p in model.parameters():  # and no buffers, which count and balance
             p.data = p.data.to(torch.bfloat16)
     zero3 = given if zero_stage(cfg, mesh.layout) == 3 else None
-    if zero3 is not None:
-        deepspeed.init_distributed(dist_init_required=False)
     materialise(model, mesh.device, zero3, mpu)
     tell_tensor_parallel(model, shards, mesh, cfg)
     names = {p: name for name, p in model.named_parameters()}
