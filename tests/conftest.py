@@ -28,6 +28,14 @@ def no_process_group_stays() -> Iterator[None]:
         pytest.fail("left a process group in pytest's own process")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_ranks_idle() -> Iterator[None]:
+    """A module's ranks end with it: the groups that its tests made would poll beside all later tests."""
+    yield
+    if ranks := sys.modules.get("support.ranks"):
+        ranks.close()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path: Path | None = session.config.getoption("--parity-table")
     if path is not None:
