@@ -73,6 +73,8 @@ def test_step_time_from_throughput_and_never_from_an_oom_row() -> None:
     ({"tp": "4"}, "is not n_gpus"),
     ({"global_batch": "nan"}, "no global_batch"),
     ({"dp": "", "tp": ""}, "two of tp, pp, dp"),
+    ({"cp": "0"}, "cp = 0 is no number of ranks"),
+    ({"tp": "0"}, "tp = 0 is no number of ranks"),
     ({"dtype": "fp8", "gpu": "A100-80"}, "no fp8"),
 ])  # fmt: skip
 def test_refusals_give_the_reason(changes: dict[str, str], reason: str) -> None:

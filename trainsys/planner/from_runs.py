@@ -93,6 +93,9 @@ def _missing(run: Run) -> str | None:
     given = [run.n(a) > 0 for a in ("tp", "pp", "dp")]
     if sum(given) < 2 and run.n("n_gpus") > 1 and not (run.flag["fsdp"] or run.n("zero_stage") == 3):
         return "layout: two of tp, pp, dp are not given"
+    for name in ("tp", "pp", "dp", "cp"):
+        if not 1.0 <= run.n(name, 1.0) < math.inf:
+            return f"layout: {name} = {run.n(name):g} is no number of ranks"
     return None
 
 
