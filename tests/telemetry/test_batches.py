@@ -8,7 +8,9 @@ from trainsys.telemetry.batches import Batches
 
 def test_everything_comes_in_order_from_another_thread() -> None:
     seen: list[tuple[int, int]] = []
-    batches: Batches[int] = Batches(lambda i: seen.append((i, threading.get_ident())), "test", every_s=0.005)
+    batches: Batches[int] = Batches(
+        lambda some: seen.extend((i, threading.get_ident()) for i in some), "test", every_s=0.005
+    )
     for i in range(300):
         batches.put(i)
         if i % 100 == 0:
@@ -20,7 +22,7 @@ def test_everything_comes_in_order_from_another_thread() -> None:
 
 def test_one_that_hangs_is_left_behind() -> None:
     hang = threading.Event()
-    batches: Batches[int] = Batches(lambda i: hang.wait(30) and None, "test", every_s=0.001)
+    batches: Batches[int] = Batches(lambda some: hang.wait(30) and None, "test", every_s=0.001)
     batches.put(1)
     began = time.monotonic()
     batches.close(timeout_s=0.05)

@@ -16,11 +16,10 @@ import pytest
 from trainsys.config.run import TelemetryConfig, WandbConfig
 from trainsys.errors import UserError
 from trainsys.telemetry.sinks.base import RunInfo, Sinks
-from trainsys.telemetry.sinks.build import build_sinks
+from trainsys.telemetry.sinks.build import build_sinks, refuse_missing
 from trainsys.telemetry.sinks.jsonl import JsonlSink
 from trainsys.telemetry.sinks.prometheus import PrometheusSink
 from trainsys.telemetry.sinks.tensorboard import TensorBoardSink
-from trainsys.telemetry.sinks.wandb import WandbSink
 
 
 class Notebook:
@@ -201,15 +200,16 @@ def test_a_taken_port_costs_the_endpoint_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "make"),
-    [("wandb", lambda: WandbSink(WandbConfig(mode="offline"))), ("tensorboard", TensorBoardSink)],
+    ("extra", "config"),
+    [("wandb", {"wandb": {"mode": "offline"}}), ("tensorboard", {"tensorboard": True})],
 )
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, extra: str, make: Any) -> None:
-    for name in [m for m in sys.modules if m.partition(".")[0] == extra]:
-        monkeypatch.delitem(sys.modules, name)
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, extra: str, config: dict[str, Any]) -> None:
+    wanted = TelemetryConfig.model_validate(config)
+    refuse_missing(wanted)
     monkeypatch.setitem(sys.modules, extra, None)
     with pytest.raises(UserError, match=rf"needs {extra}: pip install 'trainsys\[{extra}\]'"):
-        make()
+        refuse_missing(wanted)
+    refuse_missing(TelemetryConfig())
 
 
 def test_build_makes_what_the_config_asks_for() -> None:

@@ -16,14 +16,18 @@ T = TypeVar("T")
 
 
 class Batches(Generic[T]):
-    """``handle`` gets each item that was put, in order, from one thread; it must not raise."""
+    """``handle`` gets all that was put since it was called last, in order, from one thread; it must not raise."""
 
-    def __init__(self, handle: Callable[[T], None], name: str, every_s: float = EVERY_S) -> None:
+    def __init__(self, handle: Callable[[list[T]], None], name: str, every_s: float = EVERY_S) -> None:
         self._handle, self._every_s = handle, every_s
         self._items: deque[T] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    def __len__(self) -> int:
+        """What waits to be handled."""
+        return len(self._items)
 
     def put(self, item: T) -> None:
         self._items.append(item)
@@ -37,5 +41,5 @@ class Batches(Generic[T]):
         over = False
         while not over:
             over = self._stop.wait(self._every_s)
-            while self._items:
-                self._handle(self._items.popleft())
+            if self._items:
+                self._handle([self._items.popleft() for _ in range(len(self._items))])

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainsys.comm.ops import all_gather_flat
-from trainsys.telemetry.aggregate import Aggregate, Floats, Window, aggregate
+from trainsys.telemetry.aggregate import Window
 from trainsys.telemetry.events import Step
 
 
@@ -15,11 +15,11 @@ class WindowGather:
     """Starts a gather of this rank's window; the result is read when the next one starts.
 
     A few dozen float64 a rank over gloo, in the background: nobody waits unless a whole window is shorter
-    than the gather. ``replicas``: how many ranks read the same rows.
+    than the gather.
     """
 
-    def __init__(self, world: int, replicas: int) -> None:
-        self._world, self._replicas = world, replicas
+    def __init__(self, world: int) -> None:
+        self._world = world
         self._window = Window()
         self._pending: tuple[dist.Work | None, Tensor] | None = None
 
@@ -27,7 +27,8 @@ class WindowGather:
         self._window.add(step)
 
     def exchange(self) -> Tensor | None:
-        """Send this window, which must have a step; returns the one before, if there was one, for ``read``."""
+        """Send this window, which must have a step; returns the one before, if there was one: a row a
+        rank, flat."""
         before = self.last()
         mine = torch.from_numpy(self._window.take())
         if self._world == 1:
@@ -46,9 +47,3 @@ class WindowGather:
         if work is not None:
             work.wait()
         return out
-
-    def read(self, window: Tensor) -> tuple[Floats, Aggregate]:
-        """Each rank's mean step ``[R, V]``, and all of them together. From any thread: it is rank 0's alone to read
-        them."""
-        ranks: Floats = window.view(self._world, -1).numpy()
-        return ranks, aggregate(ranks, self._replicas)

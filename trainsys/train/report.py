@@ -1,4 +1,4 @@
-"""What a run tells about itself while it trains: event files on every rank, sinks and summary on rank 0."""
+"""What a run tells about itself while it trains: event files on every rank, the desk and the summary on rank 0."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ from trainsys.layout import Layout
 from trainsys.profiler.capture import StepCapture
 from trainsys.profiler.explain import explain_table, summary_of
 from trainsys.profiler.flops_split import recomputed_share
-from trainsys.profiler.live import LiveWatch
 from trainsys.profiler.steps import load_steps
 from trainsys.profiler.terminal import print_explanation
 from trainsys.profiler.verdict import Verdict
-from trainsys.telemetry.batches import Batches
 from trainsys.telemetry.events import RunStart, Step
 from trainsys.telemetry.flops_meter import FlopsMeter
-from trainsys.telemetry.metrics import step_metrics
 from trainsys.telemetry.recorder import Recorder
 from trainsys.telemetry.report import final_report, summarize
 from trainsys.telemetry.run_data import load_run
@@ -39,9 +36,10 @@ from trainsys.telemetry.run_dir import (
     write_environment,
     write_summary,
 )
-from trainsys.telemetry.sinks.base import RunInfo, Sinks
-from trainsys.telemetry.sinks.build import build_sinks
+from trainsys.telemetry.sinks.base import RunInfo
+from trainsys.telemetry.sinks.build import refuse_missing
 from trainsys.telemetry.topology import switch_of
+from trainsys.train.desk_link import Brief, DeskLink
 from trainsys.train.device import CudaTimer, cuda_memory
 from trainsys.train.gather import WindowGather
 from trainsys.train.peak import find_device, find_peak, raise_peak
@@ -49,7 +47,7 @@ from trainsys.train.process import Process
 
 
 class Reporter:
-    """Owns the run's folder, recorder and sinks. Enter it before the engine is built.
+    """Owns the run's folder, recorder and desk. Enter it before the engine is built.
 
     ``started``: (monotonic, wall) clocks at the start of the process's work, so that set-up is accounted for.
     ``first_step``: where a resumed run goes on; ``attempt``: how often the job was started before.
@@ -67,7 +65,8 @@ class Reporter:
         attempt: int = 0,
         blame: Callable[[Verdict], None] = lambda verdict: None,
     ) -> None:
-        self._blame = blame
+        if proc.rank == 0:
+            refuse_missing(cfg.telemetry)
         self.cfg, self.proc, self.layout = cfg, proc, layout
         self.run_dir = Path(
             _from_rank0(str(create_run_dir(cfg.telemetry.out, cfg.name)) if proc.rank == 0 else "")
@@ -112,38 +111,35 @@ class Reporter:
             timer=CudaTimer() if on_cuda else None,
             memory=cuda_memory if on_cuda else None,
         )
-        self._gather = WindowGather(proc.world, proc.world // layout.data_world)
+        self._gather = WindowGather(proc.world)
         self._shown: tuple[Step, int] | None = None
         """The last step of the window that is under way between ranks, and the tokens seen until then."""
         self._tokens_seen = 0
         self._doubted = False
-        self._sinks = Sinks([], self.warn)
         self._capture = StepCapture(self.recorder, self.run_dir, cfg.telemetry.capture_every)
-        self._watch: LiveWatch | None = None
         self._flops = FlopsMeter(cfg.model, cfg.train.seq_len, cfg.recompute)
-        self._reading: Batches[tuple[Tensor, Step, int]] | None = None
+        self._desk: DeskLink | None = None
         if proc.rank == 0:
             write_config(self.run_dir, cfg)
             write_environment(self.run_dir, {"data": dict(data)})
-            self._sinks = build_sinks(cfg.telemetry, self.warn, self.say)
-            self._sinks.start(
-                RunInfo(
-                    name=cfg.name,
-                    run_id=self.info.run_id,
-                    run_dir=self.run_dir,
-                    steps=cfg.train.steps,
-                    world=proc.world,
-                    layout=layout.describe(cfg.parallel),
-                    model=cfg.model.name,
-                    hardware=self.info.hardware or "",
-                    peak_label=self.info.peak_label,
-                    config=cfg.model_dump(mode="json"),
-                )
+            shown = RunInfo(
+                name=cfg.name,
+                run_id=self.info.run_id,
+                run_dir=self.run_dir,
+                steps=cfg.train.steps,
+                world=proc.world,
+                layout=layout.describe(cfg.parallel),
+                model=cfg.model.name,
+                hardware=self.info.hardware or "",
+                peak_label=self.info.peak_label,
+                config=cfg.model_dump(mode="json"),
+                pid=self.info.pid,
             )
-            self._watch = LiveWatch(
-                layout, self.info.peak_flops, self._found, self._sinks.extra, recomputed_share(cfg)
+            replicas = proc.world // layout.data_world
+            brief = Brief(
+                cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg)
             )
-            self._reading = Batches(self._read, "trainsys-windows")
+            self._desk = DeskLink(brief, self._noted, blame)
 
     def warn(self, text: str) -> None:
         """A line for the user and the record; from any thread, shown once (rank 0)."""
@@ -153,10 +149,14 @@ class Reporter:
         """The same, where nothing is wrong."""
         self._tell("info", text)
 
+    def _noted(self, level: str, text: str) -> None:
+        """What the desk has told the user."""
+        self.recorder.message("warning" if level == "warning" else "info", text)
+
     def _tell(self, level: Literal["info", "warning"], text: str) -> None:
         self.recorder.message(level, text)
-        if self.proc.rank == 0:
-            self._sinks.message(level, text)
+        if self._desk is not None:
+            self._desk.message(level, text)
 
     def begin(self) -> None:
         """The loop starts now."""
@@ -183,8 +183,8 @@ class Reporter:
             flops=flops,
         )
         captured = self._capture.after(record)
-        if captured is not None and self._watch is not None:
-            self._watch.refine(captured)
+        if captured is not None and self._desk is not None:
+            self._desk.call("refine", captured)
         self._tokens_seen += data.real_tokens_global
         self._gather.add(record)
         if (record.mfu or 0.0) > 1.0 and not self._doubted:
@@ -203,24 +203,9 @@ class Reporter:
             self._capture.before(step + 1)
 
     def _show(self, window: Tensor | None) -> None:
-        """Rank 0's last shown step, with what all ranks saw since the one before, read off the step's thread."""
-        if self._reading is not None and window is not None and self._shown is not None:
-            self._reading.put((window, *self._shown))
-
-    def _read(self, item: tuple[Tensor, Step, int]) -> None:
-        window, shown, tokens_seen = item
-        try:
-            ranks, together = self._gather.read(window)
-            self._sinks.step(shown.step, step_metrics(shown, together, tokens_seen=tokens_seen))
-            if self._watch is not None:
-                self._watch.add(ranks, shown.flops)
-        except Exception as error:
-            # A defect here must not be silent, nor stop the run.
-            self.warn(f"step {shown.step} could not be shown: {type(error).__name__}: {error}")
-
-    def _found(self, verdict: Verdict) -> None:
-        self.warn(f"{verdict.title}; {1e3 * verdict.cost_s:.1f} ms a step; {verdict.advice}")
-        self._blame(verdict)
+        """Rank 0's last shown step, with what all ranks saw since the one before, goes to the desk."""
+        if self._desk is not None and window is not None and self._shown is not None:
+            self._desk.call("window", window.view(self.proc.world, -1).numpy(), *self._shown)
 
     def done(self, stopped: str = "") -> None:
         """The loop is over, before its last step if ``stopped`` says why: end the files, print what they say."""
@@ -245,12 +230,9 @@ class Reporter:
         self.recorder.finish(status, reason)
         if wait and dist.is_initialized():
             dist.all_reduce(torch.zeros(1))  # every rank's file is whole before rank 0 reads them
-        if self.proc.rank != 0:
+        if self._desk is None:
             return
-        if self._reading is not None:
-            self._reading.close()
-        if self._watch is not None:
-            self._watch.close()
+        self._desk.settle(timeout_s=30.0 if wait else 5.0)
         data = load_run(self.run_dir)
         told = explain_table(data, load_steps(self.run_dir, data.start, data.ranks))
         summary = {**summarize(data), **summary_of(told)}
@@ -258,7 +240,7 @@ class Reporter:
         reached = max(summary["mfu"] or 0.0, summary["hfu"] or 0.0)
         if self._measured and reached > 1.0 and self.info.peak_flops:
             raise_peak(self.cfg.train.dtype, self.proc, reached * self.info.peak_flops * self.info.world)
-        self._sinks.finish(summary, timeout_s=25.0 if wait else 5.0)
+        self._desk.finish(summary, timeout_s=25.0 if wait else 5.0)
         if wait:
             final_report(data)
             print_explanation(told)

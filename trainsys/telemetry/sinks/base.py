@@ -35,6 +35,8 @@ class RunInfo:
     """What MFU is a share of, e.g. ``measured 92 GFLOP/s``; empty: unknown, there is no MFU."""
     config: Mapping[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
+    pid: int | None = None
+    """Of the process that trains, where that is another one."""
 
 
 class Sink(Protocol):

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from trainsys.config.run import TelemetryConfig
+from trainsys.errors import UserError
 from trainsys.telemetry.sinks.base import Sink, Sinks
 from trainsys.telemetry.sinks.jsonl import JsonlSink
+
+
+def refuse_missing(config: TelemetryConfig) -> None:
+    """Raises ``UserError`` where ``config`` asks for a sink whose extra is not installed."""
+    wanted = (
+        (config.wandb.mode != "off", f"telemetry.wandb.mode={config.wandb.mode}", "wandb"),
+        (config.tensorboard, "telemetry.tensorboard=true", "tensorboard"),
+    )
+    for asked, setting, extra in wanted:
+        if asked and find_spec(extra) is None:
+            raise UserError(f"{setting} needs {extra}: pip install 'trainsys[{extra}]'")
 
 
 def build_sinks(
@@ -15,7 +28,7 @@ def build_sinks(
     """The sinks of ``config``, for rank 0; each is imported only if wanted.
 
     ``warn`` and ``say`` take one line of text (a sink switched off; where an offline run is), from sink
-    threads. Raises ``UserError`` where an extra is missing.
+    threads.
     """
     sinks: list[Sink] = [JsonlSink()]
     if config.console != "off":

@@ -7,30 +7,24 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from trainsys.errors import UserError
 from trainsys.telemetry.sinks.base import RunInfo
 
 
 class TensorBoardSink:
-    """Scalars under ``RUN/tensorboard``; raises ``UserError`` at once where the extra is missing."""
+    """Scalars under ``RUN/tensorboard``."""
 
     name = "tensorboard"
 
     def __init__(self) -> None:
-        try:
-            events = import_module("tensorboard.compat.proto.event_pb2")
-            summaries = import_module("tensorboard.compat.proto.summary_pb2")
-            writers = import_module("tensorboard.summary.writer.event_file_writer")
-        except ImportError:
-            raise UserError(
-                "telemetry.tensorboard=true needs tensorboard: pip install 'trainsys[tensorboard]'"
-            ) from None
-        self._event, self._summary = events.Event, summaries.Summary
-        self._make_writer = writers.EventFileWriter
+        self._event: Any = None
+        self._summary: Any = None
         self._writer: Any = None
 
     def start(self, info: RunInfo) -> None:
-        self._writer = self._make_writer(str(info.run_dir / "tensorboard"), flush_secs=5)
+        self._event = import_module("tensorboard.compat.proto.event_pb2").Event
+        self._summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
+        writers = import_module("tensorboard.summary.writer.event_file_writer")
+        self._writer = writers.EventFileWriter(str(info.run_dir / "tensorboard"), flush_secs=5)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         value = self._summary.Value

@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import Any
 
 from trainsys.config.run import WandbConfig
-from trainsys.errors import UserError
 from trainsys.telemetry.metrics import SECTIONS
 from trainsys.telemetry.sinks.base import RunInfo
 
@@ -31,7 +30,7 @@ TABLES = ("waterfall", "verdicts")
 
 
 class WandbSink:
-    """One W&B run, from rank 0. Raises ``UserError`` at once where the extra is missing.
+    """One W&B run, for rank 0.
 
     ``init`` and ``finish`` each wait for the server no longer than ``config.timeout_s``; a run that cannot be
     opened online is opened offline in the run's folder and can be sent later with ``wandb sync``.
@@ -40,20 +39,16 @@ class WandbSink:
     name = "wandb"
 
     def __init__(self, config: WandbConfig, say: Callable[[str], None] | None = None) -> None:
-        # W&B's own error reporting waits for the server when the process ends, offline runs included: 10 s
-        # and more where it never answers. Read at import; a user's own choice stands.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            self._wandb: Any = import_module("wandb")
-        except ImportError:
-            raise UserError(
-                f"telemetry.wandb.mode={config.mode} needs wandb: pip install 'trainsys[wandb]'"
-            ) from None
         self._config = config
         self._say = say or (lambda text: None)
+        self._wandb: Any = None
         self._run: Any = None
 
     def start(self, info: RunInfo) -> None:
+        # W&B's own error reporting waits for the server when the process ends, offline runs included: 10 s
+        # and more where it never answers. Read at import; a user's own choice stands.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._wandb = import_module("wandb")
         if self._config.mode == "online":
             try:
                 self._probe()
@@ -94,6 +89,7 @@ class WandbSink:
             x_graphql_timeout_seconds=wait_s,
             console="off",
             silent=True,
+            **({} if info.pid is None else {"x_stats_pid": info.pid}),
         )
         return self._wandb.init(
             project=self._config.project,
@@ -123,7 +119,7 @@ class WandbSink:
         if tables:
             self._run.log({name: self._table(rows) for name, rows in tables.items()})
         self._run.summary.update(scalars)
-        self._run.finish()
+        self._run.finish(exit_code=int(summary.get("status") in ("failed", "killed")))
 
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """Rows of equal keys as a W&B table; a list in a cell becomes text."""

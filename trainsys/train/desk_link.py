@@ -1,0 +1,142 @@
+"""Rank 0's line to its desk: calls go out in batches, messages and verdicts come back; the step never waits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import trainsys
+from trainsys.config.run import TelemetryConfig
+from trainsys.layout import Layout
+from trainsys.profiler.verdict import Verdict
+from trainsys.telemetry.batches import Batches
+from trainsys.telemetry.sinks.base import RunInfo
+
+DEPTH = 1024
+"""Windows that may wait for a desk that is behind."""
+EXIT_S = 5.0
+"""For the desk to end by itself after its last word."""
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What the desk has to know of the run. ``replicas``: how many ranks read the same rows; ``peak_flops``: of one
+    rank; ``recompute_share``: of forward FLOPs, that backward repeats."""
+
+    telemetry: TelemetryConfig
+    info: RunInfo
+    layout: Layout
+    replicas: int
+    peak_flops: float | None
+    recompute_share: float
+
+
+class DeskLink:
+    """Starts the desk (``trainsys.train.desk``) and calls its methods. Only ``settle`` and ``finish`` wait.
+
+    A desk that cannot start, or dies, costs the run its sinks and live blame and is told in one line. Event files, from
+    which ``trainsys explain`` says the same afterwards, are each rank's own.
+
+    Arguments:
+        message: (level, text) that the desk has shown, for the record.
+        verdict: each that it finds. Both are called from a thread of the link's.
+    """
+
+    def __init__(
+        self, brief: Brief, message: Callable[[str, str], None], verdict: Callable[[Verdict], None]
+    ) -> None:
+        self._replies = {"message": message, "verdict": verdict, "settled": self._done, "finished": self._done}
+        self._answered = threading.Event()
+        self._dropped = 0
+        self._gone = False
+        mine, its = socket.socketpair()
+        self._line = Connection(mine.detach())
+        sys.stdout.flush()
+        with its:
+            self._process: subprocess.Popen[bytes] | None = None
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "trainsys.train.desk", str(its.fileno())],
+                    pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, env=_environment(),
+                )  # fmt: skip
+            except OSError as error:
+                self._lost(f"did not start: {error}")
+        self._calls: Batches[tuple[str, tuple[Any, ...]]] = Batches(self._send, "trainsys-desk")
+        threading.Thread(target=self._listen, name="trainsys-desk-replies", daemon=True).start()
+        self._send(brief)
+
+    def message(self, level: str, text: str) -> None:
+        self._calls.put(("message", (level, text)))
+
+    def call(self, name: str, *args: Any) -> None:
+        """Method ``name`` of ``Desk``; beyond ``DEPTH`` that wait, calls are dropped, and counted."""
+        if len(self._calls) < DEPTH:
+            self._calls.put((name, args))
+        else:
+            self._dropped += 1
+
+    def settle(self, timeout_s: float = 30.0) -> None:
+        """Until the desk has looked at everything so far, and its verdicts are in."""
+        self._ask("settle", (), timeout_s)
+
+    def finish(self, summary: Mapping[str, Any], timeout_s: float) -> None:
+        """Ends the sinks, which together get ``timeout_s``, and the desk."""
+        if self._dropped:
+            self.message("warning", f"the desk could not keep up: it missed {self._dropped} windows of steps")
+        self._ask("finish", (summary, timeout_s), timeout_s + EXIT_S)
+        self._gone = True
+        self._calls.close(timeout_s=1.0)
+        if self._process is not None:
+            try:
+                self._process.wait(EXIT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _ask(self, name: str, args: tuple[Any, ...], timeout_s: float) -> None:
+        self._answered.clear()
+        if not self._gone:
+            self._calls.put((name, args))
+            self._answered.wait(timeout_s)
+
+    def _done(self) -> None:
+        self._answered.set()
+
+    def _send(self, what: Any) -> None:
+        try:
+            if not self._gone:
+                self._line.send(what)
+        except OSError:
+            pass  # the listener sees the same end, and tells
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                kind, args = self._line.recv()
+                self._replies[kind](*args)
+        except (EOFError, OSError):
+            self._lost("has ended")
+
+    def _lost(self, how: str) -> None:
+        if not self._gone:
+            self._gone = True
+            text = f"the process of console, W&B and live blame {how}; training goes on, and so do event files"
+            print(f"warning: {text}", file=sys.stderr)
+            self._replies["message"]("warning", text)
+        self._answered.set()
+
+
+def _environment() -> dict[str, str]:
+    """Of the desk: this very package, no device, no threads of numpy's that would take cores from ranks."""
+    above = str(Path(trainsys.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (above, os.environ.get("PYTHONPATH"))))
+    ours = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {**os.environ, **ours, "WANDB_PROGRAM": os.environ.get("WANDB_PROGRAM", sys.argv[0])}
