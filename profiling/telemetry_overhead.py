@@ -7,10 +7,11 @@ run has: the ledger's span around every collective, recorder and event file, mem
 all ranks, live waterfall and blame, and every sink there is (console, JSON lines, TensorBoard, Prometheus, W&B
 offline; ``--sinks none``: JSON lines alone). "Off" is the same work without any of it.
 
-Medians of steps are compared; beside them those of the quickest tenth of steps, which other load on the machine moves
-least. The first steps of a block count for neither: what the block before has left to threads in
-the background runs in them. The interval is of the ratio, from resampled pairs of blocks. Mean and CPU time stand beside
-the medians, because work in the background hits few steps and the median does not see it.
+Compared are medians of steps, block by block, so that a machine whose speed drifts moves both alike; the median of
+those ratios, and its interval from resampled blocks. Beside it the same of each block's quickest tenth of steps, which
+other load moves least, and of mean and CPU time, because work in the background hits few steps and a median does not see
+it; and what the desk, the process of sinks and live blame, takes of another core. The first steps of a block count for
+neither: what the block before has left to the background runs in them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -45,6 +47,9 @@ from trainsys.train.process import Process  # noqa: E402
 from trainsys.train.report import Reporter  # noqa: E402
 
 BLOCK, LEFT_OUT = 18, 6
+WARM_S = 3.0
+DESK_STARTS_S = 5.0
+"""Until it has imported what it needs, beside which the machine is slower than afterwards."""
 SHARES = (("forward", 1), ("backward", 2), ("optimizer", 1))
 EVERY_SINK = (
     "telemetry.console=plain", "telemetry.tensorboard=true", "telemetry.prometheus_port=19417",
@@ -70,14 +75,14 @@ def work(a: torch.Tensor, out: torch.Tensor, times: int, collectives: int, phase
 
 
 def calibrate(a: torch.Tensor, out: torch.Tensor, step_ms: float) -> int:
-    """Products that take ``step_ms``."""
-    took = []
-    for _ in range(20):
+    """Products that take ``step_ms``, on a core that has worked for a while."""
+    times, began = 100, time.perf_counter()
+    while time.perf_counter() - began < WARM_S:
         t0 = time.perf_counter()
-        for _ in range(100):
+        for _ in range(times):
             torch.mm(a, a, out=out)
-        took.append((time.perf_counter() - t0) / 100)
-    return round(step_ms / 1e3 / float(np.median(took)))
+        times = max(1, round(times * step_ms / 1e3 / (time.perf_counter() - t0)))
+    return times
 
 
 def measure(reporter: Reporter, args: argparse.Namespace) -> npt.NDArray[np.float64]:
@@ -85,6 +90,7 @@ def measure(reporter: Reporter, args: argparse.Namespace) -> npt.NDArray[np.floa
     ledger = Ledger()
     ledger.recorder = reporter.recorder
     a, out = torch.randn(96, 96), torch.empty(96, 96)
+    time.sleep(DESK_STARTS_S)
     times = max(4 * args.collectives, calibrate(a, out, args.step_ms))
     counts = Counts(4096, 4096, 0, 4096 * 128)
     empty = np.zeros((8, 512), np.int64)
@@ -111,28 +117,32 @@ def measure(reporter: Reporter, args: argparse.Namespace) -> npt.NDArray[np.floa
 
 
 def summary(seconds: npt.NDArray[np.float64], collectives: int) -> dict[str, Any]:
+    def slower(how: Callable[..., Any], what: int = 0) -> npt.NDArray[np.float64]:
+        """Of each block, in percent."""
+        taken = how(seconds[..., what], axis=2)
+        found: npt.NDArray[np.float64] = 100 * (taken[:, 1] / taken[:, 0] - 1)
+        return found
+
+    def quick(x: npt.NDArray[np.float64], axis: int) -> npt.NDArray[np.float64]:
+        found: npt.NDArray[np.float64] = np.quantile(x, 0.1, axis=axis)
+        return found
+
+    def middle(x: npt.NDArray[np.float64]) -> float:
+        return round(float(np.median(x)), 3)
+
     rng = np.random.default_rng(0)
-
-    def slower(how: Callable[..., Any], what: int, blocks: npt.NDArray[np.int64]) -> float:
-        off, on = (how(seconds[blocks, i, :, what]) for i in (0, 1))
-        return 100 * float(on / off - 1)
-
-    def quick(x: npt.NDArray[np.float64]) -> float:
-        return float(np.quantile(x, 0.1))
-
-    every = np.arange(len(seconds))
-    draws = [slower(np.median, 0, rng.choice(every, every.size)) for _ in range(1000)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    thread = np.median(seconds[:, :, :, 1], axis=(0, 2))
+    wall = slower(np.median)
+    low, high = np.percentile([np.median(rng.choice(wall, wall.size)) for _ in range(2000)], [2.5, 97.5])
+    added = np.median(seconds[:, 1] - seconds[:, 0], axis=1)
     return {
         "step_ms_off": round(1e3 * float(np.median(seconds[:, 0, :, 0])), 3),
-        "median_wall_slower_pct": round(slower(np.median, 0, every), 3),
+        "median_wall_slower_pct": middle(wall),
         "interval_95_pct": [round(float(low), 3), round(float(high), 3)],
-        "quickest_tenth_wall_slower_pct": round(slower(quick, 0, every), 3),
-        "quickest_tenth_cpu_slower_pct": round(slower(quick, 1, every), 3),
-        "mean_wall_slower_pct": round(slower(np.mean, 0, every), 3),
-        "median_cpu_slower_pct": round(slower(np.median, 1, every), 3),
-        "added_cpu_us_a_step": round(1e6 * float(thread[1] - thread[0]), 1),
+        "quickest_tenth_wall_slower_pct": middle(slower(quick)),
+        "mean_wall_slower_pct": middle(slower(np.mean)),
+        "median_cpu_slower_pct": middle(slower(np.median, 1)),
+        "added_wall_us_a_step": round(1e6 * float(np.median(added[:, 0])), 1),
+        "added_cpu_us_a_step": round(1e6 * float(np.median(added[:, 1])), 1),
         "added_cpu_us_a_step_all_threads": round(1e6 * float(np.diff(seconds[:, :, :, 2].mean(axis=(0, 2)))[0]), 1),
         "collectives_a_step": collectives, "steps_each": int(seconds.shape[0] * seconds.shape[2]),
     }  # fmt: skip
@@ -158,9 +168,14 @@ def main() -> None:
         proc = Process(0, 1, 0, 1, torch.device("cpu"))
         with Reporter(cfg, proc, layout, (time.perf_counter(), time.time()), {}) as reporter:
             seconds = measure(reporter, args)
+            if os.environ.get("SAVE"):
+                np.save("/tmp/lead/sec.npy", seconds)
             reporter.done()
+    desk = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {
-        **summary(seconds, args.collectives), "sinks": args.sinks, "load_average_before": round(load, 2),
+        **summary(seconds, args.collectives),
+        "desk_cpu_us_a_step": round(1e6 * (desk.ru_utime + desk.ru_stime) / (args.blocks * BLOCK), 1),
+        "sinks": args.sinks, "load_average_before": round(load, 2),
         "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
     print(json.dumps(found, indent=1))

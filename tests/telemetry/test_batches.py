@@ -28,3 +28,13 @@ def test_one_that_hangs_is_left_behind() -> None:
     batches.close(timeout_s=0.05)
     assert time.monotonic() - began < 10
     hang.set()
+
+
+def test_flush_does_not_wait_for_the_clock() -> None:
+    seen = threading.Event()
+    batches: Batches[int] = Batches(lambda some: seen.set(), "test", every_s=60.0)
+    batches.put(1)
+    assert not seen.wait(0.05)
+    batches.flush()
+    assert seen.wait(30)
+    batches.close()

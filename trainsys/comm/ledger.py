@@ -43,22 +43,47 @@ class _Span:
         self._entry.blocked_s += time.perf_counter() - self._began
 
 
+MAX_CACHED = 4096
+"""Distinct collectives kept; sizes that vary without end (uneven all-to-all) start the cache anew."""
+
+
 class Ledger:
     """Counts every collective of this rank, and has each timed by the recorder of the step, if there is one."""
 
     def __init__(self) -> None:
         self.traffic: dict[tuple[str, str], Traffic] = {}
-        self.recorder: SpanRecorder | None = None
+        self._recorder: SpanRecorder | None = None
+        self._spans: dict[tuple[str, str, int], tuple[Traffic, AbstractContextManager[None]]] = {}
+
+    @property
+    def recorder(self) -> SpanRecorder | None:
+        return self._recorder
+
+    @recorder.setter
+    def recorder(self, recorder: SpanRecorder | None) -> None:
+        self._recorder = recorder
+        self._spans.clear()
 
     def span(self, axis: str, op: str, sent_bytes: int) -> AbstractContextManager[None]:
-        """Around a blocking collective, or around the wait for one that was started earlier: one call."""
-        entry = self.traffic.get((axis, op))
-        if entry is None:
-            entry = self.traffic[axis, op] = Traffic()
+        """Around a blocking collective, or around the wait for one that was started earlier: one call. Spans of one
+        axis must not be nested."""
+        # One lookup for what counts and what times: this runs dozens of times a layer.
+        made = self._spans.get((axis, op, sent_bytes))
+        if made is None:
+            made = self._make(axis, op, sent_bytes)
+        entry, span = made
         entry.calls += 1
         entry.sent_bytes += sent_bytes
-        recorder = self.recorder
-        return _Span(entry) if recorder is None else recorder.collective_span(axis, op, sent_bytes)
+        return span
+
+    def _make(self, axis: str, op: str, sent_bytes: int) -> tuple[Traffic, AbstractContextManager[None]]:
+        if len(self._spans) >= MAX_CACHED:
+            self._spans.clear()
+        entry = self.traffic.setdefault((axis, op), Traffic())
+        recorder = self._recorder
+        span = _Span(entry) if recorder is None else recorder.collective_span(axis, op, sent_bytes)
+        made = self._spans[axis, op, sent_bytes] = entry, span
+        return made
 
     def calls(self, axis: str) -> int:
         return sum(t.calls for (a, _), t in self.traffic.items() if a == axis)
@@ -68,3 +93,4 @@ class Ledger:
 
     def reset(self) -> None:
         self.traffic.clear()
+        self._spans.clear()

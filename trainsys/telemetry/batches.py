@@ -1,4 +1,4 @@
-"""Work for later: handed over at once, done together in a thread of its own a few times a second.
+"""Work for later: handed over at once, done together in a thread of its own once a second.
 
 A thread that wakes up for every step takes the interpreter from the step each time; a batch takes it once.
 """
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-EVERY_S = 0.25
+EVERY_S = 1.0
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class Batches(Generic[T]):
     def __init__(self, handle: Callable[[list[T]], None], name: str, every_s: float = EVERY_S) -> None:
         self._handle, self._every_s = handle, every_s
         self._items: deque[T] = deque()
-        self._stop = threading.Event()
+        self._wake, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -32,14 +32,21 @@ class Batches(Generic[T]):
     def put(self, item: T) -> None:
         self._items.append(item)
 
+    def flush(self) -> None:
+        """Have what waits handled now; does not wait for it."""
+        self._wake.set()
+
     def close(self, timeout_s: float = 30.0) -> None:
         """Handles the rest and ends; one that hangs is left behind after ``timeout_s``."""
-        self._stop.set()
+        self._over = True
+        self._wake.set()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
         over = False
         while not over:
-            over = self._stop.wait(self._every_s)
+            self._wake.wait(self._every_s)
+            self._wake.clear()
+            over = self._over
             if self._items:
                 self._handle([self._items.popleft() for _ in range(len(self._items))])

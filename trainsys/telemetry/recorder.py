@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -47,6 +48,10 @@ GC_STALL_S = 0.01
 alone."""
 
 
+MEMORY_NS = 100_000_000
+"""Between two readings of memory, which take as long as all else that a short step is charged for."""
+
+
 def here(**fields: Any) -> RunStart:
     """A ``RunStart`` with this process's clock anchors, host name and pid filled in; ``fields`` are the
     others."""
@@ -75,7 +80,8 @@ class Recorder:
         run_dir: the run's folder, or None to write nothing.
         info: the first record; ``here(...)`` makes one. Its ``peak_flops`` gives steps their MFU.
         timer: device marks (CUDA events); None on CPU, where the host's clock tells all.
-        memory: called at each ``end_step``; ``host_memory`` by default.
+        memory: called at an ``end_step`` every 100 ms at most (steps between show the same); ``host_memory`` by
+        default.
         clock: nanoseconds of a monotonic clock, the one that ``info.t0_mono`` was read from; injected by
         tests.
     """
@@ -94,7 +100,9 @@ class Recorder:
         self.last_device: DeviceStep | None = None
         """The newest step whose device time is known; None without a device timer."""
         self._now = clock
-        self._memory = memory or host_memory
+        self._read_memory = memory or host_memory
+        self._memory: Memory | None = None
+        self._memory_due = 0
         self._writer = None if run_dir is None else EventWriter(event_file(run_dir, info.rank))
         self._device = None if timer is None else DeviceTrack(timer)
         self._clock = StepClock(clock, int(info.t0_mono * 1e9), SAMPLED, self._device)
@@ -169,33 +177,30 @@ class Recorder:
         ``flops`` (over all ranks) with ``info.peak_flops`` gives the MFU fields; without either they stay
         None.
         """
-        memory = self._memory()
-        times = self._clock.end(self._now())
+        now = self._now()
+        if now >= self._memory_due:
+            self._memory = self._read_memory()
+            now = self._now()
+            self._memory_due = now + MEMORY_NS
+        times = self._clock.end(now)
         step_time_s = times.step_ns / 1e9
         phases = {name: ns / 1e9 for name, ns in times.phases.items()}
         comm: dict[str, dict[str, Comm]] = {}
         for (axis, op), (calls, nbytes, ns) in times.totals.items():
-            comm.setdefault(axis, {})[op] = Comm(calls, nbytes, ns / 1e9)
+            ops = comm.get(axis)
+            if ops is None:
+                ops = comm[axis] = {}
+            ops[op] = Comm(calls, nbytes, ns / 1e9)
             if ns:
                 phases[COMM + axis] = phases.get(COMM + axis, 0.0) + ns / 1e9
+        finite = isfinite(loss or 0.0) and isfinite(grad_norm or 0.0) and isfinite(lr or 0.0)
         record = Step(
-            step=step,
-            start_s=self._time_of(times.began),
-            step_time_s=step_time_s,
-            phases=phases,
-            stalls={kind: ns / 1e9 for kind, ns in times.stalls.items()},
-            comm=comm,
-            micro_us=times.calls_us,
-            tokens=tokens,
-            tokens_padded=tokens_padded,
-            attn_pairs=attn_pairs,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            memory=memory,
-            flops=flops,
-            nonfinite=split_nonfinite((("loss", loss), ("grad_norm", grad_norm), ("lr", lr))),
-        )
+            step, self._time_of(times.began), step_time_s, phases,
+            {kind: ns / 1e9 for kind, ns in times.stalls.items()} if times.stalls else {},
+            comm, times.calls_us, tokens, tokens_padded, attn_pairs, loss, grad_norm, lr, self._memory, flops,
+        )  # fmt: skip
+        if not finite:
+            record.nonfinite = split_nonfinite((("loss", loss), ("grad_norm", grad_norm), ("lr", lr)))
         if flops is not None and self.info.peak_flops and times.step_ns > 0:
             possible = step_time_s * self.info.peak_flops * self.info.world
             record.mfu = flops.model / possible

@@ -36,7 +36,7 @@ class Phase:
         claimed = c.claimed_ns
         c.begun.append(c.now() - claimed)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, tb: object) -> None:
         c = self._clock
         claimed = c.claimed_ns
         own = c.now() - claimed - c.begun.pop()
@@ -73,7 +73,7 @@ class Collective:
         claimed = c.claimed_ns
         self._began = c.now() - claimed
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, tb: object) -> None:
         c, total = self._clock, self._total
         claimed = c.claimed_ns
         own = c.now() - claimed - self._began
@@ -96,8 +96,8 @@ class MarkedCollective(Collective):
         self._clock.enter_device(self._name)
         super().__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
+    def __exit__(self, kind: object, error: object, tb: object) -> None:
+        super().__exit__(kind, error, tb)
         self._clock.leave_device()
 
 

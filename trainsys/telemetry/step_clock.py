@@ -16,7 +16,7 @@ from trainsys.telemetry.timer import DeviceTrack
 
 OTHER = "other"
 MAX_CACHED = 4096
-"""Distinct collectives kept; sizes that vary without end (uneven all-to-all) start the cache anew."""
+"""Distinct collectives kept, as in the ledger of communication."""
 
 
 @dataclass(frozen=True)

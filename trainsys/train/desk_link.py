@@ -105,6 +105,7 @@ class DeskLink:
         self._answered.clear()
         if not self._gone:
             self._calls.put((name, args))
+            self._calls.flush()
             self._answered.wait(timeout_s)
 
     def _done(self) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from trainsys.comm.ops import all_gather_flat
-from trainsys.telemetry.aggregate import Window
+from trainsys.telemetry.aggregate import Floats, Window
 from trainsys.telemetry.events import Step
 
 
@@ -21,29 +20,29 @@ class WindowGather:
     def __init__(self, world: int) -> None:
         self._world = world
         self._window = Window()
-        self._pending: tuple[dist.Work | None, Tensor] | None = None
+        self._pending: tuple[dist.Work | None, Floats] | None = None
 
     def add(self, step: Step) -> None:
         self._window.add(step)
 
-    def exchange(self) -> Tensor | None:
-        """Send this window, which must have a step; returns the one before, if there was one: a row a
-        rank, flat."""
+    def exchange(self) -> Floats | None:
+        """Send this window, which must have a step; returns the one before, if there was one: ``[R, V]``."""
         before = self.last()
-        mine = torch.from_numpy(self._window.take())
+        row = self._window.take()
         if self._world == 1:
-            self._pending = (None, mine)
+            self._pending = None, row[None]
             return before
-        out = mine.new_empty(self._world * mine.numel())
-        self._pending = (all_gather_flat(out, mine, async_op=True), out)
+        mine = torch.from_numpy(row)
+        out = mine.new_empty(self._world, mine.numel())
+        self._pending = all_gather_flat(out.view(-1), mine, async_op=True), out.numpy()
         return before
 
-    def last(self) -> Tensor | None:
+    def last(self) -> Floats | None:
         """The window that was sent last, waiting for it; None if it was taken already."""
         if self._pending is None:
             return None
-        work, out = self._pending
+        work, rows = self._pending
         self._pending = None
         if work is not None:
             work.wait()
-        return out
+        return rows

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from trainsys.config.run import RunConfig
 from trainsys.data import StepData
@@ -24,6 +23,7 @@ from trainsys.profiler.flops_split import recomputed_share
 from trainsys.profiler.steps import load_steps
 from trainsys.profiler.terminal import print_explanation
 from trainsys.profiler.verdict import Verdict
+from trainsys.telemetry.aggregate import Floats
 from trainsys.telemetry.events import RunStart, Step
 from trainsys.telemetry.flops_meter import FlopsMeter
 from trainsys.telemetry.recorder import Recorder
@@ -166,17 +166,19 @@ class Reporter:
     def end_step(self, step: int, data: StepData, result: StepResult) -> None:
         """Close the step's record; every ``log_every`` steps show the window of all ranks."""
         loss, norm = result.scalars.tolist()
-        flops = self._flops(
-            data.real_tokens_global,
-            data.attn_pairs_global,
-            data.real_tokens_global + data.padded_tokens_global,
-        )
-        counts = [b.counts for b in data.micro_batches]
+        real, padded, pairs = data.real_tokens_global, data.padded_tokens_global, data.attn_pairs_global
+        flops = self._flops(real, pairs, real + padded)
+        tokens = tokens_padded = attn_pairs = 0
+        for batch in data.micro_batches:
+            counts = batch.counts
+            tokens += counts.real_tokens
+            tokens_padded += counts.padded_tokens
+            attn_pairs += counts.attn_pairs
         record = self.recorder.end_step(
             step,
-            tokens=sum(c.real_tokens for c in counts),
-            tokens_padded=sum(c.padded_tokens for c in counts),
-            attn_pairs=sum(c.attn_pairs for c in counts),
+            tokens=tokens,
+            tokens_padded=tokens_padded,
+            attn_pairs=attn_pairs,
             loss=loss,
             grad_norm=norm,
             lr=result.lr,
@@ -185,7 +187,7 @@ class Reporter:
         captured = self._capture.after(record)
         if captured is not None and self._desk is not None:
             self._desk.call("refine", captured)
-        self._tokens_seen += data.real_tokens_global
+        self._tokens_seen += real
         self._gather.add(record)
         if (record.mfu or 0.0) > 1.0 and not self._doubted:
             self._doubted = True
@@ -202,10 +204,10 @@ class Reporter:
         else:
             self._capture.before(step + 1)
 
-    def _show(self, window: Tensor | None) -> None:
+    def _show(self, window: Floats | None) -> None:
         """Rank 0's last shown step, with what all ranks saw since the one before, goes to the desk."""
         if self._desk is not None and window is not None and self._shown is not None:
-            self._desk.call("window", window.view(self.proc.world, -1).numpy(), *self._shown)
+            self._desk.call("window", window, *self._shown)
 
     def done(self, stopped: str = "") -> None:
         """The loop is over, before its last step if ``stopped`` says why: end the files, print what they say."""

@@ -22,7 +22,7 @@ class PrometheusSink:
     def __init__(self, port: int, host: str = "") -> None:
         self.port = port
         self._host = host
-        self._page = b""
+        self._newest: tuple[int, Mapping[str, float]] | None = None
         self._labels = ""
         self._server: ThreadingHTTPServer | None = None
 
@@ -37,11 +37,12 @@ class PrometheusSink:
                 if self.path.partition("?")[0] not in ("/", "/metrics"):
                     self.send_error(404)
                     return
+                page = sink._page()
                 self.send_response(200)
                 self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-                self.send_header("Content-Length", str(len(sink._page)))
+                self.send_header("Content-Length", str(len(page)))
                 self.end_headers()
-                self.wfile.write(sink._page)
+                self.wfile.write(page)
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Scrapes are not the user's concern."""
@@ -52,11 +53,18 @@ class PrometheusSink:
         threading.Thread(target=self._server.serve_forever, name="trainsys-prometheus", daemon=True).start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._newest = step, metrics
+
+    def _page(self) -> bytes:
+        """Written when it is asked for, which steps are more often than scrapers."""
+        if self._newest is None:
+            return b""
+        step, metrics = self._newest
         lines = []
         for name, value in (("step", float(step)), *metrics.items()):
             metric = "trainsys_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
             lines.append(f"# TYPE {metric} gauge\n{metric}{self._labels} {_number(value)}\n")
-        self._page = "".join(lines).encode()
+        return "".join(lines).encode()
 
     def message(self, level: str, text: str) -> None:
         """Prometheus holds numbers only."""
