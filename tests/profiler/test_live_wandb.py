@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from trainsys import cli
+from trainsys.config.loader import load_run
+from trainsys.telemetry.sinks.wandb import SUMMARY
 from trainsys.telemetry.sinks.wandb_workspace import PANELS, workspace_json
 
 pytest.importorskip("wandb")
@@ -79,5 +81,17 @@ def test_the_workspace_plots_metrics_that_runs_have(
         "memory/peak_gib",
     ):
         assert metric in text
+    (plot,) = next(section["panels"] for section in sections if section["name"] == "Which layout")
+    found = [column["accessor"] for column in plot["config"]["columns"]]
+    config = load_run("train/demo").model_dump(mode="json")
+    for accessor in found:
+        kind, _, name = accessor.partition(":")
+        if kind == "config":
+            block, _, key = name.partition(".value.")
+            assert key in config[block] if key else block.removesuffix(".value") in config
+        else:
+            assert kind == "summary"
+            assert name in SUMMARY
+    assert {"config:parallel.value.tp", "summary:perf/mfu"} <= set(found)
     assert cli.main(["wandb", "workspace", "proj", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["displayName"] == spec["displayName"]

@@ -1,4 +1,4 @@
-"""A ready dashboard of a W&B project: where MFU goes, what is learned, communication, memory.
+"""A ready dashboard of a W&B project: where MFU goes, what is learned, memory, and a sweep's layouts side by side.
 
 ``workspace_json`` needs no server. ``save_workspace`` sends it, once, with the user's own login.
 """
@@ -41,6 +41,12 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "Memory": {"GiB of the fullest rank": ("memory/peak_gib", "memory/reserved_gib", "memory/rss_gib")},
 }  # fmt: skip
 TABLES = {"Waterfall": "waterfall", "Verdicts": "verdicts"}
+LAYOUT = (
+    "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep",
+    "train.micro_batch", "engine",
+)  # fmt: skip
+"""Settings that a sweep tells runs apart by, and what they led to: one line a run."""
+OUTCOME = ("memory/peak_gib", "perf/step_time_s", "perf/mfu")
 
 
 def _workspace(project: str, entity: str) -> Any:
@@ -59,6 +65,13 @@ def _workspace(project: str, entity: str) -> Any:
     tables = [panels.WeaveTable(title=title, table_name=key) if hasattr(panels, "WeaveTable")
               else panels.WeavePanelSummaryTable(table_name=key) for title, key in TABLES.items()]  # fmt: skip
     sections.insert(1, ws.Section(name="The ledger and who is late", panels=tables, is_open=True))
+    column = panels.ParallelCoordinatesPlotColumn
+    lines = panels.ParallelCoordinatesPlot(
+        title="Layouts of a sweep",
+        columns=[column(metric=panels.Config(name), display_name=name.split(".")[-1]) for name in LAYOUT]
+        + [column(metric=panels.SummaryMetric(name), display_name=name) for name in OUTCOME],
+    )
+    sections.append(ws.Section(name="Which layout", panels=[lines], is_open=True))
     return ws.Workspace(name="trainsys: where MFU goes", entity=entity, project=project, sections=sections)
 
 
