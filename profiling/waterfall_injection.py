@@ -4,7 +4,8 @@
 
 Compute sleeps (tests/support/standin.py), the recorder, the collectives and the ranks are real. The first half of a
 run is without the fault. What was injected is measured where it is injected; what the term gained is the difference
-of its medians over the halves' steps. On a busy machine both halves are noisy: the load is in the results.
+of its medians over the halves' steps. Of each half the quicker half of its steps counts: a shared machine stops for
+some, and a sleep then lasts twice as long as it was asked to, in one rank and not in another.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from support.ranks import run_ranks  # noqa: E402
 from support.standin import Fault, Standin, run  # noqa: E402
+from trainsys.layout import Layout  # noqa: E402
 from trainsys.profiler.flops_split import split_flops  # noqa: E402
 from trainsys.profiler.steps import StepTable, load_steps  # noqa: E402
 from trainsys.profiler.waterfall import Work, seconds_by_term  # noqa: E402
@@ -34,13 +36,16 @@ from trainsys.telemetry.run_data import load_run  # noqa: E402
 LAYOUT = (("dp_shard", 2), ("tp", 2))
 STEPS = 60
 HALF = STEPS // 2
+WARM = 5
+LONG = Standin(LAYOUT, steps=HALF, forward_s=0.016, backward_s=0.032)
+"""Compute that is long beside what each sleep lasts longer than it should, which does not grow with its length."""
 CASES: dict[str, tuple[Fault, str]] = {
     "sleep in data loading": (Fault("data", 0.040, first=HALF), "data"),
     "sleep in one rank's forward": (Fault("forward", 0.030, ranks=(1,), first=HALF), "straggler"),
     "sleep in the optimizer": (Fault("optimizer", 0.040, first=HALF), "optimizer"),
     "sleep in a save": (Fault("save", 0.050, first=HALF), "stall/checkpoint"),
-    "throttled link on tp": (Fault("link", 0.015, axis="tp", first=HALF), "comm/tp"),
-    "throttled link on fsdp": (Fault("link", 0.015, axis="fsdp", first=HALF), "comm/fsdp"),
+    "throttled link on tp": (Fault("link", 0.030, axis="tp", first=HALF), "comm/tp"),
+    "throttled link on fsdp": (Fault("link", 0.030, axis="fsdp", first=HALF), "comm/fsdp"),
 }
 
 
@@ -49,6 +54,12 @@ def one(spec: Standin) -> tuple[StepTable, list[dict[str, list[float]]], float |
         told = run_ranks(4, run, spec, folder, timeout_s=300)
         start = load_run(folder)
         return load_steps(folder, start.start, start.ranks), told, start.start.peak_flops
+
+
+def quick(table: StepTable, rows: Any) -> Any:
+    """Of ``rows``, those whose step took less than their median."""
+    took = table.time.mean(axis=1)[rows] + sum(stall.mean(axis=1)[rows] for stall in table.stalls.values())
+    return np.flatnonzero(rows)[took <= np.median(took)]
 
 
 def terms(table: StepTable, peak: float | None, work: Work | None = None) -> dict[str, Any]:
@@ -60,45 +71,68 @@ def terms(table: StepTable, peak: float | None, work: Work | None = None) -> dic
 def fault(name: str, seed: int) -> dict[str, float]:
     put, term = CASES[name]
     table, told, peak = one(Standin(LAYOUT, steps=STEPS, seed=seed, faults=(put,)))
-    found = {}
     rows = np.arange(len(table.steps))
-    for half, chosen in (("without", (rows >= 5) & (rows < HALF)), ("with", rows >= HALF)):
-        parts = terms(table.select(np.flatnonzero(chosen)), peak)
-        found[half] = float(np.median(parts.get(term, np.zeros(1))))
-    injected = np.array([rank[put.kind] for rank in told])[:, HALF:]
-    # One slow rank costs everyone all of its own; a fault on all costs their mean.
-    each = injected.max(axis=0) if put.ranks else injected.mean(axis=0)
-    return {"injected_s": float(np.median(each)), "gained_s": found["with"] - found["without"]}
+    before, after = quick(table, (rows >= WARM) & (rows < HALF)), quick(table, rows >= HALF)
+    without, found = (
+        float(np.median(terms(table.select(chosen), peak).get(term, np.zeros(1))))
+        for chosen in (before, after)
+    )
+    if put.kind == "link":
+        each = link_s(told, put.axis)
+    else:
+        injected = np.array([rank[put.kind] for rank in told])[:, HALF:]
+        # One slow rank costs everyone all of its own; a fault on all costs their mean.
+        each = injected.max(axis=0) if put.ranks else injected.mean(axis=0)
+    return {"injected_s": float(np.median(each[after - HALF])), "gained_s": found - without}
+
+
+def link_s(told: list[dict[str, list[float]]], axis: str) -> Any:
+    """Seconds of each step: a collective is over when the last of its group has slept, mean over groups."""
+    calls = sum(name.startswith("link/") for name in told[0])
+    slept = np.array([[rank[f"link/{call}"][-HALF:] for rank in told] for call in range(calls)])
+    groups = Layout(**dict(LAYOUT)).groups(axis)
+    return np.mean([slept[:, list(group)].max(axis=1).sum(axis=0) for group in groups], axis=0)
 
 
 def recomputation(seed: int, timed: bool) -> dict[str, float]:
-    spec = Standin(LAYOUT, steps=HALF, seed=seed, recompute_share=0.8, timed_recompute=timed, forward_s=0.008)
+    spec = replace(LONG, seed=seed, recompute_share=0.8, timed_recompute=timed)
     table, told, peak = one(spec)
+    chosen = quick(table, np.arange(len(table.steps)) >= WARM)
     work = Work(np.zeros(len(table.steps)), np.full(len(table.steps), 0.8e6), spec.recompute_share)
-    injected = np.median(np.mean([rank["recompute"] for rank in told], axis=0)[5:])
-    return {"injected_s": float(injected), "gained_s": float(np.median(terms(table, peak, work)["recompute"][5:]))}
+    injected = np.mean([rank["recompute"] for rank in told], axis=0)[chosen]
+    gained = terms(table, peak, work)["recompute"][chosen]
+    return {"injected_s": float(np.median(injected)), "gained_s": float(np.median(gained))}
 
 
 def padding(seed: int) -> dict[str, float]:
     """The same real tokens, alone and with 40% of padding beside them."""
-    padded = Standin(LAYOUT, steps=HALF, seed=seed, padded_share=0.4, forward_s=0.008, backward_s=0.016)
-    alone = replace(padded, padded_share=0.0, forward_s=0.6 * padded.forward_s, backward_s=0.6 * padded.backward_s)
+    padded = replace(LONG, seed=seed, padded_share=0.4)
+    alone = replace(
+        padded, padded_share=0.0, forward_s=0.6 * padded.forward_s, backward_s=0.6 * padded.backward_s
+    )
     both = []
     for spec in (alone, padded):
         table, _, peak = one(spec)
-        compute = (table.phases["forward"] + table.phases["backward"]).mean(axis=1)
-        both.append((float(np.median(compute[5:])), terms(table, peak)))
-    (short, _), (long, parts) = both
-    return {"injected_s": long - short, "gained_s": float(np.median(parts["padding"][5:]))}
+        chosen = quick(table, np.arange(len(table.steps)) >= WARM)
+        compute = (table.phases["forward"] + table.phases["backward"]).mean(axis=1)[chosen]
+        both.append((float(np.median(compute)), terms(table, peak), chosen))
+    (short, _, _), (long, parts, chosen) = both
+    return {"injected_s": long - short, "gained_s": float(np.median(parts["padding"][chosen]))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out")
+    parser.add_argument("--only", default="", help="cases whose name has this; the others stay as they are in --out")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    results: dict[str, Any] = {}
+    there = args.out and args.out.exists()
+    results: dict[str, Any] = json.loads(args.out.read_text())["cases"] if there and args.only else {}
     for name in (*CASES, "recomputation on", "recomputation on, a phase of its own", "padded batch"):
+        if args.only not in name:
+            continue
         trials = []
         for seed in range(args.repeats):
             if name in CASES:
@@ -116,8 +150,8 @@ def main() -> None:
         print(f"{name:38} {json.dumps(results[name])}", flush=True)
     note = {"load_average": os.getloadavg(), "cores": len(os.sched_getaffinity(0)), "repeats": args.repeats}
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps({**note, "cases": results}, indent=1) + "\n")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**note, "cases": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,13 +74,13 @@ class _Throttled(Ledger):
     def __init__(self) -> None:
         super().__init__()
         self.slow: dict[str, float] = {}
-        self.injected = 0.0
+        self.slept: list[float] = []
 
     @contextmanager
     def span(self, axis: str, op: str, sent_bytes: int) -> Iterator[None]:
         with super().span(axis, op, sent_bytes):
             if axis in self.slow:
-                self.injected += _sleep(self.slow[axis])
+                self.slept.append(_sleep(self.slow[axis]))
             yield
 
 
@@ -97,12 +97,13 @@ def _mesh(layout: Layout) -> Mesh:
 
 
 def run(spec: Standin, run_dir: str) -> dict[str, list[float]]:
-    """Run ``spec`` on this rank, writing events to ``run_dir``; injected seconds by kind, a value a step."""
+    """Run ``spec`` on this rank, writing events to ``run_dir``; injected seconds by kind, a value a step (of a slow
+    link also by call, from the first step that has it)."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     layout = Layout(**dict(spec.layout))
     mesh = _mesh(layout)
     ledger: Any = mesh.ledger
-    ledger.slow, ledger.injected = {}, 0.0
+    ledger.slow, ledger.slept = {}, []
     recorder = Recorder(
         run_dir,
         RunStart(
@@ -125,10 +126,11 @@ def run(spec: Standin, run_dir: str) -> dict[str, list[float]]:
         mine = [f for f in spec.faults if step >= f.first and (f.ranks is None or rank in f.ranks)]
         injected = dict.fromkeys({f.kind for f in spec.faults}, 0.0)
         ledger.slow = {f.axis: f.amount for f in mine if f.kind == "link"}
-        ledger.injected = 0.0
+        ledger.slept = []
         _step(spec, mesh, recorder, rng, mine, injected, small, step)
-        if ledger.injected:
-            injected["link"] = ledger.injected
+        if ledger.slept:
+            injected["link"] = sum(ledger.slept)
+            injected.update((f"link/{call}", seconds) for call, seconds in enumerate(ledger.slept))
         tokens = round(1000 * (1 - spec.padded_share))
         # As the engine counts: forward is a third of model FLOPs and of those of padding; then what is repeated.
         model = 3e6 * (1 - spec.padded_share)
