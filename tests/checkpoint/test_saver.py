@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,21 @@ def test_convert_and_diff(tmp_path: Path) -> None:
     assert all(np.array_equal(state[name].numpy(), want[name]) for name in state)
 
 
-def node_memory(cfg: RunConfig, root: str, base: str, remember: bool) -> Any:
+class LatePeer(PeerMemory):
+    """The second rank of a node comes to the exchange when the first has long been through it."""
+
+    def exchange(self, step: int, listed: list[list[tuple[str, int]]], ranks: Ranks) -> None:
+        if not self.leads:
+            time.sleep(0.5)
+        super().exchange(step, listed, ranks)
+
+
+def node_memory(
+    cfg: RunConfig, root: str, base: str, remember: bool, peer: type[PeerMemory] = PeerMemory
+) -> Any:
     """Ranks 0 and 1 are one node, 2 and 3 the other, each with a memory of its own."""
     ranks = Ranks()
-    memory = PeerMemory(f"{base}/node{ranks.rank // 2}", root, ranks)
+    memory = peer(f"{base}/node{ranks.rank // 2}", root, ranks)
     engine = build(cfg)
     if remember:
         train(engine, 0, BEFORE)
@@ -229,6 +241,14 @@ def node_memory(cfg: RunConfig, root: str, base: str, remember: bool) -> Any:
         return None
     load(found, engine, ranks)
     return pieces(engine), train(engine, found.manifest.data_step, 2), engine.updates
+
+
+def test_a_copy_waits_for_the_slowest_rank_of_a_node(tmp_path: Path) -> None:
+    root, base = str(tmp_path / "ckpt"), str(tmp_path / "memory")
+    run_ranks(4, node_memory, config("fsdp4"), root, base, True, LatePeer)
+    for node in range(2):
+        (kept,) = Path(base, f"node{node}").glob("*/step_*")
+        assert {path.name[:10] for path in kept.glob("rank_*")} == {f"rank_{r:05d}" for r in range(4)}
 
 
 @pytest.mark.parametrize("resumed", ["fsdp4", "fsdp2_tp2_sp"])

@@ -78,6 +78,7 @@ class PeerMemory:
             target = peer_of(source, self.nodes)
             for name, size in files if target is not None else ():
                 self._send(folder / name, size, source, target, ranks)
+        ranks.to_all(None)  # what follows renames the folder, which a slower rank of this node may still need
 
     def discard(self, step: int) -> None:
         """Give up a copy that could not be made whole."""
@@ -91,11 +92,11 @@ class PeerMemory:
                 shutil.rmtree(new)
             manifests.write(manifest, self._saving(manifest.step))
             self._saving(manifest.step).rename(new)
+        # Listed while all ranks are here: a faster one may begin the next copy before the old ones are gone.
+        old = [path for path in self.root.iterdir() if path != new] if self.leads else []
         ranks.to_all(None)
-        if self.leads:
-            for path in self.root.iterdir():
-                if path != new:
-                    shutil.rmtree(path, ignore_errors=True)
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
         """The run is over: give the memory back."""
