@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -123,6 +124,42 @@ def test_a_grid_runs_as_an_array_of_what_was_submitted(
     assert "6/6" in table
     assert main(["jobs", "logs", folder.name, "--rank", "0"]) == 0
     assert "step 6/6" in capsys.readouterr().out
+
+
+SWEEP = """
+name: three
+run: run.yaml
+overrides: [launch.nodes=2, launch.devices_per_node=1, launch.max_restarts=0]
+points:
+  - {train.micro_batch: 1}
+  - {train.micro_batch: 4}
+  - {train.micro_batch: 3}
+  - {model.d_ff: 4000000000000}
+steps: 6
+"""
+
+
+def test_a_sweep_is_an_array_whose_results_are_a_leaderboard(
+    cluster: Callable[..., None], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What finished, what ran out of memory on its node and what no layout can run; none is run again."""
+    Path("sweep.yaml").write_text(SWEEP)
+    assert main(["sweep", "sweep.yaml", "--on", "slurm", "--json"]) == 1, "a task did not end well"
+    said = capsys.readouterr().out
+    rows = {row["candidate"]: row for row in json.loads(said[said.index("{\n") :])["candidates"]}
+    found = {point: row["status"] for point, row in rows.items()}
+    assert found == {
+        "micro_batch=1": "done",
+        "micro_batch=4": "done",
+        "micro_batch=3": "refused",
+        "d_ff=4000000000000": "oom",
+    }
+    times = [rows[f"micro_batch={n}"]["step_time_s"] for n in (1, 4)]
+    assert all(0 < seconds < 60 for seconds in times)
+    (job,) = Path("runs/sweeps/three/jobs").glob("*")
+    assert main(["sweep", "sweep.yaml", "--on", "slurm"]) == 0
+    assert "4 candidates, 4 have ended" in capsys.readouterr().out
+    assert list(Path("runs/sweeps/three/jobs").glob("*")) == [job]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def _placed(candidate: Candidate, store: Store, name: str) -> RunConfig:
 def collect(todo: list[Candidate], store: Store, *, ended: bool) -> None:
     """Write down what finished; with ``ended``, that nothing runs any more, also what did not."""
     for candidate in todo:
+        if store.result(candidate) is not None:
+            continue  # refused when it was to be submitted
         runs = store.of(candidate) / "runs"
         result = measured(runs)
         if result is None and ended:
