@@ -24,6 +24,7 @@ BASE = (
     "train.global_batch=1", "train.micro_batch=1", "train.dtype=bf16", "train.device=cuda", "train.compile=false",
     "model.n_layers=8", "recompute.policy=none",
 )  # fmt: skip
+_OPTIM, _GRADS = "parallel.shard.optim=over_replicas", "parallel.shard.grads=over_replicas"
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
     "one-full": (1, ("recompute.policy=full",)),
@@ -44,6 +45,13 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp2-fsdp4": (8, ("parallel.cp=2", "parallel.dp_shard=4", "train.global_batch=4")),
     "pp4-fsdp4": (16, ("parallel.pp=4", "parallel.dp_shard=4", "train.global_batch=32")),
     "pp4": (4, ("parallel.pp=4", "train.global_batch=8")),
+    "zero1": (8, ("parallel.dp_replicate=8", "train.global_batch=8", _OPTIM)),
+    "zero1-accumulation": (8, ("parallel.dp_replicate=8", "train.global_batch=16", _OPTIM)),
+    "zero2-accumulation": (8, ("parallel.dp_replicate=8", "train.global_batch=16", _OPTIM, _GRADS)),
+    "hsdp-optimizer-split": (16, ("parallel.dp_replicate=2", "parallel.dp_shard=8", "train.global_batch=32", _OPTIM)),
+    "hsdp-gradients-split": (
+        16, ("parallel.dp_replicate=2", "parallel.dp_shard=8", "train.global_batch=32", _OPTIM, _GRADS),
+    ),
     "ddp2": (2, ("parallel.dp_replicate=2", "train.global_batch=2")),
 }  # fmt: skip
 

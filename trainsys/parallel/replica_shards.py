@@ -9,6 +9,7 @@ all-reduce it replaces.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -22,6 +23,9 @@ from trainsys.comm.ops import nbytes
 from trainsys.models.shards import ShardSpec
 from trainsys.optim.local import Owned, local, local_grad
 from trainsys.parallel.replicate import in_buckets
+
+IN_FLIGHT = 2
+"""Buckets whose messages exist at a time: each is as large as the gradients that it is made of."""
 
 
 @dataclass(eq=False)
@@ -123,6 +127,7 @@ class ReplicaShards:
         self.held: set[nn.Parameter] = set()
         """whose gradients live here: none, parameters have theirs until they are sent"""
         self.buckets: list[_Bucket] = []
+        self._flying: deque[_Bucket] = deque()
         self._at: dict[nn.Parameter, tuple[_Bucket, _Slot]] = {}
         for some in in_buckets(params, bucket_mb):
             slots: list[_Slot] = []
@@ -209,10 +214,14 @@ class ReplicaShards:
             bucket.arriving, message.view(-1), group=self.group.group, async_op=True
         )
         bucket.sent = True
+        self._flying.append(bucket)
+        if len(self._flying) > IN_FLIGHT:
+            self._land(self._flying[0])
 
     def _land(self, bucket: _Bucket) -> None:
         if bucket.work is None:
             return
+        self._flying.remove(bucket)
         g, arriving = self.group, bucket.arriving
         assert arriving is not None
         with g.ledger.span(g.axis, "reduce_scatter", nbytes(arriving) * (g.size - 1)):

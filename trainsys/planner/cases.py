@@ -85,6 +85,8 @@ class Cases:
     single_rail: Array  # 1: fully sharded parameters move over one ring, so one NIC a node
     offload: Array
     native: Array  # 1: this project's own engine, whose memory is counted and not estimated
+    split_optim: Array  # 1: optimizer states are sharded over replicas as well
+    split_grads: Array  # 1: gradients too
     loss_chunk: Array  # positions of a row whose logits exist at a time; 0: all
     cut_first: Array  # layers of the first rank of pp, the fullest between and the last; 0: an even split
     cut_middle: Array

@@ -227,6 +227,8 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "ulysses": float(bool(re.search(r"ulysses|cp_comm=a2a", flags))),
         "offload": float("offload=true" in flags),
         "native": 0.0,
+        "split_optim": 0.0,
+        "split_grads": 0.0,
         "loss_chunk": 0.0,
         "cut_first": 0.0,
         "cut_middle": 0.0,

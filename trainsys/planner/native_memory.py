@@ -77,9 +77,15 @@ def summits(
     acts = flight * (layers * kept + tail) + 2.0 * 4.0 * c.tokens * c.head_dim
     many = c.micro_batches > 1.0
     replicas = c.dp * c.cp / n
-    # Whole fp32 gradients: added up between micro-batches, or in buckets that are there from the start.
-    held = np.where(many | (~sharded & (replicas > 1)), 4.0 * count, 0.0)
-    state, moments = 4.0 * count / n, 8.0 * count / n
+    split, pieced = c.split_optim > 0, c.split_grads > 0
+    # A replica's piece of the gradients; sums over replicas that are not split lie in buckets from the start.
+    piece = 4.0 * count / (n * replicas)
+    # Whole fp32 gradients: added up between micro-batches, or in those buckets.
+    held = np.where(many | (~sharded & (replicas > 1) & ~split), 4.0 * count, 0.0)
+    # The last buckets of a backward, the embedding's among them, are on their way until the next one needs the room.
+    flying = 4.0 * (1.0 + 1.0 / replicas) * (first + 0.5 * block) / n
+    held = np.where(pieced, np.where(many, piece + flying, 0.0), held)
+    state, moments = 4.0 * count / n, np.where(split, 2.0 * piece, 8.0 * count / n)
     zero = np.zeros(())
 
     logits_n = np.where(loss_here > 0, c.tokens * c.vocab / c.tp, 0.0)

@@ -85,6 +85,8 @@ class Job:
     flash: str = "flash2"
     ulysses: bool = False
     loss_chunk: int = 0
+    split_optim: bool = False
+    split_grads: bool = False
 
     @staticmethod
     def of(
@@ -99,6 +101,7 @@ class Job:
             run.model, run.train.seq_len, run.train.global_batch, world, machine, STACKS[stack],
             dtype or "bf16", run.train.compile or STACKS[stack].compiled, "cudnn" if modern else "flash2",
             run.parallel.context.flavour == "ulysses", run.train.loss_chunk,
+            run.parallel.shard.optim == "over_replicas", run.parallel.shard.grads == "over_replicas",
         )  # fmt: skip
 
 
@@ -229,6 +232,7 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
         "gathered_logits": s.gathered_logits, "plain_accumulation": s.plain_accumulation,
         "ds_pipeline": s.ds_pipeline, "single_rail": s.single_rail, "ulysses": job.ulysses, "offload": 0.0,
         "native": s.name == "native", "loss_chunk": job.loss_chunk,
+        "split_optim": job.split_optim, "split_grads": job.split_grads,
     }  # fmt: skip
     columns |= dict(zip(("cut_first", "cut_middle", "cut_last"), _cuts(job, layouts), strict=True))
     return Cases(**{k: np.asarray(v, float) for k, v in columns.items()})
