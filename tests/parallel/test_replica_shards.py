@@ -22,7 +22,7 @@ from trainsys.layout import Layout
 from trainsys.optim.local import local_grad
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.parallelize import ParallelModel
-from trainsys.parallel.replica_shards import ReplicaShards, _Slot
+from trainsys.parallel.replica_shards import IN_FLIGHT, ReplicaShards, _Slot
 from trainsys.telemetry.recorder import Recorder, here
 
 STEPS, MICROS, FP32 = 2, 2, 4
@@ -102,6 +102,24 @@ def _gradients_between(each_backward: bool) -> int:
         assert bucket.sums is not None
         assert set(bucket.sums.tolist()) <= {0.0, 4.0}  # two micro-batches of two replicas, and padding
     return found
+
+
+def _messages_after_a_backward() -> tuple[int, int, float]:
+    """(messages that exist, buckets, a bucket's sum once all have come), of ten parameters in a bucket each."""
+    mesh = Mesh(Layout(dp_replicate=2), torch.device("cpu"))
+    params = [nn.Parameter(torch.ones(64)) for _ in range(10)]
+    shards = ReplicaShards(params, mesh["dp_replicate"], 1e-5)
+    shards.sync = True
+    sum(p.sum() for p in params).backward()
+    found = sum(bool(bucket.held) for bucket in shards.buckets)
+    shards.wait()
+    assert not any(bucket.held for bucket in shards.buckets)
+    return found, len(shards.buckets), float(sum(b.sums.sum() for b in shards.buckets if b.sums is not None))
+
+
+def test_few_messages_exist_at_a_time() -> None:
+    for found in run_ranks(2, _messages_after_a_backward):
+        assert found == (IN_FLIGHT, 10, 10 * 32 * 2.0)
 
 
 def test_sharded_gradients_are_whole_for_one_micro_batch_only() -> None:
