@@ -39,6 +39,10 @@ def _ints(values: list[int]) -> Ints:
     return np.fromiter(values, np.int64, len(values))
 
 
+MAX_NS = 1 << 62
+"""The year 2116; two of them still make a number of 64 bits."""
+
+
 class _Numbers(dict[Any, int]):
     """Numbers keys in the order they are first asked for."""
 
@@ -111,6 +115,14 @@ class Collector:
             self._per_unit = 1 if max(stamps) > 1e17 else 1000
             if self._per_unit == 1:
                 self.said["assumed: timestamps above 1e17 are nanoseconds"] += 1
+        most = MAX_NS // self._per_unit
+        if max(stamps) > most or max(durations) > most:
+            whole = len(bucket)
+            bucket = [e for e in bucket if e.ts <= most and e.dur <= most]
+            self.said["dropped: event whose time is no time of this age"] += whole - len(bucket)
+            if not bucket:
+                return bucket, none, none
+            stamps, durations = [e.ts for e in bucket], [e.dur for e in bucket]
         start = to_ns(stamps, self._per_unit)  # type: ignore[arg-type]
         length = to_ns(durations, self._per_unit)  # type: ignore[arg-type]
         if start is None or length is None:
