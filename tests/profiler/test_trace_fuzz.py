@@ -111,6 +111,7 @@ ARGS = [
         max_size=3,
     ),
 )
+@example([("ts", -9223372036854776.0)], {})
 @example([("ts", 9223372036854776.0)], {})  # a microsecond more than 64 bits of nanoseconds hold
 def test_wrong_types_anywhere(tmp_path, changes, head):
     args = {

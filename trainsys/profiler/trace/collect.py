@@ -116,9 +116,9 @@ class Collector:
             if self._per_unit == 1:
                 self.said["assumed: timestamps above 1e17 are nanoseconds"] += 1
         most = MAX_NS // self._per_unit
-        if max(stamps) > most or max(durations) > most:
+        if max(stamps) > most or min(stamps) < -most or max(durations) > most:
             whole = len(bucket)
-            bucket = [e for e in bucket if e.ts <= most and e.dur <= most]
+            bucket = [e for e in bucket if -most <= e.ts <= most and e.dur <= most]
             self.said["dropped: event whose time is no time of this age"] += whole - len(bucket)
             if not bucket:
                 return bucket, none, none
