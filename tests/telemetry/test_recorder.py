@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainsys.comm.ledger import MAX_CACHED, Ledger
 from trainsys.telemetry import recorder as module
 from trainsys.telemetry.events import (
     DeviceStep,
@@ -27,7 +28,6 @@ from trainsys.telemetry.events import (
 from trainsys.telemetry.reader import event_file, read_events
 from trainsys.telemetry.recorder import Recorder, here, host_memory
 from trainsys.telemetry.spans import MAX_SAMPLES
-from trainsys.telemetry.step_clock import MAX_CACHED
 
 
 class Clock:
@@ -348,15 +348,18 @@ def test_an_error_is_the_last_record(tmp_path: Path) -> None:
 def test_nothing_grows_with_the_run() -> None:
     clock = Clock()
     rec = make(clock)
+    ledger = Ledger()
+    ledger.recorder = rec
     rec.begin()
     for i in range(MAX_CACHED + 50):
-        with rec.phase("forward"), rec.collective_span("ep", "all_to_all", i):
+        with rec.phase("forward"), ledger.span("ep", "all_to_all", i):
             clock.work(1)
         if i % 100 == 0:
             rec.end_step(i)
     rec.end_step(9999)
     clock_ = rec._clock
-    assert len(clock_.collectives) <= MAX_CACHED
+    assert len(ledger._spans) <= MAX_CACHED
+    assert ledger.calls("ep") == MAX_CACHED + 50
     assert not clock_.open
     assert not clock_.begun
     assert clock_.end(clock.ns).phases == {"other": 0}

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import sysconfig
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ def _is_valid(name: str) -> bool:
 
 
 @dataclass
-class LocalFiles:
+class LocalFiles(ABC):
     """Documents in local files.
 
     The fingerprint is each file's path, size and times of change, not its content: hashing a large corpus
@@ -128,8 +129,9 @@ class LocalFiles:
             except (EOFError, igzip_lib.IsalError) as error:  # type: ignore[misc]
                 raise UserError(f"{path}: truncated or damaged gzip file: {error}") from error
 
+    @abstractmethod
     def read(self, path: Path) -> Iterator[str]:
-        raise NotImplementedError
+        """The documents of one file, in order."""
 
 
 class TextFiles(LocalFiles):

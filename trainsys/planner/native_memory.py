@@ -78,13 +78,13 @@ def summits(
     many = c.micro_batches > 1.0
     replicas = c.dp * c.cp / n
     split, pieced = c.split_optim > 0, c.split_grads > 0
-    # A replica's piece of the gradients; sums over replicas that are not split lie in buckets from the start.
+    # Whole fp32 gradients: added up between micro-batches, or in buckets that are there from the start.
+    whole_grads = np.where(many | (~sharded & (replicas > 1) & ~split), 4.0 * count, 0.0)
+    # A replica's piece of them. The last buckets of a backward, the embedding's among them, are on their way until the
+    # next one needs the room.
     piece = 4.0 * count / (n * replicas)
-    # Whole fp32 gradients: added up between micro-batches, or in those buckets.
-    held = np.where(many | (~sharded & (replicas > 1) & ~split), 4.0 * count, 0.0)
-    # The last buckets of a backward, the embedding's among them, are on their way until the next one needs the room.
     flying = 4.0 * (1.0 + 1.0 / replicas) * (first + 0.5 * block) / n
-    held = np.where(pieced, np.where(many, piece + flying, 0.0), held)
+    held = np.where(pieced, np.where(many, piece + flying, 0.0), whole_grads)
     state, moments = 4.0 * count / n, np.where(split, 2.0 * piece, 8.0 * count / n)
     zero = np.zeros(())
 

@@ -106,7 +106,6 @@ class Recorder:
         self._writer = None if run_dir is None else EventWriter(event_file(run_dir, info.rank))
         self._device = None if timer is None else DeviceTrack(timer)
         self._clock = StepClock(clock, int(info.t0_mono * 1e9), SAMPLED, self._device)
-        self._collectives = self._clock.collectives
         self._owner = threading.get_ident()
         self._step = info.first_step - 1
         self._gc_t0 = 0
@@ -121,13 +120,12 @@ class Recorder:
 
     def collective_span(self, axis: str, op: str, nbytes: int) -> Collective:
         """A context manager around a blocking collective, or around the wait for one: on a device it is
-        marked too.
+        marked too. It can be entered again and again, as the ledger of communication does, but not within itself.
 
         ``axis``: mesh axis or combined group; ``nbytes``: payload of this rank. It counts one call. Spans of one
         axis must not be nested.
         """
-        # One call less than leaving it to the clock: this line runs for every collective.
-        return self._collectives.get((axis, op, nbytes)) or self._clock.collective(axis, op, nbytes)
+        return self._clock.collective(axis, op, nbytes)
 
     def collective(self, axis: str, op: str, nbytes: int, blocked_s: float) -> None:
         """The same after the fact: ``blocked_s`` seconds are taken from the phase under way.

@@ -15,8 +15,6 @@ from trainsys.telemetry.spans import Collective, MarkedCollective, Phase, Total
 from trainsys.telemetry.timer import DeviceTrack
 
 OTHER = "other"
-MAX_CACHED = 4096
-"""Distinct collectives kept, as in the ledger of communication."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,6 @@ class StepClock:
         self._sampled = sampled
         self._phases: dict[str, Phase] = {}
         self._totals: dict[tuple[str, str], Total] = {}
-        self.collectives: dict[tuple[str, str, int], Collective] = {}
-        """By (axis, operation, bytes); always this one object."""
         self._on_device = [OTHER]
 
     def phase(self, name: str) -> Phase:
@@ -73,20 +69,11 @@ class StepClock:
         return found
 
     def collective(self, axis: str, op: str, nbytes: int) -> Collective:
-        """Made once, and kept in ``collectives``."""
-        found = self.collectives.get((axis, op, nbytes))
-        if found is not None:
-            return found
-        if len(self.collectives) >= MAX_CACHED:
-            self.collectives.clear()
+        """For any number of calls, one after the other."""
         total = self.total(axis, op)
-        made = (
-            Collective(self, total, nbytes)
-            if self.device is None
-            else MarkedCollective(self, total, nbytes, COMM + axis)
-        )
-        self.collectives[axis, op, nbytes] = made
-        return made
+        if self.device is None:
+            return Collective(self, total, nbytes)
+        return MarkedCollective(self, total, nbytes, COMM + axis)
 
     def total(self, axis: str, op: str) -> Total:
         found = self._totals.get((axis, op))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import trainsys
 from trainsys.config.run import TelemetryConfig
@@ -51,9 +51,17 @@ class DeskLink:
     """
 
     def __init__(
-        self, brief: Brief, message: Callable[[str, str], None], verdict: Callable[[Verdict], None]
+        self,
+        brief: Brief,
+        message: Callable[[Literal["info", "warning"], str], None],
+        verdict: Callable[[Verdict], None],
     ) -> None:
-        self._replies = {"message": message, "verdict": verdict, "settled": self._done, "finished": self._done}
+        self._replies: dict[str, Callable[..., None]] = {
+            "message": message,
+            "verdict": verdict,
+            "settled": self._done,
+            "finished": self._done,
+        }
         self._answered = threading.Event()
         self._dropped = 0
         self._gone = False

@@ -139,7 +139,7 @@ class Reporter:
             brief = Brief(
                 cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg)
             )
-            self._desk = DeskLink(brief, self._noted, blame)
+            self._desk = DeskLink(brief, self.recorder.message, blame)
 
     def warn(self, text: str) -> None:
         """A line for the user and the record; from any thread, shown once (rank 0)."""
@@ -148,10 +148,6 @@ class Reporter:
     def say(self, text: str) -> None:
         """The same, where nothing is wrong."""
         self._tell("info", text)
-
-    def _noted(self, level: str, text: str) -> None:
-        """What the desk has told the user."""
-        self.recorder.message("warning" if level == "warning" else "info", text)
 
     def _tell(self, level: Literal["info", "warning"], text: str) -> None:
         self.recorder.message(level, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,7 @@ class Collector:
             return bucket, none, none
         durations = [e.dur for e in bucket]
         if min(durations) < 0:
-            whole = len(bucket)
-            bucket = [e for e in bucket if e.dur >= 0 and e.ts >= 0]
-            if whole - len(bucket):
-                self.said["dropped: event without a duration or start"] += whole - len(bucket)
+            bucket = self._holding(bucket, lambda e: e.dur >= 0 and e.ts >= 0, "without a duration or start")
             if not bucket:
                 return bucket, none, none
             durations = [e.dur for e in bucket]
@@ -117,9 +115,9 @@ class Collector:
                 self.said["assumed: timestamps above 1e17 are nanoseconds"] += 1
         most = MAX_NS // self._per_unit
         if max(stamps) > most or min(stamps) < -most or max(durations) > most:
-            whole = len(bucket)
-            bucket = [e for e in bucket if -most <= e.ts <= most and e.dur <= most]
-            self.said["dropped: event whose time is no time of this age"] += whole - len(bucket)
+            bucket = self._holding(
+                bucket, lambda e: -most <= e.ts <= most and e.dur <= most, "whose time is no time of this age"
+            )
             if not bucket:
                 return bucket, none, none
             stamps, durations = [e.ts for e in bucket], [e.dur for e in bucket]
@@ -130,6 +128,14 @@ class Collector:
         end = start + length
         self._low, self._high = min(self._low, int(start.min())), max(self._high, int(end.max()))
         return bucket, start, end
+
+    def _holding(
+        self, bucket: list[AnyEvent], holds: Callable[[AnyEvent], bool], what: str
+    ) -> list[AnyEvent]:
+        """Those that hold; the others, of which there is one at least, are counted as dropped."""
+        kept = [e for e in bucket if holds(e)]
+        self.said[f"dropped: event {what}"] += len(bucket) - len(kept)
+        return kept
 
     def _name_ids(self, bucket: list[AnyEvent]) -> Ints:
         table = self._names
