@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +16,15 @@ from support.slurm import (
     losses,
     needs_slurm,
     quiet,
+    ranks_of,
+    saved,
     spoil,
     starts_of,
     states,
     submit,
     wait_for,
 )
+from trainsys.launch import slurm
 
 pytestmark = needs_slurm
 
@@ -42,6 +47,19 @@ def test_a_node_that_fails_preflight_is_left_out(cluster: Callable[..., None], w
     assert "attempt 1 on 127.0.0.[11,13]" in said
     assert "attempt 1: done" in said
     assert "2 problems" not in everything(folder), "the good node is not blamed"
+
+
+def test_a_node_left_out_is_let_in_again_once_it_cannot_be_spared(
+    cluster: Callable[..., None], work: Path
+) -> None:
+    identity, folder = submit(spoil(work, FULL_DISK), "launch.preflight=true")
+    out = folder / "logs/slurm-0.out"
+    wait_for("attempt 1 trains", lambda: saved(folder, 1), folder)
+    assert f"exclude {BAD}: " in out.read_text()
+    slurm.ask("scontrol", "update", "NodeName=127.0.0.13", "State=DRAIN", "Reason=test")
+    os.kill(ranks_of(identity)[-1], signal.SIGKILL)
+    wait_for("attempt 2", lambda: "attempt 2 on 127.0.0.[11-12]" in out.read_text(), folder)
+    assert f"keep {BAD}: blamed, but of 2 nodes that may be used the job needs 2" in out.read_text()
 
 
 @pytest.mark.slow  # a slow node stands out only where the others are not slowed by neighbours
