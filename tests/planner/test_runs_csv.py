@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainsys.errors import UserError
+from trainsys.planner.constants import shipped
+from trainsys.planner.fill import fill
 from trainsys.planner.from_runs import build, case_of
 from trainsys.planner.machine import device_named, network_from_text
+from trainsys.planner.memory import peak_memory
+from trainsys.planner.memory_constants import shipped_memory
 from trainsys.planner.runs_csv import Refusal, parse, read
+from trainsys.planner.step_time import step_time
 
 ROW = {
     "row_id": "1", "source": "me", "model_name": "m", "n_layers": "32.0", "d_model": "4096", "n_heads": "32",
@@ -95,6 +100,33 @@ def test_defaults_for_what_a_row_leaves_out() -> None:
         1,
         1,
     )
+
+
+def test_a_hybrid_of_unsaid_groups_shards_as_far_as_memory_asks() -> None:
+    """Of the groups that fit the fastest, which is faster than sharding over all; never one that does not fit."""
+    hybrid = {"zero_stage": "3", "fsdp": "1", "tp": "1", "dp": "512", "n_gpus": "512", "global_batch": "1024"}
+    hybrid["recompute"] = "full"
+    big = {"n_layers": "80", "d_model": "8192", "n_heads": "64", "d_ff": "28672", "n_params": "70e9"}
+    runs = parse([row(**hybrid, **big, flags=f) for f in ("maxtext FSDP+DP", "maxtext FSDP", "HSDP")])
+    cases, kept, _ = build(runs)
+    assert cases is not None
+    k, m = shipped(), shipped_memory()
+    filled = fill(cases, kept, k, m)
+    assert filled.fsdp_shard[1] == 512
+    assert filled.fsdp_shard[0] == filled.fsdp_shard[2] < 512
+    assert peak_memory(filled, m).fits(filled, m)[0]
+    seconds = step_time(filled, k).total
+    assert seconds[0] < seconds[1]
+    node = filled.replace(fsdp_shard=8.0)
+    assert step_time(node, k).total[0] < seconds[0], "faster still, but"
+    assert not peak_memory(node, m).fits(node, m)[0]
+
+
+def test_what_flags_say_of_experts_and_of_fp8() -> None:
+    assert case_of(parse([row(flags="capacity_factor=1 token drop")])[0])["dropped"] == 1.0
+    assert case_of(parse([row()])[0])["dropped"] == 0.0
+    fp8 = [case_of(parse([row(dtype="fp8", flags=f)])[0])["fp8"] for f in ("", "FP8-MX", "maxtext (JAX)", "rowwise")]
+    assert fp8 == [1.0, 2.0, 3.0, 3.0]
 
 
 def test_the_source_name_and_the_measurements_change_nothing() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support_cases import case
 
+from trainsys.planner.cases import ARCHS
 from trainsys.planner.constants import Constants, from_priors, shipped
 from trainsys.planner.partition import stages, total_params
 from trainsys.planner.step_time import StepTime, step_time
@@ -105,6 +106,23 @@ def test_sequence_parallelism_and_fp8_help_and_moe_works() -> None:
     assert np.isfinite(spread)
     assert step_time(case(**moe, ep=8.0), K).ep_comm > 0
     assert step_time(case(**moe, ep=1.0), K).ep_comm == 0
+
+
+def test_power_holds_matmuls_back_where_watts_are_short() -> None:
+    """Half the board power a FLOP: 0.7 of the rate, on parts that are limited by it only."""
+    full, half = (step_time(case(watts=w), K).matmul for w in (0.7, 0.35))
+    assert half / full == pytest.approx(2**0.5)
+    plenty, unknown = (step_time(case(watts=w), K).matmul for w in (2.7, np.inf))
+    assert plenty == unknown
+    assert plenty < full
+    ampere = ARCHS.index("ampere")
+    assert step_time(case(watts=0.35, arch=ampere), K).matmul == step_time(case(watts=0.7, arch=ampere), K).matmul
+
+
+def test_dropped_tokens_balance_the_experts() -> None:
+    moe = {"n_experts": 8, "top_k": 2, "ep": 8, "d_expert": 14336, "global_batch": 128}
+    even, busy = (step_time(case(**moe, dropped=d), K).matmul for d in (1, 0))
+    assert 0.85 < even / busy < 0.99
 
 
 def test_arrays_and_single_cases_agree() -> None:

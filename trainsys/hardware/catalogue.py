@@ -47,6 +47,7 @@ class Device(Strict):
     scale_up: ScaleUp
     network_gb_s: NonNegativeFloat
     sms: PositiveInt | None = None
+    power_w: PositiveFloat | None = Field(None, description="board power limit, watts")
     per_node: PositiveInt
     torch_names: list[str] = Field([], description="device names, whole; none: not run by torch")
     name_needs_memory: bool = Field(False, description="the name alone does not tell the part")

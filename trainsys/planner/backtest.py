@@ -129,7 +129,7 @@ def predict(
         memory[rows] = peak.total
         least = at_best(part, [kept[i] for i in rows])
         called[rows] = ~peak_memory(least, m).fits(least, m)
-        for name in ("micro_batch", "vpp", "recompute", "schedule"):
+        for name in ("micro_batch", "vpp", "recompute", "schedule", "fsdp_shard"):
             filled.setdefault(name, np.array(getattr(cases, name), float))[rows] = getattr(part, name)
     cases = cases.replace(**dict(filled))
     measured = np.asarray([r.step_s for r in kept])

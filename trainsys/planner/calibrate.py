@@ -2,8 +2,10 @@
 
 Each constant starts at its prior and is pulled back to it, so few runs move few constants and an unseen machine
 falls back to the literature. The data term is Huber's loss of log(predicted/measured), each source weighted
-by the cube root of its rows rather than by all of them, so that one large sweep does not drown the others.
-Levenberg-Marquardt with numeric derivatives in numpy: some forty parameters, a few thousand rows, seconds.
+by the cube root of its rows rather than by all of them, so that one large sweep does not drown the others. Each source
+may also be faster or slower as a whole (a random effect: its cluster's clocks, its year's software), which is then not
+held against a constant that only this source exercises.
+Levenberg-Marquardt with numeric derivatives in numpy: some sixty parameters, a few thousand rows, seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ from trainsys.planner.memory_constants import MEMORY_PRIORS, MemoryConstants, me
 from trainsys.planner.runs_csv import Run, read
 from trainsys.planner.step_time import step_time
 
-NOISE = 0.05  # typical error of a good prediction, in log: balances data against priors
-HUBER = 2.0  # in units of NOISE
+# Errors in log that balance data against priors: of a good prediction of others' runs, whose rows share their source's
+# peculiarities, and of runs of one machine; of a source as a whole. Chosen by leaving sources out.
+NOISE, NOISE_ONE_MACHINE, SITE = 0.10, 0.05, 0.10
+HUBER = 2.0  # in units of the noise
 
 
 def row_weights(sources: Sequence[str]) -> Array:
@@ -88,10 +92,12 @@ def fit(
     *,
     start: Constants | None = None,
     only: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
 ) -> Constants:
     """Constants that best explain ``measured_s`` (seconds, all finite) of ``cases``.
 
-    ``only`` limits which constants move (an anchor of one run moves few); the others stay at ``start``.
+    ``only`` limits which constants move (an anchor of one run moves few); the others stay at ``start``. With
+    ``sources`` of the rows each source has a factor of its own, which is forgotten; without, all are of one machine.
     """
     base = start or from_priors()
     names = list(only) if only is not None else list(PRIORS)
@@ -102,16 +108,28 @@ def fit(
     )
     sd = np.array([PRIORS[n].log_sd for n in names])
     log_y = np.log(measured_s)
-    root_w = np.sqrt(weights) / NOISE
+    root_w = np.sqrt(weights) / (NOISE_ONE_MACHINE if sources is None else NOISE)
+    _, of = np.unique(np.asarray(sources or ()), return_inverse=True)
+    sites = int(of.max()) + 1 if len(of) else 0
+    known: tuple[Array, Array] | None = None
+
+    def predicted(x: Array) -> Array:
+        """Of the last constants asked for again: a derivative by a source's factor does not change them."""
+        nonlocal known
+        if known is None or not np.array_equal(known[0], x):
+            k = replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
+            known = x.copy(), np.log(np.broadcast_to(step_time(cases, k).total, log_y.shape))
+        return known[1]
 
     def residual(x: Array) -> Array:
-        k = replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
-        e = (np.log(np.broadcast_to(step_time(cases, k).total, log_y.shape)) - log_y) * root_w
+        constants, factors = x[: len(names)], x[len(names) :]
+        e = predicted(constants) - log_y
+        e = (e + factors[of] if sites else e) * root_w
         big = np.abs(e)
         hub = np.where(big <= HUBER, e, np.sign(e) * np.sqrt(np.maximum(2.0 * HUBER * big - HUBER**2, 0.0)))
-        return np.concatenate([hub, (x - mean) / sd])
+        return np.concatenate([hub, (constants - mean) / sd, factors / SITE])
 
-    x = levenberg(residual, mean)
+    x = levenberg(residual, np.concatenate([mean, np.zeros(sites)]))[: len(names)]
     return replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
 
 
@@ -139,7 +157,7 @@ def fit_runs(runs: Sequence[Run]) -> tuple[Constants, MemoryConstants]:
         least = at_best(full, kept)
         m = fit_memory(least.take(sized), peak[sized], oom[sized], weights[sized])
         full = fill(cases, kept, k, m)
-        k = fit(full.take(timed), seconds[timed], weights[timed] * repeat)
+        k = fit(full.take(timed), seconds[timed], weights[timed] * repeat, sources=[sources[i] for i in timed])
     return k, m
 
 

@@ -37,6 +37,7 @@ class Cases:
     top_k: Array
     d_expert: Array
     d_shared: Array
+    dropped: Array  # 1: tokens beyond an expert's even share are dropped
     dense_layers: Array  # leading layers that stay dense in a MoE model
     # machine
     gemm_rate: Array  # FLOP/s of the best measured large matmul at the run's matmul dtype
@@ -50,6 +51,7 @@ class Cases:
     domain: Array  # devices joined by the scale-up link
     nic_bw: Array  # bytes/s out of one domain, shared by its devices
     arch: Array  # index in ARCHS
+    watts: Array  # board power for each dense 16-bit TFLOP/s
     # layout
     world: Array
     dp: Array

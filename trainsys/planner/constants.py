@@ -28,8 +28,10 @@ PRIORS: dict[str, Prior] = {
     # matmul
     "gemm_eff": Prior(0.93, 0.06, "of the best measured matmul, in a training loop, up to Ampere"),
     "gemm_classic": Prior(0.93, 0.05, "matmul rate of libraries of before 2022 over today's"),
-    "power_hopper": Prior(0.92, 0.06, "sustained over short-burst matmul rate under the power limit, Hopper"),
-    "power_blackwell": Prior(0.82, 0.08, "the same, Blackwell"),
+    "power_full": Prior(
+        0.84, 0.12, "watts a dense 16-bit TFLOP/s from which power does not hold back a long row of matmuls"
+    ),
+    "power_blackwell": Prior(1.0, 0.05, "what Blackwell sustains beyond what Hopper does at the same watts a FLOP"),
     "gemm_k_half": Prior(160.0, 0.5, "inner dimension at which a matmul reaches half rate"),
     "gemm_wave": Prior(0.5, 0.4, "exponent of wave quantisation; split-k hides part of it"),
     "gemm_fp8": Prior(1.2, 0.10, "share of the best measured FP8 matmul, relative to the same at 16 bits"),
@@ -43,10 +45,12 @@ PRIORS: dict[str, Prior] = {
     ),
     # attention, forward, fraction of the 16-bit peak on long sequences
     "attn_flash1": Prior(0.38, 0.15, "Dao et al. 2022 on A100"),
-    "attn_flash2": Prior(0.58, 0.12, "Dao 2023 on A100"),
-    "attn_flash2_hopper": Prior(0.36, 0.12, "Shah et al. 2024, FlashAttention-2 on H100"),
+    "attn_flash2": Prior(0.60, 0.05, "Dao 2023 on A100, many heads and long sequences"),
+    "attn_flash2_hopper": Prior(
+        0.36, 0.20, "Shah et al. 2024, FlashAttention-2 on H100; less under the power limit"
+    ),
     "attn_fused": Prior(0.60, 0.15, "cuDNN / FlashAttention-3 on H100, B200"),
-    "attn_bwd": Prior(0.80, 0.15, "backward's rate over forward's"),
+    "attn_bwd": Prior(0.85, 0.05, "backward's rate over forward's: Dao 2023, Shah et al. 2024"),
     "attn_seq_half": Prior(400.0, 0.6, "sequence at which the kernel reaches half rate"),
     # memory-bound work
     "hbm_eff": Prior(0.75, 0.12, "of catalogue bandwidth, element-wise kernels"),
@@ -60,7 +64,9 @@ PRIORS: dict[str, Prior] = {
         16.0, 0.4, "the same where every tensor-parallel rank computes the whole vocabulary's"
     ),
     # host
-    "layer_host_s": Prior(4e-4, 0.5, "host time to launch one layer's forward, classic stack"),
+    "layer_host_s": Prior(
+        7e-4, 0.4, "host time to launch one layer's forward, classic stack: profiling/host_launch.py"
+    ),
     "host_modern": Prior(0.7, 0.3, "the same in modern stacks, relative"),
     "collective_host_s": Prior(4e-5, 0.5, "host time of one collective"),
     "step_s": Prior(
@@ -98,7 +104,7 @@ class Constants:
 
     gemm_eff: float
     gemm_classic: float
-    power_hopper: float
+    power_full: float
     power_blackwell: float
     gemm_k_half: float
     gemm_wave: float

@@ -1,11 +1,12 @@
 """What a published row leaves out, chosen as its authors would have: the fastest value predicted to fit.
 
-Only the micro-batch, the number of interleaved chunks and the recomputation can be missing from a row that is
-still used; no measured column is looked at.
+Only the micro-batch, the number of interleaved chunks, the recomputation and the size of a hybrid's shard groups can be
+missing from a row that is still used; no measured column is looked at.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import product
 
@@ -20,6 +21,8 @@ from trainsys.planner.step_time import step_time
 
 UNSAID_ROOM = 2.0
 MICRO_BATCHES = (1.0, 2.0, 4.0, 8.0)
+# Parameters sharded within groups and replicated over them, without a word on the groups' size.
+_HYBRID = re.compile(r"\bfsdp\s*\+\s*dp\b|\bhsdp\b", re.I)
 
 
 def _options(run: Run, c: Cases, i: int) -> list[dict[str, float]]:
@@ -36,15 +39,19 @@ def _options(run: Run, c: Cases, i: int) -> list[dict[str, float]]:
         layers = c.n_layers[i] / c.pp[i]
         deeper = [float(v) for v in range(2, 13) if layers % v == 0]
         chunks = (deeper or [1.0]) if told else [1.0, *deeper]
+    shards = [float(c.fsdp_shard[i])]
+    if c.zero[i] >= 3 and _HYBRID.search(run.text["flags"]):
+        shards = [s for s in np.exp2(np.arange(3, 17)) if shards[0] % s == 0] or shards
     return [
         {
             "micro_batch": b,
             "vpp": v,
+            "fsdp_shard": s,
             "schedule": float(SCHEDULES.index("interleaved"))
             if v > 1 and c.schedule[i] <= 0
             else float(c.schedule[i]),
         }
-        for b, v in product(micro, chunks)
+        for b, v, s in product(micro, chunks, shards)
     ]
 
 
@@ -61,10 +68,10 @@ def fill(c: Cases, runs: Sequence[Run], k: Constants, m: MemoryConstants) -> Cas
         index = np.asarray(rows)
         trial = c.take(index).replace(**{f: np.asarray([o[f] for o in options]) for f in options[0]})
         seconds = step_time(trial, k).total
-        memory = peak_memory(trial, m)
-        silent = np.asarray([not runs[i].text["recompute"] for i in rows])
+        least = at_best(trial, [runs[i] for i in rows])
+        memory = peak_memory(least, m)
         # Fastest of those that fit; where none fits, the smallest.
-        score = np.where(silent | memory.fits(trial, m), seconds, 1e12 + memory.total)
+        score = np.where(memory.fits(least, m), seconds, 1e12 + memory.total)
         changed = {f: np.array(getattr(c, f), float) for f in options[0]}
         best: dict[int, int] = {}
         for j, i in enumerate(rows):

@@ -124,8 +124,10 @@ def _precision(run: Run, machine: Machine) -> tuple[float, float]:
     if "fp4" in run.text["dtype"].lower():
         return 4.0, machine.at("fp4")
     if "fp8" in run.text["dtype"].lower() or "float8" in text:
-        kind = 3.0 if "rowwise" in text else 2.0 if re.search(r"mx|fp8-sc|block", text) else 1.0
-        return kind, machine.at("fp8")
+        # XLA quantises in kernels of its own, as a scale a row does in PyTorch.
+        if "rowwise" in text or stack_of(run).name == "jax":
+            return 3.0, machine.at("fp8")
+        return 2.0 if re.search(r"mx|fp8-sc|block", text) else 1.0, machine.at("fp8")
     return 0.0, machine.at("bf16")
 
 
@@ -182,6 +184,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "top_k": run.n("moe_top_k", 1.0),
         "d_expert": run.n("moe_d_ff", run.n("d_ff")),
         "d_shared": run.n("moe_shared_d_ff", 0.0),
+        "dropped": float("token drop" in flags),
         "dense_layers": min(run.n("moe_dense_layers", 0.0), run.n("n_layers")),
         "gemm_rate": gemm,
         "gemm_rate_16": machine.gemm_16,
@@ -194,6 +197,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "domain": machine.domain,
         "nic_bw": machine.nic_bw,
         "arch": float(machine.arch),
+        "watts": machine.watts,
         "world": world,
         "dp": dp,
         "tp": tp,

@@ -30,11 +30,10 @@ class LayerTime:
 
 def matmul_rate(c: Cases, k: Constants) -> tuple[Array, Array]:
     """FLOP/s of large matmuls at the run's matmul dtype and at 16 bits."""
-    power = np.where(
-        c.arch == ARCHS.index("hopper"),
-        k.power_hopper,
-        np.where(c.arch == ARCHS.index("blackwell"), k.power_blackwell, 1.0),
-    )
+    # Dynamic power goes with clock x voltage^2, and voltage rises with the clock: half the power, 0.7 of the clock.
+    throttled = (c.arch == ARCHS.index("hopper")) | (c.arch == ARCHS.index("blackwell"))
+    power = np.where(throttled, np.minimum(1.0, np.sqrt(c.watts / k.power_full)), 1.0)
+    power = power * np.where(c.arch == ARCHS.index("blackwell"), k.power_blackwell, 1.0)
     power = power * np.where(c.attn_kernel == ATTN_KERNELS.index("fused_softmax"), k.gemm_classic, 1.0)
     r16 = c.gemm_rate_16 * k.gemm_eff * power
     low = k.gemm_eff * power * np.where(c.fp8 == 4, k.gemm_fp4, k.gemm_fp8) * c.gemm_rate
@@ -52,7 +51,8 @@ def expert_ffn(c: Cases, k: Constants, rate: Array) -> tuple[Pass, Pass]:
     """(matmuls, permutation) of routed experts: grouped matmuls over the tokens that reach this rank's experts."""
     local = np.maximum(c.n_experts / c.ep, 1.0)
     # all tokens of the ep group, top_k copies, over its experts; with etp the tp group's tokens meet again
-    per_rank = c.tokens / c.tp * c.etp * c.top_k * k.moe_imbalance
+    busiest = np.where(c.dropped > 0, 1.0, k.moe_imbalance)
+    per_rank = c.tokens / c.tp * c.etp * c.top_k * busiest
     each = np.maximum(per_rank / local, 1.0)
     up = kernels.linear(each, c.d_model, (1.0 + c.glu) * c.d_expert / c.etp, rate, c, k, count=local)
     down = kernels.linear(each, c.d_expert / c.etp, c.d_model, rate, c, k, count=local)

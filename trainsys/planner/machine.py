@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,15 +21,14 @@ _MATMUL_OF_PEAK = {
     "other": 0.80,
 }
 _FP8_MATMUL_OF_PEAK = {"hopper": 0.71, "blackwell": 0.74, "cdna": 0.50, "other": 0.70}
-# Parts that run off their sibling's power, in watts: sustained clocks go with about the square root of power.
-_POWER_OF_SIBLING = {"H100-SXM-96-HBM2e": 500 / 700, "H100-PCIe-80": 350 / 700, "GB300-NVL72": 1400 / 1200}
 _FALLBACK_SMS = 128.0
 GIB = 2.0**30
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One device of a cluster. Rates in FLOP/s or bytes/s one way; ``nic_bw`` leaves one whole domain."""
+    """One device of a cluster. Rates in FLOP/s or bytes/s one way; ``nic_bw`` leaves one whole domain; ``watts`` of the
+    board for each dense 16-bit TFLOP/s of the catalogue, infinite where that is not known."""
 
     name: str
     arch: int
@@ -43,6 +43,7 @@ class Machine:
     pair_bw: float
     domain: float
     nic_bw: float
+    watts: float
 
     def at(self, kind: str) -> float:
         """FLOP/s of the best large matmul at ``bf16``, ``fp8`` or ``fp4``.
@@ -68,13 +69,12 @@ def from_device(device: Device, *, nodes_domain: int | None = None, nic_gb_s: fl
     peak = device.peak("bf16") or device.peak("fp16")
     if peak is None:
         raise UserError(f"{device.name} has no 16-bit peak in the catalogue: it cannot be planned for")
-    power = _POWER_OF_SIBLING.get(device.name, 1.0) ** 0.5
-    gemm = device.achieved("bf16") or device.achieved("fp16") or peak * _MATMUL_OF_PEAK[arch] * power
+    gemm = device.achieved("bf16") or device.achieved("fp16") or peak * _MATMUL_OF_PEAK[arch]
     peak8 = device.peak("fp8")
     gemm8 = (
         None
         if peak8 is None
-        else (device.achieved("fp8") or peak8 * _FP8_MATMUL_OF_PEAK.get(arch, 0.7) * power)
+        else (device.achieved("fp8") or peak8 * _FP8_MATMUL_OF_PEAK.get(arch, 0.7))
     )
     peak4 = device.peak("fp4")
     domain = float(nodes_domain or device.scale_up.domain)
@@ -95,6 +95,7 @@ def from_device(device: Device, *, nodes_domain: int | None = None, nic_gb_s: fl
         pair,
         domain,
         nic * domain,
+        device.power_w / (peak / 1e12) if device.power_w else math.inf,
     )
 
 
