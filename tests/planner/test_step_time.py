@@ -129,3 +129,22 @@ def test_arrays_and_single_cases_agree() -> None:
     many = seconds(tp=[1, 2, 4], dp=[64, 32, 16])
     for i, (tp, dp) in enumerate([(1, 64), (2, 32), (4, 16)]):
         assert float(seconds(tp=float(tp), dp=float(dp))) == pytest.approx(float(many[i]))
+
+
+def test_modern_dispatchers_cross_the_network_once_a_domain() -> None:
+    """Eight of 64 experts over four nodes: 3 (1 - (3/4)^8) copies cross instead of six."""
+    moe = {"n_experts": 64, "top_k": 8, "ep": 32, "d_expert": 2048, "global_batch": 128}
+    plain, once = (step_time(case(**moe, modern=m), K).ep_comm for m in (0, 1))
+    assert once / plain == pytest.approx(3 * (1 - 0.75**8) / 6, rel=0.05)
+    inside = {**moe, "ep": 8}
+    assert step_time(case(**inside, modern=0), K).ep_comm == step_time(case(**inside, modern=1), K).ep_comm
+
+
+def test_many_small_experts_keep_the_host_busy() -> None:
+    """With next to no work on the device the step grows with the experts a rank launches, more with block scales."""
+    tiny = {"d_model": 256, "d_expert": 32, "d_ff": 64, "seq": 64, "n_experts": 128, "top_k": 1, "vocab": 256}
+    few, many = (float(step_time(case(**tiny, ep=e), K).total) for e in (64, 8))
+    scaled, blocks = (float(step_time(case(**tiny, ep=8, fp8=f), K).total) for f in (1, 2))
+    assert few < many < scaled < blocks
+    layers, passes = 32, 2 * 2.8
+    assert many - few == pytest.approx(14 * 2 * K.expert_launch_s * layers * passes, rel=0.1)

@@ -62,9 +62,10 @@ def group(c: Cases, k: Constants, n: Array, stride: Array) -> Group:
     return Group(n, local, rate, hop)
 
 
-def all_to_all(g: Group, c: Cases, k: Constants, nbytes: Array) -> Array:
-    """Each rank sends ``nbytes`` in all, evenly: part inside the domain, part through its share of the NICs."""
-    away = (g.n - g.local) / g.n
+def all_to_all(g: Group, c: Cases, k: Constants, nbytes: Array, crossing: Array | float = 1.0) -> Array:
+    """Each rank sends ``nbytes`` in all, evenly: part inside the domain, part through its share of the NICs;
+    ``crossing``: the share of that part that has to."""
+    away = (g.n - g.local) / g.n * crossing
     near = (g.local - 1.0) / g.n
     near_s = nbytes * near / (k.link_eff * c.link_bw)
     away_s = nbytes * away / (k.nic_eff * c.nic_bw / c.domain)

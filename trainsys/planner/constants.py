@@ -65,9 +65,9 @@ PRIORS: dict[str, Prior] = {
     ),
     # host
     "layer_host_s": Prior(
-        7e-4, 0.4, "host time to launch one layer's forward, classic stack: profiling/host_launch.py"
+        8e-4, 0.4, "host time to launch one layer's forward, classic stack: profiling/host_launch.py"
     ),
-    "host_modern": Prior(0.7, 0.3, "the same in modern stacks, relative"),
+    "layer_host_modern_s": Prior(5e-4, 0.4, "the same in modern stacks: fewer kernels"),
     "collective_host_s": Prior(4e-5, 0.5, "host time of one collective"),
     "step_s": Prior(
         0.012, 0.1, "host work, loss synchronisation and logging of a step: some 10 ms in any stack"
@@ -94,6 +94,7 @@ PRIORS: dict[str, Prior] = {
     "moe_imbalance": Prior(1.10, 0.08, "busiest expert rank over the mean"),
     "a2a_exposed": Prior(0.9, 0.2, "of the token exchange"),
     "moe_host": Prior(2.0, 0.4, "further host time of a MoE layer's forward, in dense layers"),
+    "expert_launch_s": Prior(8e-6, 0.5, "host time of one kernel of one expert, launched from a loop in C++"),
     "recompute_extra": Prior(1.0, 0.05, "cost of a recomputed forward over a forward"),
 }
 
@@ -130,7 +131,7 @@ class Constants:
     loss_bytes: float
     loss_gathered: float
     layer_host_s: float
-    host_modern: float
+    layer_host_modern_s: float
     collective_host_s: float
     step_s: float
     link_eff: float
@@ -152,6 +153,7 @@ class Constants:
     moe_imbalance: float
     a2a_exposed: float
     moe_host: float
+    expert_launch_s: float
     recompute_extra: float
 
 

@@ -134,7 +134,8 @@ def elementwise(c: Cases, k: Constants) -> Pass:
     With sequence parallelism the [tokens, D] part is split over tp (Korthikanti et al. 2022).
     """
     norm_extra = np.where(c.fused_norm > 0, 0.0, 2.0 * k.norm_unfused)
-    eager = np.where((c.eager > 0) & (c.compiled == 0), k.eager_extra, 0.0)
+    # Rotary embeddings in fp32 and the gate's product are most of it: models without a gate have neither.
+    eager = np.where((c.eager > 0) & (c.compiled == 0), k.eager_extra * (0.25 + 0.75 * c.glu), 0.0)
     per_d = (11.0 + norm_extra + eager) / np.where(c.sp > 0, c.tp, 1.0)
     width = np.where(c.n_experts > 0, c.d_expert * c.top_k + c.d_shared, c.d_ff)
     per_f = (2.0 + c.glu) * width / c.tp

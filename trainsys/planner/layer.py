@@ -61,6 +61,14 @@ def expert_ffn(c: Cases, k: Constants, rate: Array) -> tuple[Pass, Pass]:
     return up + down, Pass(perm, 1.5 * perm)
 
 
+def expert_host(c: Cases, k: Constants) -> Array:
+    """Host seconds to launch the matmuls of this rank's experts, one after the other, and to quantise what goes in:
+    one kernel each with a scale a tensor, two with block scales."""
+    kernels_each = 2.0 * (1.0 + np.select([c.fp8 == 0, c.fp8 == 1], [0.0, 1.0], 2.0))
+    out: Array = np.maximum(c.n_experts / c.ep, 1.0) * kernels_each * k.expert_launch_s
+    return out
+
+
 def tensor_comm(c: Cases, k: Constants) -> Pass:
     """Two all-reduces forward and two backward of [tokens, D], or as many gather/scatter pairs under sequence
     parallelism, which gathers once more in backward behind the weight gradient."""
@@ -92,10 +100,15 @@ def context_comm(c: Cases, k: Constants, core: Pass) -> Pass:
 
 
 def expert_comm(c: Cases, k: Constants) -> Pass:
-    """Dispatch and combine all-to-alls, and with etp the gathers that make tensor-parallel experts whole."""
+    """Dispatch and combine all-to-alls, and with etp the gathers that make tensor-parallel experts whole.
+
+    Modern dispatchers send a token once to each domain that holds any of its experts and copy it there (DeepSeek-V3,
+    section 3.2.2): of n domains top_k random experts reach n (1 - (1 - 1/n)^top_k)."""
     g = group(c, k, c.ep, np.where(c.etp > 1, c.tp, 1.0))
     nbytes = 2.0 * c.tokens / c.tp * c.top_k * c.d_model
-    swap = 2.0 * all_to_all(g, c, k, nbytes) * k.a2a_exposed
+    domains = g.n / g.local
+    once = np.where(c.modern > 0, domains * (1.0 - (1.0 - 1.0 / domains) ** c.top_k) / c.top_k, 1.0)
+    swap = 2.0 * all_to_all(g, c, k, nbytes, np.minimum(once, 1.0)) * k.a2a_exposed
     t = group(c, k, c.etp, np.asarray(1.0))
     gather = np.where(c.etp > 1, 2.0 * t.ring(nbytes * c.etp), 0.0)
     return Pass(swap + gather, swap + gather)
@@ -112,7 +125,7 @@ def layer_time(c: Cases, k: Constants, moe: bool) -> LayerTime:
     mm = mm + kernels.linear(c.tokens, h / c.tp, c.d_model, rate, c, k).scaled(low_rank)
     core = kernels.attention(c, k, r16, ring.call_length(c))
     moved = kernels.elementwise(c, k) + ring.merging(c, k)
-    host = k.layer_host_s * np.where((c.modern > 0) | (c.compiled > 0), k.host_modern, 1.0)
+    host = np.where((c.modern > 0) | (c.compiled > 0), k.layer_host_modern_s, k.layer_host_s)
     host = host * np.where(kernels.falls_back(c), 1.3, 1.0) + np.where(
         c.tp > 1, 2.0 * k.collective_host_s, 0.0
     )
@@ -126,7 +139,7 @@ def layer_time(c: Cases, k: Constants, moe: bool) -> LayerTime:
         )
         moved = moved + permute
         ep = expert_comm(c, k)
-        host = host * (1.0 + k.moe_host)
+        host = host * (1.0 + k.moe_host) + expert_host(c, k)
     else:
         mm = mm + dense_ffn(c, k, rate, c.d_ff)
     moved = moved + kernels.fp8_casts(c, k)
