@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from test_runs_csv import ROW
 
 from trainsys.errors import UserError
 from trainsys.planner import backtest
-from trainsys.planner.calibrate import fit, levenberg, row_weights, thin
-from trainsys.planner.constants import PRIORS, from_priors
+from trainsys.planner.calibrate import fit, row_weights, save, thin
+from trainsys.planner.constants import DENSE, LOW, MOE, PRIORS, expected_error_pct, from_priors
 from trainsys.planner.from_runs import build
+from trainsys.planner.least_squares import huber, levenberg
+from trainsys.planner.memory_constants import memory_from_priors
 from trainsys.planner.runs_csv import parse, read
 from trainsys.planner.step_time import step_time
 
@@ -111,6 +114,24 @@ def test_levenberg_finds_a_minimum() -> None:
         lambda v: np.array([v[0] - 3.0, 10.0 * (v[1] - v[0] ** 2)]), np.zeros(2), steps=200, tol=1e-12
     )
     assert x == pytest.approx([3.0, 9.0], rel=1e-3)
+
+
+def test_outliers_pull_no_harder_than_twice_the_noise() -> None:
+    loss = huber(np.array([-1.5, 2.0, 10.0, 11.0])) ** 2
+    assert loss[:2] == pytest.approx([1.5**2, 4.0])
+    assert loss[3] - loss[2] == pytest.approx(4.0), "the slope of a square at two"
+
+
+def test_the_shipped_file_says_what_it_was_fitted_to_and_how_wrong_it_is(tmp_path: Path) -> None:
+    runs = parse(_sweep())
+    save(tmp_path / "c.yaml", runs, from_priors(), memory_from_priors(), {DENSE: 7.5})
+    body = yaml.safe_load((tmp_path / "c.yaml").read_text())
+    assert body["fitted_on"] == {"lab": 9}
+    assert body["error_pct"] == {DENSE: 7.5}
+    assert body["time"] == pytest.approx(asdict(from_priors()), rel=1e-3)
+    for kind in (DENSE, LOW, MOE):
+        assert 2.0 < (expected_error_pct(kind) or 0.0) < 30.0
+    assert expected_error_pct("another kind") is None
 
 
 def test_large_sources_do_not_drown_small_ones() -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from trainsys.errors import UserError
 from trainsys.planner import metrics
 from trainsys.planner.cases import Array, Cases
-from trainsys.planner.constants import Constants, shipped, shipped_sources
+from trainsys.planner.constants import DENSE, LOW, MOE, Constants, shipped, shipped_sources
 from trainsys.planner.fill import at_best, fill
 from trainsys.planner.from_runs import build
 from trainsys.planner.memory import peak_memory
@@ -194,9 +194,9 @@ def slices(p: Predictions) -> dict[str, Bools]:
     black = np.asarray([("B200" in g or "B300" in g) for g in gpu])
     ok = np.asarray([r.text["quality"] in ("", "ok") for r in p.runs])
     return {
-        "dense, 16 bits, A100/H100": dense & ah & ~low & ok,
-        "FP8/FP4 or Blackwell, dense": dense & (low | black),
-        "mixture of experts": ~dense,
+        DENSE: dense & ah & ~low & ok,
+        LOW: dense & (low | black),
+        MOE: ~dense,
         "fully sharded (FSDP)": np.broadcast_to(p.cases.zero >= 3, gpu.shape) & dense & ok,
     }
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import yaml
 
+# Kinds of runs whose errors differ.
+DENSE, LOW, MOE = "dense, 16 bits, A100/H100", "FP8/FP4 or Blackwell, dense", "mixture of experts"
+
 
 @dataclass(frozen=True)
 class Prior:
@@ -168,7 +171,8 @@ def from_priors() -> Constants:
 @cache
 def constants_file() -> dict[str, dict[str, float]]:
     """``constants.yaml`` as it is."""
-    data: dict[str, dict[str, float]] = yaml.safe_load((Path(__file__).parent / "constants.yaml").read_text())
+    text = (Path(__file__).parent / "constants.yaml").read_text(encoding="utf-8")
+    data: dict[str, dict[str, float]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return data
 
 
@@ -176,6 +180,11 @@ def constants_file() -> dict[str, dict[str, float]]:
 def shipped() -> Constants:
     """The fitted values that ship with trainsys (``constants.yaml`` beside this file)."""
     return Constants(**{name: float(v) for name, v in constants_file()["time"].items()})
+
+
+def expected_error_pct(kind: str) -> float | None:
+    """Mean error of step time on a source that the shipped values have not seen; None: not known of that kind."""
+    return constants_file().get("error_pct", {}).get(kind)
 
 
 def shipped_sources() -> list[str]:

@@ -15,8 +15,9 @@ from trainsys.config.text import dump
 from trainsys.errors import UserError
 from trainsys.flops import param_counts
 from trainsys.planner import explain, learned
+from trainsys.planner.cases import ARCHS
 from trainsys.planner.cluster import Cluster, load_cluster
-from trainsys.planner.constants import shipped, shipped_sources
+from trainsys.planner.constants import DENSE, LOW, MOE, expected_error_pct, shipped, shipped_sources
 from trainsys.planner.goodput import checkpoint_seconds, goodput
 from trainsys.planner.memory import GIB
 from trainsys.planner.memory_constants import shipped_memory
@@ -130,7 +131,11 @@ def confidence(found: Found) -> str:
     }
     base = known.get(arch, "no run of this device: catalogue figures alone")
     sources = f"{len(shipped_sources())} sources; {base}"
-    return f"constants fitted to published runs ({sources}); see docs/planner.md for errors"
+    job = found.job
+    low = job.dtype in ("fp8", "fp4") or arch == ARCHS.index("blackwell")
+    error = expected_error_pct(MOE if job.model.moe else LOW if low else DENSE)
+    mean = "" if error is None else f", which left out in turn are predicted {error:.0f}% off on average"
+    return f"constants fitted to published runs ({sources}){mean}; runs measured here (--calibration) narrow that"
 
 
 def plan(

@@ -14,7 +14,7 @@ import numpy as np
 from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Array, Cases
 from trainsys.planner.kernels import falls_back
 from trainsys.planner.memory_constants import MemoryConstants
-from trainsys.planner.native_memory import summits
+from trainsys.planner.native_memory import layer_bytes, summits
 from trainsys.planner.partition import parts, stages
 
 GIB = 2.0**30
@@ -122,7 +122,9 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
     again = (kind == RECOMPUTES.index("full")) | (kind == RECOMPUTES.index("selective++"))
     transient = np.where(again, full, 0.0)
 
-    def stage(layers: Array, embeddings: Array, front: Array, head: Array) -> tuple[Array, ...]:
+    def estimated(
+        layers: Array, embeddings: Array, head: Array, live: Array
+    ) -> tuple[Array, Array, Array, Array, Array, Array]:
         dense = layers * dense_layer + embeddings * embed
         experts = layers * expert_layer
         count = dense + experts
@@ -144,7 +146,6 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
         # fp32 master and two moments; DeepSpeed's also copies its shard of the 16-bit gradients to fp32.
         per = np.where(zero3, 8.0, np.where(c.plain_accumulation > 0, 16.0, 12.0))
         opt = np.where(c.offload > 0, 0.0, per * (dense / opt_dense + experts / opt_exp))
-        live = in_flight(c, front)
         acts = layers * kept * live + transient + 4.0 * c.tokens * c.d_model
         split = np.where(c.gathered_logits > 0, 1.0, c.tp)
         # DeepSpeed's pipeline engine keeps the outputs of two micro-batches.
@@ -153,14 +154,24 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
         logits = head * c.tokens * c.vocab * a_logit / split
         bucket = np.where((c.zero > 0) & (c.zero < 3) & (data > 1), m.bucket_bytes, 0.0)
         buffers = m.overhead_bytes + bucket + 0.0 * count
-        estimate = (params, grads, opt, m.activation * acts, m.activation * logits, buffers)
-        if not np.any(c.native > 0):
-            return estimate
+        return params, grads, opt, m.activation * acts, m.activation * logits, buffers
+
+    own = c.native > 0
+    kept_bytes = layer_bytes(c) if np.any(own) else None
+
+    def stage(layers: Array, embeddings: Array, front: Array, head: Array) -> tuple[Array, ...]:
+        live = in_flight(c, front)
+        if kept_bytes is None:
+            return estimated(layers, embeddings, head, live)
         own_head = np.where(c.pp > 1, head, head * (1.0 - c.tied)) * embed
         table = embeddings * embed - own_head
-        exact = list(summits(c, layers, dense_layer + expert_layer, table, own_head, head, live))
-        exact[5] = exact[5] + m.overhead_bytes
-        return tuple(np.where(c.native > 0, x, y) for x, y in zip(exact, estimate, strict=True))
+        block = dense_layer + expert_layer
+        *most, buffers = summits(c, kept_bytes, layers, block, table, own_head, head, live)
+        exact = (*most, buffers + m.overhead_bytes)
+        if np.all(own):
+            return exact
+        estimate = estimated(layers, embeddings, head, live)
+        return tuple(np.where(own, x, y) for x, y in zip(exact, estimate, strict=True))
 
     one = c.pp == 1
     zero_, one_ = np.zeros(()), np.ones(())

@@ -13,7 +13,10 @@ Weights are fp32 and cast where they are used: without FSDP, which casts once, e
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 
 from trainsys.planner.cases import RECOMPUTES, Array, Cases
 
@@ -22,8 +25,17 @@ _LOSS_PIECE = 2.0**26
 """Logits that the loss works on at once (`trainsys.ops.loss`)."""
 
 
-def layer_bytes(c: Cases) -> tuple[Array, Array]:
-    """(what a layer keeps for backward, its input alone) of one micro-batch, in bytes.
+class Layer(NamedTuple):
+    """Bytes of one layer and one micro-batch; the same on every stage."""
+
+    whole: Array  # what backward reads
+    entry: Array  # its input alone
+    kept: Array  # what of the whole forward keeps
+    again: NDArray[np.bool_]  # forward is computed once more
+
+
+def layer_bytes(c: Cases) -> Layer:
+    """What a layer keeps for backward.
 
     Elements a token, D width, q and kv those of all heads, F hidden: inputs of two norms and one fp32 number each,
     their outputs (whole under sequence parallelism), q, k, v, out, one fp32 number a head, gate, up, activation, product.
@@ -41,15 +53,29 @@ def layer_bytes(c: Cases) -> tuple[Array, Array]:
     moe = np.where(c.n_experts > 0, 1.0 - c.dense_layers / c.n_layers, 0.0)
     hidden = (1.0 - moe) * dense + moe * mixed
     whole = c.tokens * (stream + (attention + hidden) / c.tp)
-    return whole, c.tokens * d * e / split
+    entry = c.tokens * d * e / split
+    results = c.tokens * c.n_heads * (c.head_dim * e + 4.0) / c.tp
+    kind = c.recompute
+    full, most = kind == RECOMPUTES.index("full"), kind == RECOMPUTES.index("selective++")
+    half = np.where(kind == RECOMPUTES.index("half"), 0.5 * (whole + entry), whole)
+    kept = np.where(full, entry, np.where(most, entry + results, half))
+    return Layer(whole, entry, kept, full | most)
 
 
 def summits(
-    c: Cases, layers: Array, block: Array, first: Array, head: Array, loss_here: Array, flight: Array
+    c: Cases,
+    a_layer: Layer,
+    layers: Array,
+    block: Array,
+    first: Array,
+    head: Array,
+    loss_here: Array,
+    flight: Array,
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """(parameters, gradients, optimizer, activations, logits, buffers) of one stage at its highest summit, bytes.
 
     Args:
+        a_layer: `layer_bytes` of the cases.
         layers: of the stage.
         block: parameters of a mean layer on one rank, before FSDP.
         first, head: parameters of the embedding and of a head of its own, 0 where the stage has none.
@@ -61,18 +87,7 @@ def summits(
     ends = first + head
     count = layers * block + ends
     keeps_blocks = piped | (c.zero < 3)
-    again = np.isin(c.recompute, [RECOMPUTES.index("full"), RECOMPUTES.index("selective++")])
-    whole, entry = layer_bytes(c)
-    results = c.tokens * c.n_heads * (c.head_dim * _ELEMENT + 4.0) / c.tp
-    kept = np.where(
-        c.recompute == RECOMPUTES.index("full"),
-        entry,
-        np.where(
-            c.recompute == RECOMPUTES.index("selective++"),
-            entry + results,
-            np.where(c.recompute == RECOMPUTES.index("half"), 0.5 * (whole + entry), whole),
-        ),
-    )
+    whole, entry, kept, again = a_layer
     tail = np.where(loss_here > 0, entry + c.tokens * c.d_model * _ELEMENT, 0.0)
     acts = flight * (layers * kept + tail) + 2.0 * 4.0 * c.tokens * c.head_dim
     many = c.micro_batches > 1.0

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainsys.config.model import ModelConfig
 from trainsys.flops import causal_pairs, head_gemm, layer_gemms, layer_params
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def partition(model: ModelConfig, stages: int, seq_len: int) -> list[StagePart]:
     params = [float(layer_params(model, i).total) for i in range(model.n_layers)]
     params[0] += model.vocab * model.d_model
     params[-1] += model.vocab * model.d_model + model.d_model
-    slowest = _cut(flops, stages, max)[0]
+    slowest = _cut(flops, stages, np.maximum)[0]
     _, cuts = _cut(params, stages, lambda rest, part: rest + part * part, flops, slowest * (1 + 1e-9))
     return [
         StagePart(s, a, b, embed=s == 0, head=s == stages - 1) for s, (a, b) in enumerate(pairwise(cuts))
@@ -47,7 +52,7 @@ def partition(model: ModelConfig, stages: int, seq_len: int) -> list[StagePart]:
 def imbalance(model: ModelConfig, stages: int, seq_len: int) -> float:
     """By how much the slowest stage of the best cut is above their mean, in forward FLOPs: 0 where all are equal."""
     flops = _flops(model, seq_len)
-    return _cut(flops, stages, max)[0] * stages / sum(flops) - 1
+    return _cut(flops, stages, np.maximum)[0] * stages / sum(flops) - 1
 
 
 def _flops(model: ModelConfig, seq_len: int) -> list[float]:
@@ -64,7 +69,7 @@ def _flops(model: ModelConfig, seq_len: int) -> list[float]:
 def _cut(
     costs: Sequence[float],
     parts: int,
-    fold: Callable[[float, float], float],
+    fold: Callable[[Array, Array], Array],
     others: Sequence[float] = (),
     limit: float = float("inf"),
 ) -> tuple[float, list[int]]:
@@ -73,23 +78,26 @@ def _cut(
     ``fold(value of the parts before, sum of a part)``, growing in both, gives the value. No part's sum of
     ``others`` may pass ``limit``. Dynamic programming over (parts, items): exact.
     """
-    n, worst = len(costs), float("inf")
-    total = [0.0, *accumulate(costs)]
-    load = [0.0, *accumulate(others)] if others else [0.0] * (n + 1)
-    best, choices = [0.0, *[worst] * n], []
-    for k in range(1, parts + 1):
-        row, choice = [worst] * (n + 1), [0] * (n + 1)
-        for j in range(k, n + 1):
-            for i in range(j - 1, k - 2, -1):
-                alone = fold(0.0, total[j] - total[i])
-                if alone >= row[j] or load[j] - load[i] > limit:
-                    break  # both only grow with the part
-                value = fold(best[i], total[j] - total[i])
-                if value < row[j]:
-                    row[j], choice[j] = value, i
-        best = row
-        choices.append(choice)
+    n = len(costs)
+    part = _sums(costs)
+    allowed = np.triu(np.ones((n + 1, n + 1), bool), 1)
+    if others:
+        allowed &= _sums(others) <= limit
+    best = np.full(n + 1, np.inf)
+    best[0] = 0.0
+    choices = []
+    for _ in range(parts):
+        value = np.where(allowed, fold(best[:, None], part), np.inf)
+        choices.append(n - np.argmin(value[::-1], axis=0))  # of equal ones the last
+        best = value[choices[-1], np.arange(n + 1)]
     cuts = [n]
     for choice in reversed(choices):
-        cuts.append(choice[cuts[-1]])
-    return best[n], cuts[::-1]
+        cuts.append(int(choice[cuts[-1]]))
+    return float(best[n]), cuts[::-1]
+
+
+def _sums(costs: Sequence[float]) -> Array:
+    """[i, j]: the sum of items i to j - 1."""
+    total = np.concatenate([[0.0], np.cumsum(costs)])
+    out: Array = total[None, :] - total[:, None]
+    return out
