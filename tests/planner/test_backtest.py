@@ -97,13 +97,13 @@ def test_fit_recovers_a_constant_and_stays_at_priors_without_data() -> None:
     assert asdict(unmoved) == pytest.approx(asdict(truth))
 
 
-def test_a_source_that_is_slower_as_a_whole_is_not_held_against_the_constants() -> None:
+def test_a_site_that_is_slower_as_a_whole_is_not_held_against_the_constants() -> None:
     cases, _, _ = build(parse(_sweep()))
     assert cases is not None
     exact = np.broadcast_to(step_time(cases, from_priors()).total, (9,))
     measured, weights = 1.15 * exact, np.full(9, 10.0)
     here = fit(cases, measured, weights)
-    elsewhere = fit(cases, measured, weights, sources=["lab"] * 9)
+    elsewhere = fit(cases, measured, weights, sites=["lab"] * 9)
     moved = [float(np.median(step_time(cases, k).total / exact)) - 1.0 for k in (here, elsewhere)]
     assert moved[0] == pytest.approx(0.15, abs=0.02), "one machine: it is that slow"
     assert 0.0 < moved[1] < 0.6 * moved[0], "others' runs: it may have been they"

@@ -32,8 +32,8 @@ from trainsys.planner.step_time import step_time
 
 Anchor = Literal["none", "one"]
 # One run carries its own error, so its factor is trusted by this power: between-source error of about 10% against
-# within-source error of about 5%.
-ANCHOR_TRUST = 0.85
+# within-source error of about 8%. Over every choice of anchor in the development table 0.6 errs least.
+ANCHOR_TRUST = 0.6
 LAYOUT = (
     "dp", "zero_stage", "tp", "pp", "vpp", "cp", "ep", "micro_batch", "sp", "fsdp", "schedule", "recompute",
     "attention_kernel", "flags",

@@ -2,9 +2,9 @@
 
 Each constant starts at its prior and is pulled back to it, so few runs move few constants and an unseen machine
 falls back to the literature. The data term is Huber's loss of log(predicted/measured), each source weighted
-by the cube root of its rows rather than by all of them, so that one large sweep does not drown the others. Each source
-may also be faster or slower as a whole (a random effect: its cluster's clocks, its year's software), which is then not
-held against a constant that only this source exercises.
+by the cube root of its rows rather than by all of them, so that one large sweep does not drown the others. Each site
+(one source's software on one device at one precision) may also be faster or slower as a whole, a random effect that is
+then not held against a constant that only this site exercises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainsys.planner.runs_csv import Run, read
 from trainsys.planner.step_time import step_time
 
 # Errors in log that balance data against priors: of a good prediction of others' runs, whose rows share their source's
-# peculiarities, and of runs of one machine; of a source as a whole. Chosen by leaving sources out.
+# peculiarities, and of runs of one machine; of a site as a whole. Chosen by leaving sources out.
 NOISE, NOISE_ONE_MACHINE, SITE = 0.10, 0.05, 0.10
 
 
@@ -66,12 +66,12 @@ def fit(
     *,
     start: Constants | None = None,
     only: Sequence[str] | None = None,
-    sources: Sequence[str] | None = None,
+    sites: Sequence[str] | None = None,
 ) -> Constants:
     """Constants that best explain ``measured_s`` (seconds, all finite) of ``cases``.
 
     ``only`` limits which constants move (an anchor of one run moves few); the others stay at ``start``. With
-    ``sources`` of the rows each source has a factor of its own, which is forgotten; without, all are of one machine.
+    ``sites`` of the rows each has a factor of its own, which is forgotten; without, all are of one machine.
     """
     base = start or from_priors()
     names = list(only) if only is not None else list(PRIORS)
@@ -82,13 +82,13 @@ def fit(
     )
     sd = np.array([PRIORS[n].log_sd for n in names])
     log_y = np.log(measured_s)
-    root_w = np.sqrt(weights) / (NOISE_ONE_MACHINE if sources is None else NOISE)
-    _, of = np.unique(np.asarray(sources or ()), return_inverse=True)
-    sites = int(of.max()) + 1 if len(of) else 0
+    root_w = np.sqrt(weights) / (NOISE_ONE_MACHINE if sites is None else NOISE)
+    _, of = np.unique(np.asarray(sites or ()), return_inverse=True)
+    factors_n = int(of.max()) + 1 if len(of) else 0
     known: tuple[Array, Array] | None = None
 
     def predicted(x: Array) -> Array:
-        """Of the last constants asked for again: a derivative by a source's factor does not change them."""
+        """Of the last constants asked for again: a derivative by a site's factor does not change them."""
         nonlocal known
         if known is None or not np.array_equal(known[0], x):
             k = replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
@@ -98,10 +98,10 @@ def fit(
     def residual(x: Array) -> Array:
         constants, factors = x[: len(names)], x[len(names) :]
         e = predicted(constants) - log_y
-        e = (e + factors[of] if sites else e) * root_w
+        e = (e + factors[of] if factors_n else e) * root_w
         return np.concatenate([huber(e), (constants - mean) / sd, factors / SITE])
 
-    x = levenberg(residual, np.concatenate([mean, np.zeros(sites)]))[: len(names)]
+    x = levenberg(residual, np.concatenate([mean, np.zeros(factors_n)]))[: len(names)]
     return replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
 
 
@@ -129,7 +129,9 @@ def fit_runs(runs: Sequence[Run]) -> tuple[Constants, MemoryConstants]:
         least = at_best(full, kept)
         m = fit_memory(least.take(sized), peak[sized], oom[sized], weights[sized])
         full = fill(cases, kept, k, m)
-        k = fit(full.take(timed), seconds[timed], weights[timed] * repeat, sources=[sources[i] for i in timed])
+        low = np.broadcast_to(full.fp8 > 0, seconds.shape)
+        sites = [f"{sources[i]}, {kept[i].text['gpu']}, {low[i]}" for i in timed]
+        k = fit(full.take(timed), seconds[timed], weights[timed] * repeat, sites=sites)
     return k, m
 
 
