@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import numpy as np
 from trainsys.errors import UserError
 from trainsys.planner.calibrate import fit
 from trainsys.planner.cases import Array, Cases
-from trainsys.planner.constants import Constants, shipped
+from trainsys.planner.constants import PRIORS, Constants, shipped
 from trainsys.planner.machine import Machine
 from trainsys.planner.step_time import step_time
 
 MOVED = (
-    "gemm_eff", "hbm_eff", "layer_host_s", "step_s", "link_eff", "nic_eff", "collective_host_s", "hop_intra_s",
-    "hop_inter_s", "tp_exposed", "cp_exposed", "fsdp_contention", "dp_window", "pp_exposed", "opt_bytes",
+    "gemm_eff", "hbm_eff", "layer_host_s", "layer_host_modern_s", "step_s", "link_eff", "nic_eff",
+    "collective_host_s", "hop_intra_s", "hop_inter_s", "tp_exposed", "cp_exposed", "fsdp_contention", "dp_window",
+    "pp_exposed", "opt_bytes",
 )  # fmt: skip
 """Constants that differ between machines and their software; what a model costs stays as it is."""
 RATES = ("peak_16", "gemm_16", "gemm_8", "hbm_bw", "link_bw", "nic_bw")
@@ -117,7 +118,12 @@ def load(path: str | Path) -> Learned:
     if isinstance(content, dict) and content.get("trainsys_calibration") == 1:
         names = {f.name for f in fields(Learned)}
         rest = {n: v for n, v in content.items() if n in names}
-        return Learned(**{**rest, "constants": replace(shipped(), **rest["constants"])})
+        if set(rest["constants"]) != set(PRIORS):
+            raise UserError(
+                f"--calibration {path}: its constants are not this version's; "
+                "`trainsys sweep --calibration` writes it anew"
+            )
+        return Learned(**{**rest, "constants": Constants(**rest["constants"])})
     rates = bench_rates(content)
     if not rates:
         raise UserError(
