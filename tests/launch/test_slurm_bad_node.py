@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -52,13 +53,22 @@ def test_a_node_that_fails_preflight_is_left_out(cluster: Callable[..., None], w
 def test_a_node_left_out_is_let_in_again_once_it_cannot_be_spared(
     cluster: Callable[..., None], work: Path
 ) -> None:
-    identity, folder = submit(spoil(work, FULL_DISK), "launch.preflight=true")
+    """Blamed once while three nodes are there for two; then another one goes."""
+    identity, folder = submit()
     out = folder / "logs/slurm-0.out"
-    wait_for("attempt 1 trains", lambda: saved(folder, 1), folder)
-    assert f"exclude {BAD}: " in out.read_text()
+
+    def next_attempt(attempt: int, nodes: str) -> None:
+        wait_for(f"attempt {attempt - 1} trains", lambda: saved(folder, attempt - 1), folder)
+        os.kill(ranks_of(identity)[-1], signal.SIGKILL)
+        wait_for(nodes, lambda: f"attempt {attempt} on 127.0.0.[{nodes}]" in out.read_text(), folder)
+
+    note = {"host": BAD, "reason": "wrong results", "sure": True, "attempt": 0}
+    wait_for("attempt 0 trains", lambda: saved(folder, 0), folder)
+    (folder / "blamed.jsonl").write_text(json.dumps(note) + "\n")
+    next_attempt(1, "11,13")
+    assert f"exclude {BAD}: {BAD}: wrong results" in out.read_text()
     slurm.ask("scontrol", "update", "NodeName=127.0.0.13", "State=DRAIN", "Reason=test")
-    os.kill(ranks_of(identity)[-1], signal.SIGKILL)
-    wait_for("attempt 2", lambda: "attempt 2 on 127.0.0.[11-12]" in out.read_text(), folder)
+    next_attempt(2, "11-12")
     assert f"keep {BAD}: blamed, but of 2 nodes that may be used the job needs 2" in out.read_text()
 
 
