@@ -1,18 +1,12 @@
-"""Which layers each pipeline stage holds."""
+"""Which layers each pipeline stage holds. Without numpy until a model is cut: light commands import this module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trainsys.config.model import ModelConfig
 from trainsys.flops import causal_pairs, head_gemm, layer_gemms, layer_params
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -37,13 +31,15 @@ def partition(model: ModelConfig, stages: int, seq_len: int) -> list[StagePart]:
     the last stage. Among such cuts, that which spreads parameters most evenly (least sum of squares), where
     the embedding counts with the first stage: it multiplies nothing, but it is read, written and held.
     """
+    from trainsys.schedules.cut import cut, largest, squares
+
     assert 1 <= stages <= model.n_layers, "Layout.validate should have refused"
     flops = _flops(model, seq_len)
     params = [float(layer_params(model, i).total) for i in range(model.n_layers)]
     params[0] += model.vocab * model.d_model
     params[-1] += model.vocab * model.d_model + model.d_model
-    slowest = _cut(flops, stages, np.maximum)[0]
-    _, cuts = _cut(params, stages, lambda rest, part: rest + part * part, flops, slowest * (1 + 1e-9))
+    slowest = cut(flops, stages, largest)[0]
+    _, cuts = cut(params, stages, squares, flops, slowest * (1 + 1e-9))
     return [
         StagePart(s, a, b, embed=s == 0, head=s == stages - 1) for s, (a, b) in enumerate(pairwise(cuts))
     ]
@@ -51,8 +47,10 @@ def partition(model: ModelConfig, stages: int, seq_len: int) -> list[StagePart]:
 
 def imbalance(model: ModelConfig, stages: int, seq_len: int) -> float:
     """By how much the slowest stage of the best cut is above their mean, in forward FLOPs: 0 where all are equal."""
+    from trainsys.schedules.cut import cut, largest
+
     flops = _flops(model, seq_len)
-    return _cut(flops, stages, np.maximum)[0] * stages / sum(flops) - 1
+    return cut(flops, stages, largest)[0] * stages / sum(flops) - 1
 
 
 def _flops(model: ModelConfig, seq_len: int) -> list[float]:
@@ -64,40 +62,3 @@ def _flops(model: ModelConfig, seq_len: int) -> list[float]:
     ]
     flops[-1] += head_gemm(model).flops_per_token
     return flops
-
-
-def _cut(
-    costs: Sequence[float],
-    parts: int,
-    fold: Callable[[Array, Array], Array],
-    others: Sequence[float] = (),
-    limit: float = float("inf"),
-) -> tuple[float, list[int]]:
-    """The places ``[0, …, n]`` that cut ``costs`` into non-empty parts at the smallest value, and that value.
-
-    ``fold(value of the parts before, sum of a part)``, growing in both, gives the value. No part's sum of
-    ``others`` may pass ``limit``. Dynamic programming over (parts, items): exact.
-    """
-    n = len(costs)
-    part = _sums(costs)
-    allowed = np.triu(np.ones((n + 1, n + 1), bool), 1)
-    if others:
-        allowed &= _sums(others) <= limit
-    best = np.full(n + 1, np.inf)
-    best[0] = 0.0
-    choices = []
-    for _ in range(parts):
-        value = np.where(allowed, fold(best[:, None], part), np.inf)
-        choices.append(n - np.argmin(value[::-1], axis=0))  # of equal ones the last
-        best = value[choices[-1], np.arange(n + 1)]
-    cuts = [n]
-    for choice in reversed(choices):
-        cuts.append(int(choice[cuts[-1]]))
-    return float(best[n]), cuts[::-1]
-
-
-def _sums(costs: Sequence[float]) -> Array:
-    """[i, j]: the sum of items i to j - 1."""
-    total = np.concatenate([[0.0], np.cumsum(costs)])
-    out: Array = total[None, :] - total[:, None]
-    return out
