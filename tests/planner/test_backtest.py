@@ -13,7 +13,7 @@ import yaml
 from test_runs_csv import ROW
 
 from trainsys.errors import UserError
-from trainsys.planner import backtest
+from trainsys.planner import backtest, calibrate
 from trainsys.planner.calibrate import fit, row_weights, save, thin
 from trainsys.planner.constants import DENSE, LOW, MOE, PRIORS, expected_error_pct, from_priors
 from trainsys.planner.from_runs import build
@@ -132,6 +132,15 @@ def test_the_shipped_file_says_what_it_was_fitted_to_and_how_wrong_it_is(tmp_pat
     for kind in (DENSE, LOW, MOE):
         assert 2.0 < (expected_error_pct(kind) or 0.0) < 30.0
     assert expected_error_pct("another kind") is None
+
+
+def test_one_source_alone_is_calibrated_without_an_error_to_expect(tmp_path: Path) -> None:
+    table, to = _table(tmp_path / "t.csv", _sweep()), tmp_path / "c.yaml"
+    calibrate.main([str(table), str(to)])
+    body = yaml.safe_load(to.read_text())
+    assert body["fitted_on"] == {"lab": 9}
+    assert body["error_pct"] == {}
+    assert set(body["time"]) == set(PRIORS)
 
 
 def test_large_sources_do_not_drown_small_ones() -> None:

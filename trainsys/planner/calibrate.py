@@ -169,11 +169,15 @@ def fit_memory(cases: Cases, measured: Array, oom: Array, weights: Array) -> Mem
 
 
 def left_out_errors(runs: Sequence[Run]) -> dict[str, float]:
-    """Mean error of step time, percent, on a source that the constants have not seen, by kind of run."""
+    """Mean error of step time, percent, on a source that the constants have not seen, by kind of run; empty of a
+    single source, which nothing else can predict."""
     from trainsys.planner.backtest import predict, report
 
+    if len({r.source for r in runs}) < 2:
+        return {}
     kinds = report(predict(runs, "none", leave_one_out(runs)), "none", ())["slices"]
-    return {name: round(float(s["mape_mean_of_sources_pct"]), 1) for name, s in kinds.items()}
+    errors = {name: s["mape_mean_of_sources_pct"] for name, s in kinds.items()}
+    return {name: round(float(e), 1) for name, e in errors.items() if e is not None}
 
 
 def save(

@@ -17,7 +17,7 @@ from trainsys.errors import UserError
 from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
 from trainsys.planner.machine import Machine, device_named, from_device, network_from_text
 from trainsys.planner.runs_csv import Refusal, Run
-from trainsys.planner.stacks import stack_of
+from trainsys.planner.stacks import Stack, stack_of
 
 _SHAPE = ("n_layers", "d_model", "n_heads", "d_ff", "vocab", "seq_len")
 # Attention variants that a table's shape columns cannot tell, by the model family's public name:
@@ -118,14 +118,14 @@ def case_of(run: Run) -> dict[str, float] | Refusal:
         return Refusal(run, str(error))
 
 
-def _precision(run: Run, machine: Machine) -> tuple[float, float]:
+def _precision(run: Run, machine: Machine, stack: Stack) -> tuple[float, float]:
     """(fp8 code of ``Cases``, FLOP/s of the matmuls)."""
     text = f"{run.text['dtype']} {run.text['flags']}".lower()
     if "fp4" in run.text["dtype"].lower():
         return 4.0, machine.at("fp4")
     if "fp8" in run.text["dtype"].lower() or "float8" in text:
         # XLA quantises in kernels of its own, as a scale a row does in PyTorch.
-        if "rowwise" in text or stack_of(run).name == "jax":
+        if "rowwise" in text or stack.name == "jax":
             return 3.0, machine.at("fp8")
         return 2.0 if re.search(r"mx|fp8-sc|block", text) else 1.0, machine.at("fp8")
     return 0.0, machine.at("bf16")
@@ -149,7 +149,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
     experts = run.n("moe_n_experts", 0.0)
     vpp = run.n("vpp", 1.0)
     stack = stack_of(run)
-    fp8, gemm = _precision(run, machine)
+    fp8, gemm = _precision(run, machine, stack)
     folded = ep > dp * cp or "fold" in run.text["flags"].lower() or experts >= 100
     zero = 3.0 if run.flag["fsdp"] else run.n("zero_stage")
     if math.isnan(zero):
