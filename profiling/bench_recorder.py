@@ -10,7 +10,6 @@ work. CPU time and its quickest tenth are what a busy machine moves least.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+from recorded import record  # noqa: E402
 
 from trainsys.comm.ledger import Ledger  # noqa: E402
 from trainsys.config.loader import load_run  # noqa: E402
@@ -146,9 +146,7 @@ def main() -> None:
             name: of_a_loop(folder, args.steps // 2, cold) for name, cold in (("warm", False), ("cold", True))
         }
     found["load_average"] = round(os.getloadavg()[0], 1)
-    print(json.dumps(found, indent=1))
-    if args.out:
-        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+    record(found, args.out)
 
 
 if __name__ == "__main__":

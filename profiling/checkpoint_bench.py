@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from recorded import record
 
 from trainsys.checkpoint.container import CHUNK
 from trainsys.checkpoint.folder import Folder
@@ -121,9 +121,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "command": "python profiling/checkpoint_bench.py --gib 1",
     }
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    record(result, args.out)
 
 
 if __name__ == "__main__":

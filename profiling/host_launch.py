@@ -10,13 +10,13 @@ too, to which the driver's own few microseconds a kernel come. Best of many pass
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from recorded import record
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,10 +88,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=1000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = measure(args.passes)
-    print(json.dumps(found, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    record(measure(args.passes), args.json)
 
 
 if __name__ == "__main__":

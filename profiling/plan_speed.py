@@ -9,7 +9,6 @@ user would run it, in a process of its own. The best of N counts, medians are gi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from pathlib import Path
 from statistics import median
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy
+
+from recorded import record
 
 from trainsys.config.loader import load_run
 from trainsys.planner.cluster import load_cluster
@@ -66,9 +67,7 @@ def main() -> None:
         "plan_70b_1024_gpus_s": round(min(seconds), 2), "plan_70b_1024_gpus_s_median": round(median(seconds), 2),
         "repeat": args.repeat,
     }  # fmt: skip
-    print(json.dumps(found, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    record(found, args.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ neither: what the block before has left to the background runs in them.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -36,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+from recorded import record  # noqa: E402
 
 from trainsys.comm.ledger import Ledger  # noqa: E402
 from trainsys.config.loader import load_run  # noqa: E402
@@ -176,10 +176,7 @@ def main() -> None:
         "sinks": args.sinks, "load_average_before": round(load, 2),
         "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
-    print(json.dumps(found, indent=1))
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+    record(found, args.out)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
-from importlib import resources
 from typing import Literal
 
-import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter
 
 from trainsys.config.base import Strict
 from trainsys.errors import UserError
+from trainsys.shipped_yaml import shipped_yaml
 
 DType = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp4", "int8"]
 
@@ -69,9 +68,7 @@ class Device(Strict):
 @cache
 def devices() -> dict[str, Device]:
     """Every device of the catalogue by name, in its order."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = resources.files(__package__).joinpath("catalogue.yaml").read_text(encoding="utf-8")
-    rows = TypeAdapter(list[Device]).validate_python(yaml.load(text, Loader=loader))
+    rows = TypeAdapter(list[Device]).validate_python(shipped_yaml("trainsys.hardware", "catalogue.yaml"))
     return {device.name: device for device in rows}
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cache
-from pathlib import Path
 
-import yaml
+from trainsys.shipped_yaml import shipped_yaml
 
 # Kinds of runs whose errors differ.
 DENSE, LOW, MOE = "dense, 16 bits, A100/H100", "FP8/FP4 or Blackwell, dense", "mixture of experts"
@@ -171,8 +170,7 @@ def from_priors() -> Constants:
 @cache
 def constants_file() -> dict[str, dict[str, float]]:
     """``constants.yaml`` as it is."""
-    text = (Path(__file__).parent / "constants.yaml").read_text(encoding="utf-8")
-    data: dict[str, dict[str, float]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    data: dict[str, dict[str, float]] = shipped_yaml("trainsys.planner", "constants.yaml")
     return data
 
 

@@ -118,7 +118,7 @@ def load(path: str | Path) -> Learned:
     if isinstance(content, dict) and content.get("trainsys_calibration") == 1:
         names = {f.name for f in fields(Learned)}
         rest = {n: v for n, v in content.items() if n in names}
-        if set(rest["constants"]) != set(PRIORS):
+        if set(rest.get("constants", ())) != set(PRIORS):
             raise UserError(
                 f"--calibration {path}: its constants are not this version's; "
                 "`trainsys sweep --calibration` writes it anew"
