@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainsys.errors import UserError
 from trainsys.ops.attention import reference_attention
 from trainsys.ops.attention_kernels import (
     CpuFlashKernel,
@@ -15,6 +16,7 @@ from trainsys.ops.attention_kernels import (
     Visible,
     as_mask,
     kernel_for,
+    named_kernel,
 )
 from trainsys.ops.attention_seam import Rule, WholeRows, attend
 
@@ -127,6 +129,15 @@ def test_cpu_gets_the_cpu_kernel() -> None:
     assert isinstance(kernel_for(torch.empty(1)), CpuFlashKernel)
 
 
+def test_flex_is_refused_where_it_cannot_train() -> None:
+    from trainsys.ops.attention_flex import FlexKernel
+
+    assert named_kernel("auto", torch.device("cpu")) is None
+    assert isinstance(named_kernel("flex", torch.device("cuda")), FlexKernel)
+    with pytest.raises(UserError, match=r"no backward; use train\.attention=auto"):
+        named_kernel("flex", torch.device("cpu"))
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", ["all", "causal", "mask"])
 def test_flex_forward_on_the_cpu_and_its_missing_backward(kind: str) -> None:
@@ -135,9 +146,13 @@ def test_flex_forward_on_the_cpu_and_its_missing_backward(kind: str) -> None:
     kernel = FlexKernel(compiled=False)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 37, h, 16, generator=g) for h in (4, 2, 2))
-    got, lse = kernel.forward(q, k, v, sees(kind, 37, 37))
-    want, want_lse = ReferenceKernel().forward(q, k, v, sees(kind, 37, 37))
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(lse, want_lse)
+    masks = [sees(kind, 37, 37)]
+    if isinstance(masks[0], torch.Tensor):
+        masks.append(masks[0][1:])  # one mask for both rows
+    for mask in masks:
+        got, lse = kernel.forward(q, k, v, mask)
+        want, want_lse = ReferenceKernel().forward(q, k, v, mask)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(lse, want_lse)
     with pytest.raises(NotImplementedError, match="use CpuFlashKernel"):
         kernel.backward(got, q, k, v, got, lse, "all")

@@ -125,6 +125,12 @@ DEEPSPEED: tuple[Limit, ...] = (
         {"parallel.dp_shard": 2, "train.loss_chunk": 16},
     ),
     Limit(
+        "other kernels of attention",
+        lambda cfg, layout: cfg.train.attention != "auto",
+        "they were not tried under its hooks; train.attention=auto, or engine=native",
+        {"train.attention": "flex"},
+    ),
+    Limit(
         "recompute.policy=selective++ with cp",
         lambda cfg, layout: layout.cp > 1 and cfg.recompute.policy == "selective++",
         "it keeps results of our attention, and here attention is its own; recompute.policy=selective, or engine=native",

@@ -120,6 +120,12 @@ MEGATRON: tuple[Limit, ...] = (
         {"recompute.policy": "every_n"},
     ),
     Limit(
+        "other kernels of attention",
+        lambda cfg, layout: cfg.train.attention != "auto",
+        "they were not tried under its layers; train.attention=auto, or engine=native",
+        {"train.attention": "flex"},
+    ),
+    Limit(
         "streamed layers",
         lambda cfg, layout: bool(cfg.recompute.stream_ffn or cfg.recompute.stream_attention),
         "it computes whole rows; leave out recompute.stream_ffn and recompute.stream_attention, or engine=native",

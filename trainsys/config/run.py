@@ -210,6 +210,10 @@ class TrainConfig(Strict):
         default=0, description="positions of a row whose logits exist at a time; 0: all at once"
     )
     compile: bool = Field(default=False, description="torch.compile, one block at a time")
+    attention: Literal["auto", "flex"] = Field(
+        default="auto",
+        description="kernel; auto: torch's fused ones for the device; flex: flex_attention, on CUDA",
+    )
     threads: NonNegativeInt = Field(default=0, description="CPU threads a process; 0: cores / local ranks")
 
 

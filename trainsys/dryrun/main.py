@@ -43,6 +43,11 @@ def dryrun(
         notes.append(
             "train.compile is left out: what compiled blocks keep is not known without compiling them"
         )
+    if cfg.train.attention != "auto":
+        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"attention": "auto"})})
+        notes.append(
+            "train.attention=flex counts as auto, which keeps the same; flex runs attention forward once more in backward"
+        )
     ranks = _ranks(rank, cfg, layout)
     torch.set_num_threads(1)
     steps = [dry_step(cfg, layout, r, as_cuda=cfg.train.device != "cpu") for r in ranks]

@@ -5,11 +5,29 @@ On the CPU torch runs its forward unfused and has no backward for it; there `Cpu
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from trainsys.ops.attention_kernels import Visible, as_mask
+from trainsys.ops.attention_kernels import Visible
+
+
+def _block_mask(visible: Visible, q_len: int, k_len: int, device: torch.device) -> BlockMask | None:
+    if isinstance(visible, Tensor):
+        # One mask for all rows has a batch of 1, whatever b is.
+        rows = visible.shape[0]
+        return create_block_mask(
+            lambda b, h, i, j: visible[b % rows, 0, i, j], rows, None, q_len, k_len, device=device
+        )
+    return None if visible == "all" else _causal(q_len, device)
+
+
+@lru_cache(maxsize=8)
+def _causal(length: int, device: torch.device) -> BlockMask:
+    """The same for every layer, and no mask of ``length**2`` in memory."""
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
 
 
 class FlexKernel:
@@ -19,19 +37,9 @@ class FlexKernel:
         self._run = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
-        mask = as_mask(visible, q.shape[1], k.shape[1], q.device)
-        block_mask = None
-        if mask is not None:
-
-            def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return mask[b % mask.shape[0], 0, i, j]
-
-            block_mask = create_block_mask(
-                sees, mask.shape[0], None, q.shape[1], k.shape[1], device=q.device.type
-            )
         out, aux = self._run(
             *(t.transpose(1, 2) for t in (q, k, v)),
-            block_mask=block_mask,
+            block_mask=_block_mask(visible, q.shape[1], k.shape[1], q.device),
             enable_gqa=q.shape[2] != k.shape[2],
             return_aux=AuxRequest(lse=True),
         )

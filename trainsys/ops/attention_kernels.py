@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from trainsys.errors import UserError
 from trainsys.ops.attention import reference_attention
 
 Visible = Literal["all", "causal"] | Tensor
@@ -46,6 +47,20 @@ def kernel_for(q: Tensor) -> Kernel:
 
         return CudaKernel()
     return CpuFlashKernel()
+
+
+def named_kernel(name: Literal["auto", "flex"], device: torch.device) -> Kernel | None:
+    """What ``train.attention`` names; None: the device's own. UserError where it cannot train on ``device``."""
+    if name == "auto":
+        return None
+    if device.type != "cuda":
+        raise UserError(
+            "train.attention=flex, but this run is on the CPU, where flex_attention has no backward; "
+            "use train.attention=auto"
+        )
+    from trainsys.ops.attention_flex import FlexKernel
+
+    return FlexKernel()
 
 
 def as_mask(visible: Visible, q_len: int, k_len: int, device: torch.device) -> Tensor | None:

@@ -27,6 +27,7 @@ from trainsys.memory.recompute import apply_recompute
 from trainsys.models.decoder import Decoder
 from trainsys.models.init import init_weights, local_part
 from trainsys.models.shards import ShardSpec
+from trainsys.ops.attention_kernels import named_kernel
 from trainsys.optim.local import Owned
 from trainsys.parallel.context.core import SequenceCut, apply_context_parallel
 from trainsys.parallel.expert.apply import apply_expert_parallel
@@ -120,7 +121,14 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
     if part is not None:
         pass_hidden(model, part)
     apply_expert_parallel(model, mesh, cfg, shards)
-    apply_context_parallel(model, mesh, parallel.context, cfg.train.seq_len, overlap=parallel.overlap.context)
+    apply_context_parallel(
+        model,
+        mesh,
+        parallel.context,
+        cfg.train.seq_len,
+        overlap=parallel.overlap.context,
+        kernel=named_kernel(cfg.train.attention, mesh.device),
+    )
     apply_recompute(model, cfg.recompute)
     if cfg.train.loss_chunk and model.head is not None:
         # The loss multiplies by the head's weight itself; what TP hooks onto the head stays in force.

@@ -51,6 +51,15 @@ TABLE = (
         {"recompute.stream_attention": 8, "recompute.policy": "selective"},
     ),
     Refusal(
+        "streaming attention through a kernel of one's choice",
+        lambda c: bool(c.recompute.stream_attention) and c.train.attention != "auto",
+        lambda c: (
+            f"recompute.stream_attention={c.recompute.stream_attention} with train.attention={c.train.attention}: "
+            "pieces of the queries go through the device's own kernel; use train.attention=auto"
+        ),
+        {"recompute.stream_attention": 8, "train.attention": "flex"},
+    ),
+    Refusal(
         "a chunked loss on whole logits",
         lambda c: bool(c.train.loss_chunk) and c.layout.tp > 1 and not c.parallel.loss_parallel,
         lambda c: (

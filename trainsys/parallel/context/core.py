@@ -14,6 +14,7 @@ from trainsys.context.balance import ContextPlan, places, reach
 from trainsys.data.packing import Batch
 from trainsys.models.attention import SeamAttention
 from trainsys.models.decoder import Decoder
+from trainsys.ops.attention_kernels import Kernel
 from trainsys.ops.attention_seam import Method, Rule, WholeRows
 from trainsys.parallel.context.all_gather import AllGatherKV
 from trainsys.parallel.context.blocks import Blocks, Ring
@@ -56,18 +57,27 @@ class ContextAttention(SeamAttention):
 
 
 def apply_context_parallel(
-    model: Decoder, mesh: Mesh, cfg: ContextConfig, seq: int, *, overlap: bool = True
+    model: Decoder,
+    mesh: Mesh,
+    cfg: ContextConfig,
+    seq: int,
+    *,
+    overlap: bool = True,
+    kernel: Kernel | None = None,
 ) -> None:
     """Replace the attention cores of ``model`` by ones that work on this rank's part of rows of ``seq`` tokens.
 
-    ``overlap``: compute one block while the next one's data travels.
+    ``overlap``: compute one block while the next one's data travels. ``kernel``: what computes a block, and
+    whole rows where cp is 1; None: the device's own.
     """
-    cp = mesh["cp"]
+    cp, window = mesh["cp"], model.cfg.sliding_window
     if cp.size == 1:
+        if kernel is not None:
+            for block in model.layers.values():
+                block.attn.core = SeamAttention(window, WholeRows(kernel))
         return
     plan = ContextPlan.resolve(cfg, cp.size)
-    window = model.cfg.sliding_window
-    heads, method = build_method(plan, mesh, seq, window, overlap=overlap)
+    heads, method = build_method(plan, mesh, seq, window, Blocks(kernel), overlap=overlap)
     for block in model.layers.values():
         block.attn.core = ContextAttention(window, heads, method)
 
