@@ -57,6 +57,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], tu
     "tp and sp": (2, {"tp": 2}, {}, {"micro_batch": 3}, ("tp",)),
     "tp and sp, zero2": (4, {"tp": 2, "dp_shard": 2}, {"zero_stage": 2}, {}, ("tp", "fsdp")),
     "tp and sp, zero3": (4, {"tp": 2, "dp_shard": 2}, {}, {}, ("tp", "fsdp")),
+    "tp and sp, ulysses": (4, {"tp": 2, "cp": 2, "context": ULYSSES}, {}, {}, ("tp", "cp")),
+    "tp and sp, ulysses, zero2": (
+        4, {"tp": 2, "cp": 2, "context": ULYSSES}, {"zero_stage": 2}, {"documents": True}, ("tp", "cp"),
+    ),
     "pp": (2, {"pp": 2}, {}, {"micro_batch": 2}, ("pp",)),
     "pp zero1": (4, {"pp": 2, "dp_shard": 2}, {}, {"micro_batch": 2}, ("pp", "fsdp")),
     "pp tp": (4, {"pp": 2, "tp": 2}, {}, {"micro_batch": 3}, ("pp", "tp")),
