@@ -24,6 +24,7 @@ from trainsys.planner.cases import Array, Cases
 from trainsys.planner.constants import DENSE, LOW, MOE, Constants, shipped, shipped_sources
 from trainsys.planner.fill import at_best, fill
 from trainsys.planner.from_runs import build
+from trainsys.planner.measured import measured_seconds
 from trainsys.planner.memory import peak_memory
 from trainsys.planner.memory_constants import MemoryConstants, shipped_memory
 from trainsys.planner.metrics import Bools
@@ -132,7 +133,7 @@ def predict(
         for name in ("micro_batch", "vpp", "recompute", "schedule", "fsdp_shard"):
             filled.setdefault(name, np.array(getattr(cases, name), float))[rows] = getattr(part, name)
     cases = cases.replace(**dict(filled))
-    measured = np.asarray([r.step_s for r in kept])
+    measured = measured_seconds(cases, kept)
     peak_gb = np.asarray([np.nan if r.oom else r.n("peak_mem_gb") for r in kept])
     scored = np.ones(n, bool)
     if anchor == "one":
@@ -231,8 +232,8 @@ def report(p: Predictions, anchor: str, fitted_on: Sequence[str]) -> dict[str, A
 def _print(data: dict[str, Any], console: Console) -> None:
     table = Table(title=f"back-test, anchor {data['anchor']}", caption="percent but for Spearman and counts")
     columns = (
-        ("used", "used"), ("refused", "refused"), ("MAPE", "mape_pct"), ("median", "median_error_pct"),
-        ("groups", "groups"), ("Spearman", "spearman"), ("regret", "regret_mean_pct"), ("max", "regret_max_pct"),
+        ("used", "used"), ("refused", "refused"), ("timed", "timed"), ("MAPE", "mape_pct"),
+        ("median", "median_error_pct"), ("groups", "groups"), ("Spearman", "spearman"), ("regret", "regret_mean_pct"), ("max", "regret_max_pct"),
         ("pick OOM", "first_pick_oom_pct"), ("OOM bal. acc.", "oom_balanced_accuracy_pct"),
         ("ran, called OOM", "ran_called_oom_pct"), ("memory err.", "memory_mape_pct"),
     )  # fmt: skip

@@ -23,7 +23,7 @@ NUMBERS = (
 )  # fmt: skip
 TEXTS = (
     "row_id", "source", "model_name", "ffn_kind", "gpu", "interconnect", "dtype", "schedule", "recompute",
-    "attention_kernel", "flags", "status", "quality",
+    "attention_kernel", "flags", "status", "quality", "mfu_formula_notes",
 )  # fmt: skip
 FLAGS = ("tied_emb", "fsdp", "sp", "oom")
 _TRUE = {"1", "1.0", "true", "yes", "y", "t"}
