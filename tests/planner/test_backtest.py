@@ -17,7 +17,7 @@ from trainsys.planner import backtest, calibrate
 from trainsys.planner.calibrate import fit, row_weights, save, thin
 from trainsys.planner.constants import DENSE, LOW, MOE, PRIORS, expected_error_pct, from_priors
 from trainsys.planner.from_runs import build
-from trainsys.planner.least_squares import huber, levenberg
+from trainsys.planner.least_squares import levenberg
 from trainsys.planner.memory_constants import memory_from_priors
 from trainsys.planner.runs_csv import parse, read
 from trainsys.planner.step_time import step_time
@@ -111,15 +111,24 @@ def test_a_site_that_is_slower_as_a_whole_is_not_held_against_the_constants() ->
 
 def test_levenberg_finds_a_minimum() -> None:
     x = levenberg(
-        lambda v: np.array([v[0] - 3.0, 10.0 * (v[1] - v[0] ** 2)]), np.zeros(2), steps=200, tol=1e-12
+        lambda v: np.array([v[0] - 3.0, 10.0 * (v[1] - v[0] ** 2)]), np.zeros(2), 0, steps=200, tol=1e-12
     )
     assert x == pytest.approx([3.0, 9.0], rel=1e-3)
 
 
 def test_outliers_pull_no_harder_than_twice_the_noise() -> None:
-    loss = huber(np.array([-1.5, 2.0, 10.0, 11.0])) ** 2
-    assert loss[:2] == pytest.approx([1.5**2, 4.0])
-    assert loss[3] - loss[2] == pytest.approx(4.0), "the slope of a square at two"
+    """Five numbers' middle: four at 0 pull it back by itself each, one far away by two."""
+    far = np.array([0.0, 0.0, 0.0, 0.0, 100.0])
+    for start in (0.0, 50.0, 300.0):
+        (middle,) = levenberg(lambda v: v[0] - far, np.array([start]), 5, steps=800, tol=1e-12)
+        assert middle == pytest.approx(0.5, abs=1e-3)
+    (mean,) = levenberg(lambda v: v[0] - far, np.array([50.0]), 0, steps=800, tol=1e-12)
+    assert mean == pytest.approx(20.0, abs=1e-3)
+
+
+def test_a_step_from_far_away_does_not_land_on_the_other_side() -> None:
+    (x,) = levenberg(lambda v: 1e3 * (v[0] - np.array([1.0, 1.01])), np.array([1.4]), 2)
+    assert x == pytest.approx(1.005, abs=0.006)
 
 
 def test_the_shipped_file_says_what_it_was_fitted_to_and_how_wrong_it_is(tmp_path: Path) -> None:

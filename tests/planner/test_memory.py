@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support_cases import case
 
+from trainsys.planner.constants import shipped
 from trainsys.planner.memory import Memory, in_flight, layer_activation_bytes, peak_memory
 from trainsys.planner.memory_constants import MemoryConstants, memory_from_priors, shipped_memory
+from trainsys.planner.step_time import step_time
 
 EXACT = MemoryConstants(
     activation=1.0, norm_unfused=0.0, rotary=0.0, gate=0.0, square=5.0, logit_bytes=10.0, overhead_bytes=0.0,
@@ -29,6 +33,39 @@ def test_layer_activations_are_korthikantis(tp: float, sp: float, rest: float, w
     full, entry = layer_activation_bytes(c, EXACT)
     assert float(full) == pytest.approx(expected)
     assert float(entry) == pytest.approx(2 * s * h / (tp if sp else 1.0))
+
+
+def test_experts_keep_what_goes_in_and_comes_out_of_them() -> None:
+    """16 bits a value: a copy's input, gate, up, product (their inner size) and output."""
+    d, f = 4096.0, 2048.0
+    sizes = [
+        float(layer_activation_bytes(case(n_experts=64.0, top_k=k, d_expert=f), EXACT)[0]) for k in (1.0, 3.0)
+    ]
+    tokens = 8192.0
+    assert sizes[1] - sizes[0] == pytest.approx(2 * tokens * 2.0 * (2 * d + 3 * f))
+
+
+def test_only_an_unfused_gate_keeps_its_activation() -> None:
+    kept = replace(EXACT, gate=1.0)
+    fused, compiled, plain = (
+        float(layer_activation_bytes(case(modern=m, compiled=c), kept)[0]) for m, c in ((1, 0), (0, 1), (0, 0))
+    )
+    assert fused == compiled
+    assert plain - fused == pytest.approx(8192.0 * 2.0 * 14336.0)
+
+
+def test_dense_layers_come_first_so_the_last_stage_has_most_experts() -> None:
+    """Four layers on two stages, one of them dense: a stage of two mixtures is the fullest and the slowest."""
+    moe = {
+        "n_experts": 64.0, "top_k": 2.0, "d_expert": 14336.0, "ep": 8.0, "dp": 32.0, "pp": 2.0, "zero": 1.0,
+        "fsdp_shard": 1.0, "opt_shard": 32.0, "compiled": 1.0, "eager": 0.0,
+    }  # fmt: skip
+    found = peak_memory(case(**moe, n_layers=4.0, dense_layers=1.0), EXACT)
+    expert = 3 * 4096.0 * 14336.0
+    shared = 4096.0 * 128 * 80 + 2 * 4096 + 4096 * 64
+    assert float(found.parameters) == pytest.approx(2 * (2 * (8 * expert + shared) + 128256 * 4096.0))
+    slowest = [step_time(case(**moe, n_layers=4.0, dense_layers=n), shipped()).matmul for n in (1.0, 0.0)]
+    assert slowest[0] == slowest[1]
 
 
 def test_states_of_mixed_precision_adam_are_16_to_18_bytes() -> None:

@@ -17,6 +17,7 @@ from trainsys.planner.machine import device_named, network_from_text
 from trainsys.planner.memory import peak_memory
 from trainsys.planner.memory_constants import shipped_memory
 from trainsys.planner.runs_csv import Refusal, parse, read
+from trainsys.planner.stacks import stack_of
 from trainsys.planner.step_time import step_time
 
 ROW = {
@@ -149,3 +150,33 @@ def test_read_refuses_what_is_no_table(tmp_path: Path) -> None:
     other.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="no column d_model"):
         read(other)
+
+
+@pytest.mark.parametrize(("says", "name", "recent"), [
+    ({"gpu": "A100-80"}, "deepspeed-pipeline", False),
+    ({"gpu": "H100-SXM"}, "megatron-lm", True),
+    ({"gpu": "H100-SXM", "dtype": "fp8"}, "megatron", True),
+    ({"gpu": "H800", "schedule": "DualPipe"}, "megatron", True),
+    ({"gpu": "H100-SXM", "attention_kernel": "TE/cudnn"}, "megatron", True),
+    ({"gpu": "A100-80", "attention_kernel": "sdpa_flash2"}, "torchtitan", False),
+    ({"gpu": "H100-SXM", "fsdp": "1"}, "fsdp", True),
+    ({"gpu": "A100-80", "ffn_kind": "gelu", "zero_stage": "0"}, "megatron-classic", False),
+])  # fmt: skip
+def test_software_from_what_a_row_says(says: dict[str, str], name: str, recent: bool) -> None:
+    (run,) = parse([row(**says)])
+    assert stack_of(run, recent).name == name
+
+
+def test_deepseek_hides_its_exchange_and_keeps_to_groups() -> None:
+    moe = {"moe_n_experts": "256", "moe_top_k": "8", "moe_d_ff": "2048", "ep": "32", "tp": "1", "dp": "64"}
+    (v3,) = parse([row(**moe, model_name="deepseek-v3", schedule="dualpipe")])
+    (other,) = parse([row(**moe, model_name="kimi-k2")])
+    v3_case, other_case = case_of(v3), case_of(other)
+    assert isinstance(v3_case, dict)
+    assert isinstance(other_case, dict)
+    assert (v3_case["groups"], v3_case["top_groups"], v3_case["ep_overlap"]) == (8.0, 4.0, 1.0)
+    assert (other_case["groups"], other_case["top_groups"], other_case["ep_overlap"]) == (1.0, 1.0, 0.0)
+    (said,) = parse([row(**moe, flags="moe_a2a_overlap=true")])
+    said_case = case_of(said)
+    assert isinstance(said_case, dict)
+    assert said_case["ep_overlap"] == 1.0

@@ -140,6 +140,35 @@ def test_modern_dispatchers_cross_the_network_once_a_domain() -> None:
     assert step_time(case(**inside, modern=0), K).ep_comm == step_time(case(**inside, modern=1), K).ep_comm
 
 
+def test_experts_in_few_groups_are_in_few_domains() -> None:
+    """DeepSeek-V3's 4 of 8 groups: over 8 domains a token reaches what 8 draws of 4 do; in one domain nothing changes;
+    over 2 domains of 4 groups each it is likely to be in both."""
+    moe = {"n_experts": 256.0, "top_k": 8.0, "d_expert": 2048.0, "modern": 1.0}
+    grouped = {"groups": 8.0, "top_groups": 4.0}
+
+    def share(ep: float) -> float:
+        free, held = (step_time(case(**moe, **g, ep=ep), K).ep_comm for g in ({}, grouped))
+        return float(held / free)
+
+    assert share(64.0) == pytest.approx(4 * (1 - 0.75**8) / (8 * (1 - 0.875**8)), rel=0.02)
+    assert share(8.0) == 1.0
+    assert 0.9 < share(16.0) < 1.0
+
+
+def test_an_exchange_beside_compute_costs_what_is_longer() -> None:
+    moe = {"n_experts": 64.0, "top_k": 8.0, "d_expert": 2048.0, "ep": 64.0}
+    for nic, hidden in ((4e12, "all"), (4e10, "some")):
+        apart, beside = (step_time(case(**moe, nic_bw=nic, ep_overlap=x), K) for x in (0.0, 1.0))
+        busy = apart.matmul + apart.attention + apart.memory_bound
+        if hidden == "all":
+            assert apart.ep_comm < busy
+            assert beside.ep_comm == 0 < apart.ep_comm
+        else:
+            # Less is left than compute alone would leave, where launching takes longer than the device.
+            assert 0 < beside.ep_comm <= (apart.ep_comm - busy) * (1 + 1e-9)
+
+
+
 def test_many_small_experts_keep_the_host_busy() -> None:
     """With next to no work on the device the step grows with the experts a rank launches, more with block scales."""
     tiny = {"d_model": 256, "d_expert": 32, "d_ff": 64, "seq": 64, "n_experts": 128, "top_k": 1, "vocab": 256}

@@ -233,9 +233,10 @@ def _print(data: dict[str, Any], console: Console) -> None:
     table = Table(title=f"back-test, anchor {data['anchor']}", caption="percent but for Spearman and counts")
     columns = (
         ("used", "used"), ("refused", "refused"), ("timed", "timed"), ("MAPE", "mape_pct"),
-        ("median", "median_error_pct"), ("groups", "groups"), ("Spearman", "spearman"), ("regret", "regret_mean_pct"), ("max", "regret_max_pct"),
-        ("pick OOM", "first_pick_oom_pct"), ("OOM bal. acc.", "oom_balanced_accuracy_pct"),
-        ("ran, called OOM", "ran_called_oom_pct"), ("memory err.", "memory_mape_pct"),
+        ("median", "median_error_pct"), ("groups", "groups"), ("Spearman", "spearman"),
+        ("regret", "regret_mean_pct"), ("max", "regret_max_pct"), ("pick OOM", "first_pick_oom_pct"),
+        ("OOM bal. acc.", "oom_balanced_accuracy_pct"), ("ran, called OOM", "ran_called_oom_pct"),
+        ("memory err.", "memory_mape_pct"),
     )  # fmt: skip
     table.add_column("source")
     for title, _ in columns:

@@ -24,7 +24,7 @@ from trainsys.planner.cases import Array, Cases
 from trainsys.planner.constants import PRIORS, Constants, from_priors
 from trainsys.planner.fill import at_best, fill
 from trainsys.planner.from_runs import build
-from trainsys.planner.least_squares import huber, levenberg
+from trainsys.planner.least_squares import levenberg
 from trainsys.planner.memory import peak_memory
 from trainsys.planner.memory_constants import MEMORY_PRIORS, MemoryConstants, memory_from_priors
 from trainsys.planner.runs_csv import Run, read
@@ -99,9 +99,9 @@ def fit(
         constants, factors = x[: len(names)], x[len(names) :]
         e = predicted(constants) - log_y
         e = (e + factors[of] if factors_n else e) * root_w
-        return np.concatenate([huber(e), (constants - mean) / sd, factors / SITE])
+        return np.concatenate([e, (constants - mean) / sd, factors / SITE])
 
-    x = levenberg(residual, np.concatenate([mean, np.zeros(factors_n)]))[: len(names)]
+    x = levenberg(residual, np.concatenate([mean, np.zeros(factors_n)]), len(log_y))[: len(names)]
     return replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
 
 
@@ -158,13 +158,12 @@ def fit_memory(cases: Cases, measured: Array, oom: Array, weights: Array) -> Mem
         m = MemoryConstants(**{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
         total = peak_memory(cases, m).total
         e = np.where(known, np.log(total) - log_y, 0.0) / 0.08
-        e = huber(e)
         over = np.log(total / (m.usable * cases.mem_bytes))
         wrong = np.where(oom > 0, np.maximum(0.01 - over, 0.0), np.maximum(over + 0.01, 0.0)) / 0.04
         wrong = np.where(known, 0.0, np.minimum(wrong, 4.0))
         return np.concatenate([e * root_w, wrong * root_w, (x - mean) / sd])
 
-    x = levenberg(residual, mean)
+    x = levenberg(residual, mean, len(log_y))
     return MemoryConstants(**{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
 
 

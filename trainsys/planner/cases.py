@@ -35,6 +35,8 @@ class Cases:
     attended: Array  # keys a query sees on average / (seq/2): 1 causal, less with a sliding window
     n_experts: Array  # 0: dense
     top_k: Array
+    groups: Array  # of experts; a token's experts are all in top_groups of them
+    top_groups: Array
     d_expert: Array
     d_shared: Array
     dropped: Array  # 1: tokens beyond an expert's even share are dropped
@@ -82,6 +84,7 @@ class Cases:
     fp32_reduce: Array  # 1: activations are reduced over tp in fp32 (GPT-NeoX does so for bf16)
     gathered_logits: Array  # 1: logits are gathered over tp before the loss
     plain_accumulation: Array  # 1: a micro-batch's gradient is written, then added
+    ep_overlap: Array  # 1: the token exchange runs beside the compute of another micro-batch
     ulysses: Array
     ds_pipeline: Array  # 1: DeepSpeed's pipeline engine
     single_rail: Array  # 1: fully sharded parameters move over one ring, so one NIC a node

@@ -14,7 +14,7 @@ from dataclasses import fields
 import numpy as np
 
 from trainsys.errors import UserError
-from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
+from trainsys.planner.cases import ARCHS, ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
 from trainsys.planner.machine import Machine, device_named, from_device, network_from_text
 from trainsys.planner.runs_csv import Refusal, Run
 from trainsys.planner.stacks import Stack, stack_of
@@ -24,8 +24,10 @@ _SHAPE = ("n_layers", "d_model", "n_heads", "d_ff", "vocab", "seq_len")
 # (query rank, key-value rank, rotary head size) of multi-head latent attention.
 _LATENT = {"deepseek": (1536.0, 512.0, 64.0), "kimi": (1536.0, 512.0, 64.0)}
 _SLIDING = {"gpt-oss": 128.0}  # every second layer sees this many keys
+# (groups of experts, how many of them a token uses), by family and number of experts: DeepSeek-V2 and V3.
+_GROUPED = {("deepseek", 160.0): (8.0, 3.0), ("deepseek", 256.0): (8.0, 4.0)}
 
-
+_EXCHANGE_HIDDEN = re.compile(r"(a2a|moe|ep)[_ -]?overlap|overlap[_ -](a2a|moe|ep)\b")
 GATED = ("swiglu", "geglu", "glu", "reglu")
 
 
@@ -78,6 +80,18 @@ def _attended(run: Run) -> float:
         if name in run.text["model_name"].lower() and window < seq:
             return 0.5 + 0.5 * (2.0 * window / seq)
     return 1.0
+
+
+def _expert_groups(run: Run) -> tuple[float, float]:
+    name, experts = run.text["model_name"].lower(), run.n("moe_n_experts", 0.0)
+    return next((g for (family, n), g in _GROUPED.items() if family in name and n == experts), (1.0, 1.0))
+
+
+def _dense_layers(run: Run) -> float:
+    """A model cut short for a benchmark may stand in a table with the whole one's leading dense layers, which would
+    leave next to no experts: 4 layers of DeepSeek-V3, 3 of them dense. It keeps one."""
+    dense = run.n("moe_dense_layers", 0.0)
+    return dense if dense <= run.n("n_layers") / 2.0 else 1.0
 
 
 def _missing(run: Run) -> str | None:
@@ -147,8 +161,9 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
     if local and pp > 1 and not run.n("micro_batch") > 0:
         micro = max(float(int(local.group(1)) // int(pp)), 1.0)  # torchtitan's default: as many as stages
     experts = run.n("moe_n_experts", 0.0)
+    groups, top_groups = _expert_groups(run)
     vpp = run.n("vpp", 1.0)
-    stack = stack_of(run)
+    stack = stack_of(run, recent=machine.arch >= ARCHS.index("hopper"))
     fp8, gemm = _precision(run, machine, stack)
     folded = ep > dp * cp or "fold" in run.text["flags"].lower() or experts >= 100
     zero = 3.0 if run.flag["fsdp"] else run.n("zero_stage")
@@ -182,10 +197,12 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "attended": _attended(run),
         "n_experts": experts,
         "top_k": run.n("moe_top_k", 1.0),
+        "groups": groups,
+        "top_groups": top_groups,
         "d_expert": run.n("moe_d_ff", run.n("d_ff")),
         "d_shared": run.n("moe_shared_d_ff", 0.0),
         "dropped": float("token drop" in flags),
-        "dense_layers": min(run.n("moe_dense_layers", 0.0), run.n("n_layers")),
+        "dense_layers": _dense_layers(run),
         "gemm_rate": gemm,
         "gemm_rate_16": machine.gemm_16,
         "peak_16": machine.peak_16,
@@ -228,6 +245,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "plain_accumulation": float(stack.plain_accumulation),
         "ds_pipeline": float(stack.ds_pipeline),
         "single_rail": float(stack.single_rail),
+        "ep_overlap": float("dualpipe" in run.text["schedule"].lower() or bool(_EXCHANGE_HIDDEN.search(flags))),
         "ulysses": float(bool(re.search(r"ulysses|cp_comm=a2a", flags))),
         "offload": float("offload=true" in flags),
         "native": 0.0,

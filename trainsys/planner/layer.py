@@ -99,15 +99,23 @@ def context_comm(c: Cases, k: Constants, core: Pass) -> Pass:
     return Pass(np.where(on, np.where(uly, swap, fwd), 0.0), np.where(on, np.where(uly, swap, bwd), 0.0))
 
 
+def _reached(n: Array, draws: Array) -> Array:
+    """How many of ``n`` places so many random draws are expected to reach."""
+    out: Array = n * (1.0 - (1.0 - 1.0 / np.maximum(n, 1.0)) ** draws)
+    return out
+
+
 def expert_comm(c: Cases, k: Constants) -> Pass:
     """Dispatch and combine all-to-alls, and with etp the gathers that make tensor-parallel experts whole.
 
     Modern dispatchers send a token once to each domain that holds any of its experts and copy it there (DeepSeek-V3,
-    section 3.2.2): of n domains top_k random experts reach n (1 - (1 - 1/n)^top_k)."""
+    section 3.2.2). Where its experts are all in some of the groups (section 2.1.2), so are these domains."""
     g = group(c, k, c.ep, np.where(c.etp > 1, c.tp, 1.0))
     nbytes = 2.0 * c.tokens / c.tp * c.top_k * c.d_model
     domains = g.n / g.local
-    once = np.where(c.modern > 0, domains * (1.0 - (1.0 - 1.0 / domains) ** c.top_k) / c.top_k, 1.0)
+    share = c.top_groups / c.groups
+    within = np.where(domains >= c.groups, domains * share, _reached(domains, c.top_groups))
+    once = np.where(c.modern > 0, _reached(within, c.top_k) / c.top_k, 1.0)
     swap = 2.0 * all_to_all(g, c, k, nbytes, np.minimum(once, 1.0)) * k.a2a_exposed
     t = group(c, k, c.etp, np.asarray(1.0))
     gather = np.where(c.etp > 1, 2.0 * t.ring(nbytes * c.etp), 0.0)
@@ -149,6 +157,9 @@ def layer_time(c: Cases, k: Constants, moe: bool) -> LayerTime:
     tp = tensor_comm(c, k)
     cp = context_comm(c, k, core)
     busy = kernels.floor_by_launch(mm + core + moved, Pass(host, 1.8 * host) + ring.launching(c, k))
+    # Forward of one micro-batch beside backward of another (DualPipe; DeepSeek-V3, section 3.2.1).
+    hidden = c.ep_overlap * np.minimum(1.0, (busy.fwd + busy.bwd) / np.maximum(ep.fwd + ep.bwd, 1e-12))
+    ep = ep.scaled(1.0 - hidden)
     forward = busy + tp + cp + ep
     kind = c.recompute
     unfused = c.attn_kernel <= 1

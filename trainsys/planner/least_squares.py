@@ -11,29 +11,35 @@ from trainsys.planner.cases import Array
 HUBER = 2.0
 
 
-def huber(errors: Array) -> Array:
-    """``errors`` in units of their noise such that their squares sum to Huber's loss (1964): beyond two it grows
-    linearly, so that outliers pull no harder."""
-    size = np.abs(errors)
-    out: Array = np.sign(errors) * np.minimum(
-        size, np.sqrt(2.0 * HUBER * np.maximum(size, HUBER) - HUBER**2)
-    )
-    return out
+def levenberg(
+    residual: Callable[[Array], Array], x0: Array, robust: int, steps: int = 25, tol: float = 1e-3
+) -> Array:
+    """Minimise from ``x0`` the sum of squares of ``residual(x)``, in units of noise. Of the first ``robust`` of them
+    Huber's loss (1964) is taken: beyond two it grows linearly, so that outliers pull no harder.
 
+    A step is that of least squares in which these are weighted by their pull (Holland and Welsch 1977): it lowers
+    the loss however far away they are, where squares of square roots would be overshot to the other side.
+    """
 
-def levenberg(residual: Callable[[Array], Array], x0: Array, steps: int = 25, tol: float = 1e-3) -> Array:
-    """Minimise sum(residual(x)^2) from ``x0``."""
+    def loss(r: Array) -> float:
+        size = np.abs(r[:robust])
+        near = np.minimum(size, HUBER)
+        return float(np.sum(2.0 * near * size - near**2) + r[robust:] @ r[robust:])
+
     x, lam = x0.copy(), 1e-2
     r = residual(x)
-    cost = float(r @ r)
+    cost = loss(r)
     for _ in range(steps):
         h = 1e-3
         jac = np.stack([(residual(x + h * e) - r) / h for e in np.eye(len(x))], axis=1)
-        a, g = jac.T @ jac, jac.T @ r
+        pull = np.ones(len(r))
+        pull[:robust] = HUBER / np.maximum(np.abs(r[:robust]), HUBER)
+        weighted = jac * pull[:, None]
+        a, g = jac.T @ weighted, weighted.T @ r
         for _ in range(6):
             dx = np.clip(-np.linalg.solve(a + lam * np.diag(np.diag(a)), g), -0.5, 0.5)
             r_new = residual(x + dx)
-            new = float(r_new @ r_new)
+            new = loss(r_new)
             if new < cost:
                 break
             lam *= 6.0

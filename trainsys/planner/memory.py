@@ -15,7 +15,7 @@ from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Array, C
 from trainsys.planner.kernels import falls_back
 from trainsys.planner.memory_constants import MemoryConstants
 from trainsys.planner.native_memory import layer_bytes, summits
-from trainsys.planner.partition import parts, stages
+from trainsys.planner.partition import leading_dense, parts, stages
 
 GIB = 2.0**30
 
@@ -56,10 +56,11 @@ def layer_activation_bytes(c: Cases, m: MemoryConstants) -> tuple[Array, Array]:
     square = np.where((c.attn_kernel == 0) | falls_back(c), 2.0 * m.square, m.square)
     scores = np.where(plain, square * c.n_heads * c.seq, 4.0 * c.n_heads)
     scores = np.where(plain & (c.recompute == RECOMPUTES.index("selective")), 0.0, scores)
-    width = np.where(
-        c.n_experts > 0, c.d_expert * c.top_k + c.d_shared + 2.0 * c.top_k * c.d_model * c.tp, c.d_ff
-    )
-    ffn = 2.0 * width * (2.0 + np.where(ungated, 0.0, 1.0 + m.gate))
+    width = np.where(c.n_experts > 0, c.d_expert * c.top_k + c.d_shared, c.d_ff)
+    fused = (c.modern > 0) | (c.compiled > 0)
+    ffn = 2.0 * width * (2.0 + np.where(ungated, 0.0, 1.0 + np.where(fused, 0.0, m.gate)))
+    # What goes into the experts and what comes out, for each of the copies of a token.
+    ffn = ffn + np.where(c.n_experts > 0, 4.0 * c.top_k * c.d_model * c.etp, 0.0)
     whole = c.tokens * (kept_whole / split_by + (attn + rotated + scores + ffn) / c.tp)
     entry = 2.0 * c.tokens * c.d_model / split_by
     return whole, entry
@@ -123,10 +124,11 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
     transient = np.where(again, full, 0.0)
 
     def estimated(
-        layers: Array, embeddings: Array, head: Array, live: Array
+        layers: Array, embeddings: Array, head: Array, live: Array, leading: Array
     ) -> tuple[Array, Array, Array, Array, Array, Array]:
-        dense = layers * dense_layer + embeddings * embed
-        experts = layers * expert_layer
+        sparse = np.where(c.n_experts > 0, layers - leading, 0.0)
+        dense = ((layers - sparse) * p.dense_layer + sparse * p.moe_dense) / c.tp + embeddings * embed
+        experts = sparse * p.experts / (c.ep * c.etp)
         count = dense + experts
         zero3 = c.zero >= 3
         # Fully sharded: fp32 shards of parameter, gradient and two moments; two layers are gathered at a time.
@@ -159,10 +161,13 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
     own = c.native > 0
     kept_bytes = layer_bytes(c) if np.any(own) else None
 
-    def stage(layers: Array, embeddings: Array, front: Array, head: Array) -> tuple[Array, ...]:
+    def stage(
+        layers: Array, embeddings: Array, front: Array, head: Array, leading: Array
+    ) -> tuple[Array, ...]:
+        """``leading``: how many of its layers are a mixture's dense ones."""
         live = in_flight(c, front)
         if kept_bytes is None:
-            return estimated(layers, embeddings, head, live)
+            return estimated(layers, embeddings, head, live, leading)
         own_head = np.where(c.pp > 1, head, head * (1.0 - c.tied)) * embed
         table = embeddings * embed - own_head
         block = dense_layer + expert_layer
@@ -170,15 +175,17 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
         exact = (*most, buffers + m.overhead_bytes)
         if np.all(own):
             return exact
-        estimate = estimated(layers, embeddings, head, live)
+        estimate = estimated(layers, embeddings, head, live, leading)
         return tuple(np.where(own, x, y) for x, y in zip(exact, estimate, strict=True))
 
     one = c.pp == 1
     zero_, one_ = np.zeros(()), np.ones(())
     ends = [
-        stage(st.first, np.where(one, 2.0 - c.tied, 1.0), zero_, np.where(one, 1.0, 0.0)),
-        stage(st.middle, zero_, np.minimum(one_, c.pp - 1.0), zero_),
-        stage(st.last, np.where(one, 0.0, 1.0), c.pp - 1.0, one_),
+        stage(
+            st.first, np.where(one, 2.0 - c.tied, 1.0), zero_, np.where(one, 1.0, 0.0), leading_dense(c, st)
+        ),
+        stage(st.middle, zero_, np.minimum(one_, c.pp - 1.0), zero_, zero_),
+        stage(st.last, np.where(one, 0.0, 1.0), c.pp - 1.0, one_, zero_),
     ]
     totals = [np.broadcast_to(sum(e), np.broadcast_shapes(*[np.shape(x) for x in e])) for e in ends]
     totals[1] = np.where(c.pp > 2, totals[1], 0.0)

@@ -11,11 +11,11 @@ MEMORY_PRIORS: dict[str, Prior] = {
     "activation": Prior(1.06, 0.05, "allocator rounding and fragmentation over the counted activations"),
     "norm_unfused": Prior(
         6.0,
-        0.25,
+        0.1,
         "D-sized 16-bit copies that one unfused RMSNorm keeps: input and normalised in fp32, both casts",
     ),
     "rotary": Prior(0.6, 0.5, "share of q and k kept twice by rotary embedding"),
-    "gate": Prior(0.7, 0.4, "F-sized copies beyond three that a gated feed-forward keeps"),
+    "gate": Prior(1.0, 0.15, "F-sized copies beyond three that an unfused gated feed-forward keeps"),
     "square": Prior(5.0, 0.1, "bytes an entry of the score matrix kept by unfused attention"),
     "logit_bytes": Prior(10.0, 0.15, "bytes a logit at the peak of the loss"),
     "overhead_bytes": Prior(2.5e9, 0.3, "context, libraries, communication buffers, workspaces"),

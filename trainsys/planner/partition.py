@@ -66,3 +66,9 @@ def stages(c: Cases) -> Stages:
         for cut, even in ((c.cut_first, first), (c.cut_middle, full), (c.cut_last, last))
     ]
     return Stages(*[np.where(c.pp == 1, c.n_layers, layers) for layers in given])
+
+
+def leading_dense(c: Cases, st: Stages) -> Array:
+    """How many layers of the first stage are a mixture's dense ones: they come first, in its first chunk."""
+    out: Array = np.where(c.n_experts > 0, np.minimum(c.dense_layers, st.first / c.vpp), 0.0)
+    return out

@@ -215,6 +215,7 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
         "tied": m.tied_embeddings, "seq": job.seq_len, "attn_params": attn.attention,
         "attended": _attended(m, job.seq_len),
         "n_experts": moe.n_experts if moe else 0, "top_k": moe.top_k if moe else 1,
+        "groups": moe.n_groups if moe else 1, "top_groups": moe.top_groups if moe else 1,
         "d_expert": moe.d_ff if moe else m.d_ff, "d_shared": moe.shared_hidden if moe else 0,
         "dropped": 0.0, "dense_layers": moe.n_dense_layers if moe else 0,
         "gemm_rate": mach.at(low), "gemm_rate_16": mach.gemm_16, "peak_16": mach.peak_16, "sms": mach.sms,
@@ -231,7 +232,7 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
         "modern": s.modern, "eager": s.eager, "tp_overlap": s.tp_overlap, "fp32_reduce": s.fp32_reduce,
         "gathered_logits": s.gathered_logits, "plain_accumulation": s.plain_accumulation,
         "ds_pipeline": s.ds_pipeline, "single_rail": s.single_rail, "ulysses": job.ulysses, "offload": 0.0,
-        "native": s.name == "native", "loss_chunk": job.loss_chunk,
+        "native": s.name == "native", "ep_overlap": 0.0, "loss_chunk": job.loss_chunk,
         "split_optim": job.split_optim, "split_grads": job.split_grads,
     }  # fmt: skip
     columns |= dict(zip(("cut_first", "cut_middle", "cut_last"), _cuts(job, layouts), strict=True))

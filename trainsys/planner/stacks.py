@@ -58,8 +58,8 @@ STACKS = {
 }
 
 
-def stack_of(run: Run) -> Stack:
-    """Infer the stack of a row."""
+def stack_of(run: Run, recent: bool) -> Stack:
+    """Infer the stack of a row; ``recent``: on Hopper or later."""
     flags, kernel = run.text["flags"].lower(), run.text["attention_kernel"].lower()
     words = set(re.findall(r"[a-z0-9_-]+", flags))
     gated = run.text["ffn_kind"].lower() in ("swiglu", "geglu", "glu", "reglu")
@@ -71,13 +71,18 @@ def stack_of(run: Run) -> Stack:
         return STACKS["megatron-lm" if "megatron-lm" in words else "megatron"]
     if sharded and "deepspeed" in words:
         return STACKS["deepspeed"]
-    if sharded and ("sdpa" in kernel or "compile" in words):
+    if "sdpa" in kernel or "compile" in words:
         compiled = "compile" in words
         return replace(STACKS["torchtitan"], fused_norm=compiled, compiled=compiled, tp_overlap=overlap)
     if sharded:
         return STACKS["fsdp"]
     if "zero1_group" in flags:
         return STACKS["internevo"]
+    if re.search("fp8|fp4", run.text["dtype"].lower()) or "dualpipe" in run.text["schedule"].lower():
+        return STACKS["megatron"]
+    if gated and recent:
+        # By then such models were trained by Megatron-Core and its like, not by DeepSpeed's pipeline.
+        return STACKS["megatron-lm"]
     # Before Transformer Engine no common stack fused RMSNorm, which gated (Llama-like) models use.
     fused = not gated or "fused_rmsnorm" in flags or "fused_norm" in flags
     if gated:

@@ -11,7 +11,7 @@ from trainsys.planner.collectives import group, send_recv
 from trainsys.planner.constants import Constants
 from trainsys.planner.kernels import Pass, soft_max
 from trainsys.planner.layer import LayerTime, embedding_time, head_time, layer_time
-from trainsys.planner.partition import Parts, Stages, parts, stages
+from trainsys.planner.partition import Parts, Stages, leading_dense, parts, stages
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,10 @@ class StepTime:
     other: Array
 
 
-def _mix(c: Cases, dense: LayerTime, moe: LayerTime | None) -> LayerTime:
-    """The mean layer of a model whose first ``dense_layers`` are dense."""
+def _mix(dense: LayerTime, moe: LayerTime | None, w: Array) -> LayerTime:
+    """The mean layer of a stage of whose layers a share ``w`` has experts."""
     if moe is None:
         return dense
-    w = np.where(c.n_experts > 0, 1.0 - c.dense_layers / c.n_layers, 0.0)
 
     def mix(a: Array, b: Array) -> Array:
         out: Array = (1.0 - w) * a + w * b
@@ -58,9 +57,8 @@ def _mix(c: Cases, dense: LayerTime, moe: LayerTime | None) -> LayerTime:
     )
 
 
-def _layer_params(c: Cases, p: Parts) -> tuple[Array, Array]:
-    """Mean parameters of a layer on one rank before data-parallel sharding: (dense part, experts)."""
-    w = np.where(c.n_experts > 0, 1.0 - c.dense_layers / c.n_layers, 0.0)
+def _layer_params(c: Cases, p: Parts, w: Array) -> tuple[Array, Array]:
+    """Of that layer, the parameters on one rank before data-parallel sharding: (dense part, experts)."""
     dense = ((1.0 - w) * p.dense_layer + w * p.moe_dense) / c.tp
     return dense, w * p.experts / (c.ep * c.etp)
 
@@ -172,15 +170,18 @@ class _Work:
 def _work(c: Cases, k: Constants) -> _Work:
     dense_layer = layer_time(c, k, moe=False)
     moe_layer = layer_time(c, k, moe=True) if np.any(c.n_experts > 0) else None
-    layer = _mix(c, dense_layer, moe_layer)
-    p = parts(c)
-    dense_p, expert_p = _layer_params(c, p)
+    p, st = parts(c), stages(c)
+    # The first stage has a mixture's dense layers; the pace is set by those that have none.
+    in_front = np.where(c.n_experts > 0, 1.0 - leading_dense(c, st) / np.maximum(st.first, 1.0), 0.0)
+    share = np.where((c.pp > 1) & (c.n_experts > 0), 1.0, in_front)
+    layer, front = (_mix(dense_layer, moe_layer, w) for w in (share, in_front))
+    dense_p, expert_p = _layer_params(c, p, share)
     with_fsdp = _fsdp(c, k, layer.total, dense_p, expert_p)
-    st = stages(c)
+    fsdp_front = _fsdp(c, k, front.total, *_layer_params(c, p, in_front)) if moe_layer else with_fsdp
     embed, head = embedding_time(c, k), head_time(c, k)
     slow = np.where((c.ds_pipeline > 0) & (c.pp > 1), k.pipe_engine, 1.0)
     alone = np.where(c.pp == 1, 1.0, 0.0)
-    first = (with_fsdp.scaled(st.first) + embed + head.scaled(alone)).scaled(slow)
+    first = (fsdp_front.scaled(st.first) + embed + head.scaled(alone)).scaled(slow)
     middle = with_fsdp.scaled(st.middle * slow)
     last = (with_fsdp.scaled(st.last) + head).scaled(slow)
     hop = send_recv(c, k, 2.0 * c.tokens * c.d_model / c.tp, c.tp * c.cp * c.dp)
