@@ -23,6 +23,7 @@ from trainsys.planner.memory_constants import shipped_memory
 from trainsys.planner.schedule_view import of_layout, svg, text
 from trainsys.planner.search import Found, search
 from trainsys.planner.space import Job, enumerate_layouts, parse_limits
+from trainsys.planner.stacks import STACKS
 
 RUN = "train/llama3-8b"
 
@@ -58,6 +59,15 @@ def test_ranking_is_by_time_and_within_memory(found: Found) -> None:
     assert np.all(found.memory.total <= limit)
     assert found.considered == found.count + found.over_memory
     assert 0.3 < found.mfu[0] < 0.65
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_large_searches_go_in_parts_and_find_the_same(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Job.of(load_run(RUN), load_cluster("dgx-h100").machine(), 64, stack)
+    whole = search(asked)
+    monkeypatch.setattr("trainsys.planner.search.CHUNK", 1000)
+    assert whole.considered > 2000
+    np.testing.assert_array_equal(search(asked).time.total, whole.time.total)
 
 
 def test_pareto_front_trades_time_for_memory(found: Found) -> None:

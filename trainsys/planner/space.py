@@ -245,7 +245,7 @@ def _cuts(
     """Layers of the first, the fullest middle and the last rank of pp, as the native engine cuts them; zeros where it is
     another stack's even split."""
     if job.stack.name != "native":
-        return [np.zeros(1)] * 3
+        return [np.zeros(())] * 3
     keys = np.stack([layouts["pp"], layouts["vpp"], layouts["schedule"]], axis=1)
     kinds, place = np.unique(keys, axis=0, return_inverse=True)
     found = np.array([_cut(job, int(pp), int(vpp), SCHEDULES[int(code)]) for pp, vpp, code in kinds])
