@@ -107,11 +107,12 @@ def test_impossible_asks_name_what_would_work() -> None:
         plan(RUN, "dgx-a100")
 
 
-def test_what_would_work_does_work() -> None:
+@pytest.mark.parametrize(("run", "gpus"), [("train/llama3-70b", 8), ("train/llama3-405b", 1)])
+def test_what_would_work_does_work(run: str, gpus: int) -> None:
     with pytest.raises(UserError) as error:
-        search(job("train/llama3-70b", 8))
+        search(job(run, gpus))
     devices = int(re.search(r"; (\d+) devices", str(error.value))[1])  # type: ignore[index]
-    assert search(job("train/llama3-70b", devices)).count
+    assert search(job(run, devices)).count
 
 
 def test_explanations_are_about_the_right_part(found: Found) -> None:

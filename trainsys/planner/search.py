@@ -18,6 +18,7 @@ from trainsys.planner.space import KEYS, Job, Limit, divisors, enumerate_layouts
 from trainsys.planner.step_time import StepTime, step_time
 
 CHUNK = 4096  # layouts predicted at once: their arrays stay in cache
+MOST_DEVICES = 65_536  # that a plan which does not fit is told would do
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,9 @@ def _nothing_fits(
             free = None
         if free is not None:
             return f"{say}; without the limits {free.count} layouts fit"
-    for factor in (2, 4, 8, 16, 32, 64):
-        bigger = replace(
-            job, world=job.world * factor, global_batch=max(job.global_batch, job.world * factor)
-        )
+    world = job.world
+    while (world := 2 * world) <= MOST_DEVICES:
+        bigger = replace(job, world=world, global_batch=max(job.global_batch, world))
         trial = enumerate_layouts(bigger)
         if len(trial["pp"]) and np.any(peak_memory(to_cases(bigger, trial), m).total <= room):
             extra = (
