@@ -18,7 +18,7 @@ from trainsys.cli.registry import OVERRIDES, RUN, arg, command
     arg("--why", metavar="tp=8,pp=2", help="why this layout of yours did not win"),
     arg("--limit", action="append", default=[], metavar="'tp<=8'", help="keep to it; may be repeated"),
     arg("--margin", type=float, default=0.05, metavar="SHARE", help="device memory that stays free"),
-    arg("--stack", default="native", help="software whose memory and speed is predicted"),
+    arg("--stack", help="software whose memory and speed is predicted; the run's engine where left out"),
     arg("--dtype", choices=["bf16", "fp8", "fp4"], help="of matmuls; the run's own where left out"),
     arg("--write", metavar="FILE", help="the run with the winning layout, as a config"),
     arg("--calibration", metavar="FILE", help="of trainsys sweep --calibration, or the JSON of trainsys bench"),

@@ -10,7 +10,8 @@ from trainsys.planner.constants import Constants
 from trainsys.planner.memory import GIB, peak_memory
 from trainsys.planner.memory_constants import MemoryConstants
 from trainsys.planner.search import Found
-from trainsys.planner.space import KEYS, enumerate_layouts, to_cases
+from trainsys.planner.settings import KEYS
+from trainsys.planner.space import enumerate_layouts, to_cases
 from trainsys.planner.step_time import StepTime, step_time
 
 PARTS = {
@@ -98,7 +99,9 @@ def why_not(found: Found, text: str, k: Constants, m: MemoryConstants) -> str:
     for key, value in wanted.items():
         match &= layouts[key] == value
     if not match.any():
-        return f"{text}: divides neither the model, the batch nor {found.job.world} devices"
+        engine = found.job.stack.engine
+        unable = "" if engine == "native" else f", or {engine} cannot run it (docs/capabilities.md)"
+        return f"{text}: divides neither the model, the batch nor {found.job.world} devices{unable}"
     index = np.flatnonzero(match)
     cases = to_cases(found.job, layouts).take(index)
     mem = peak_memory(cases, m)

@@ -22,7 +22,8 @@ from trainsys.planner.goodput import checkpoint_seconds, goodput
 from trainsys.planner.memory import GIB
 from trainsys.planner.memory_constants import shipped_memory
 from trainsys.planner.search import Found, search
-from trainsys.planner.space import Job, config_name, parse_limits
+from trainsys.planner.settings import run_settings
+from trainsys.planner.space import Job, parse_limits
 from trainsys.planner.step_time import StepTime
 from trainsys.planner.view import render
 
@@ -42,20 +43,7 @@ def world_of(cluster: Cluster, gpus: int | None) -> int:
 
 def winner(found: Found, i: int = 0) -> dict[str, Any]:
     """The settings of a RUN.yaml that make layout ``i``."""
-    lay = found.layout(i)
-    parallel: dict[str, Any] = {a: lay[a] for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
-    parallel["sequence_parallel"] = True
-    parallel["fsdp"] = {"reshard_after_forward": bool(lay["reshard"])}
-    if lay["pp"] != 1:
-        parallel["pipeline"] = {
-            "schedule": config_name(str(lay["schedule"])),
-            "virtual_stages": lay["vpp"],
-        }
-    return {
-        "parallel": parallel,
-        "train": {"micro_batch": lay["micro_batch"]},
-        "recompute": {"policy": lay["recompute"]},
-    }
+    return run_settings(found.layout(i))
 
 
 def write_winner(run_yaml: str | Path, overrides: Sequence[str], found: Found, path: str | Path) -> None:
@@ -150,7 +138,7 @@ def plan(
     limits: Sequence[str] = (),
     margin: float = 0.05,
     why: str | None = None,
-    stack: str = "native",
+    stack: str | None = None,
     dtype: str | None = None,
     show_schedule: str | Path | bool = False,
     calibration: str | Path | None = None,

@@ -14,7 +14,8 @@ from trainsys.planner.constants import Constants, shipped
 from trainsys.planner.machine import Machine
 from trainsys.planner.memory import peak_memory
 from trainsys.planner.memory_constants import shipped_memory
-from trainsys.planner.space import CONFIG_NAMES, Job, to_cases
+from trainsys.planner.settings import CONFIG_NAMES
+from trainsys.planner.space import Job, to_cases
 from trainsys.planner.step_time import step_time
 from trainsys.schedules.build import stages_per_rank
 
@@ -29,7 +30,7 @@ class Predicted:
     memory_bytes: float
 
 
-def case_of(run: RunConfig, world: int, machine: Machine, stack: str = "native") -> Cases:
+def case_of(run: RunConfig, world: int, machine: Machine, stack: str | None = None) -> Cases:
     """The run's layout as a case of length 1. UserError where the layout does not resolve to ``world``."""
     layout, pipeline = Layout.resolve(run.parallel, world), run.parallel.pipeline
     schedule = _PLANNED.get(pipeline.schedule, pipeline.schedule) if layout.pp > 1 else "1f1b"

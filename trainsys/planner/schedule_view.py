@@ -10,7 +10,8 @@ from rich.console import Console
 from trainsys.errors import UserError
 from trainsys.planner.constants import shipped
 from trainsys.planner.search import Found
-from trainsys.planner.space import config_name, to_cases
+from trainsys.planner.settings import config_name
+from trainsys.planner.space import to_cases
 from trainsys.planner.step_time import stage_times
 from trainsys.schedules.build import build
 from trainsys.schedules.simulate import Timeline, Times, simulate

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from trainsys.errors import UserError
 from trainsys.flops import train_flops_per_token
-from trainsys.planner.cases import RECOMPUTES, SCHEDULES, Array, Cases
+from trainsys.planner.cases import Array, Cases
 from trainsys.planner.constants import Constants, shipped
 from trainsys.planner.memory import GIB, Memory, peak_memory
 from trainsys.planner.memory_constants import MemoryConstants, shipped_memory
-from trainsys.planner.space import KEYS, Job, Limit, divisors, enumerate_layouts, to_cases
+from trainsys.planner.settings import named
+from trainsys.planner.space import Job, Limit, divisors, enumerate_layouts, to_cases
 from trainsys.planner.step_time import StepTime, step_time
 
 CHUNK = 4096  # layouts predicted at once: their arrays stay in cache
@@ -47,10 +48,7 @@ class Found:
 
     def layout(self, i: int) -> dict[str, int | str]:
         """Names and values of layout ``i``."""
-        out: dict[str, int | str] = {k: int(self.layouts[k][i]) for k in KEYS}
-        out["schedule"] = SCHEDULES[int(self.layouts["schedule"][i])]
-        out["recompute"] = policy(int(self.layouts["recompute"][i]))
-        return out
+        return named(self.layouts, i)
 
     def distinct(self, most: int) -> list[int]:
         """The best layout of each (pp, cp, tp, ep, micro-batch), fastest first: close cousins are left out."""
@@ -73,11 +71,6 @@ class Found:
                 front.append(i)
                 least = float(self.memory.total[i])
         return front
-
-
-def policy(code: int) -> str:
-    """The config's name of a recomputation code."""
-    return {"half": "selective"}.get(RECOMPUTES[code], RECOMPUTES[code])
 
 
 Index = NDArray[np.signedinteger]

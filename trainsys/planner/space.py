@@ -17,13 +17,13 @@ from trainsys.errors import UserError
 from trainsys.flops import layer_params
 from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
 from trainsys.planner.machine import Machine
-from trainsys.planner.stacks import STACKS, Stack
+from trainsys.planner.runnable import runnable
+from trainsys.planner.settings import KEYS, config_name
+from trainsys.planner.stacks import BY_ENGINE, STACKS, Stack
 from trainsys.schedules.actions import rank_of, stages_of
 from trainsys.schedules.build import placement, problems, splits_backward
 from trainsys.schedules.partition import partition
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-KEYS = (*AXES, "micro_batch", "vpp", "schedule", "recompute", "reshard")
 _MAX_MICRO = 16
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "==": operator.eq, "=": operator.eq, "<": operator.lt, ">": operator.gt,
@@ -90,9 +90,10 @@ class Job:
 
     @staticmethod
     def of(
-        run: RunConfig, machine: Machine, world: int, stack: str = "native", dtype: str | None = None
+        run: RunConfig, machine: Machine, world: int, stack: str | None = None, dtype: str | None = None
     ) -> Job:
-        """Raises UserError for a stack or dtype that is not known."""
+        """``stack`` None: that of the run's engine. Raises UserError for one that is not known."""
+        stack = stack or BY_ENGINE[run.engine]
         if stack not in STACKS:
             raise UserError(f"--stack {stack}: known are {', '.join(STACKS)}")
         # torch's attention dispatches to cuDNN on Hopper and later, FlashAttention-2 before.
@@ -110,14 +111,6 @@ def _tp_choices(model: ModelConfig, most: int) -> list[int]:
     if model.moe is not None:
         sizes.append(model.moe.d_ff)
     return [t for t in divisors(model.kv_heads) if t <= most and all(s % t == 0 for s in sizes)]
-
-
-CONFIG_NAMES = {"interleaved": "interleaved_1f1b", "zb1": "zero_bubble"}
-
-
-def config_name(schedule: str) -> str:
-    """What ``parallel.pipeline.schedule`` calls it."""
-    return CONFIG_NAMES.get(schedule, schedule)
 
 
 def _schedules(job: Job, pp: int, micro_batches: int) -> list[tuple[str, int]]:
@@ -142,7 +135,8 @@ def _schedules(job: Job, pp: int, micro_batches: int) -> list[tuple[str, int]]:
 def enumerate_layouts(
     job: Job, limits: Sequence[Limit] = ()
 ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """Columns of every layout that divides and obeys ``limits``; empty arrays where none does.
+    """Columns of every layout that divides, that the stack's engine can run and that obeys ``limits``; empty arrays
+    where there is none.
 
     tp stays in the fast domain; replicated data parallelism is tried across domains only (inside one, sharding costs
     nothing); context parallelism only where a micro-batch of one sequence leaves something to split.
@@ -189,7 +183,9 @@ def enumerate_layouts(
                                     (pp, dp // shard, shard, cp, tp, ep, mb, vpp, code, rc, r) for r in kept
                                 ]
     table = np.asarray(rows, float).reshape(-1, len(KEYS))
-    return {key: table[:, i] for i, key in enumerate(KEYS)}
+    layouts = {key: table[:, i] for i, key in enumerate(KEYS)}
+    able = runnable(job.stack.engine, model, layouts, job.ulysses)
+    return layouts if able.all() else {key: column[able] for key, column in layouts.items()}
 
 
 def _selective(job: Job) -> str:
@@ -207,6 +203,9 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
     sharded = layouts["dp_shard"] * layouts["cp"]
     fsdp = s.eager or s.name in ("fsdp", "native", "torchtitan", "jax")
     zero = np.where(layouts["reshard"] > 0, 3.0, 2.0) if fsdp else np.full_like(dp, 1.0)
+    # DeepSpeed's pipeline goes with ZeRO-1 at most.
+    pipeline = (layouts["pp"] > 1) & (s.engine == "deepspeed")
+    zero = np.where(pipeline, 1.0, zero)
     attn = layer_params(m)
     low = job.dtype if job.dtype in ("fp8", "fp4") else "bf16"
     columns: dict[str, object] = {
@@ -231,7 +230,8 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
         "grad_bytes": s.grad_bytes, "fused_norm": s.fused_norm or job.compiled, "compiled": job.compiled,
         "modern": s.modern, "eager": s.eager, "tp_overlap": s.tp_overlap, "fp32_reduce": s.fp32_reduce,
         "gathered_logits": s.gathered_logits, "plain_accumulation": s.plain_accumulation,
-        "ds_pipeline": s.ds_pipeline, "single_rail": s.single_rail, "ulysses": job.ulysses, "offload": 0.0,
+        "ds_pipeline": pipeline if s.name == "deepspeed" else s.ds_pipeline,
+        "single_rail": s.single_rail, "ulysses": job.ulysses, "offload": 0.0,
         "native": s.name == "native", "ep_overlap": 0.0, "loss_chunk": job.loss_chunk,
         "split_optim": job.split_optim, "split_grads": job.split_grads,
     }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from trainsys.config.engines import EngineName
 from trainsys.planner.runs_csv import Run
 
 
@@ -19,6 +20,7 @@ class Stack:
     not the attention core alone."""
 
     name: str
+    engine: EngineName = "native"  # whose table says what it can run
     grad_bytes: float = 4.0
     fused_norm: bool = True
     compiled: bool = False
@@ -37,25 +39,27 @@ STACKS = {
     s.name: s
     for s in (
         Stack("native", eager=True),
-        Stack("megatron", modern=True, tp_overlap=True),
-        Stack("megatron-lm", modern=True),
-        Stack("megatron-classic", grad_bytes=2.0),
-        Stack("megatron-deepspeed", grad_bytes=2.0, plain_accumulation=True, ds_pipeline=True),
+        Stack("megatron", "megatron", modern=True, tp_overlap=True),
+        Stack("megatron-lm", "megatron", modern=True),
+        Stack("megatron-classic", "megatron", grad_bytes=2.0),
+        Stack("megatron-deepspeed", "deepspeed", grad_bytes=2.0, plain_accumulation=True, ds_pipeline=True),
         Stack(
             "deepspeed-pipeline",
+            "deepspeed",
             grad_bytes=2.0,
             plain_accumulation=True,
             gathered_logits=True,
             ds_pipeline=True,
             fp32_reduce=True,
         ),
-        Stack("deepspeed", grad_bytes=2.0, eager=True, single_rail=True),
+        Stack("deepspeed", "deepspeed", grad_bytes=2.0, eager=True, single_rail=True),
         Stack("fsdp", grad_bytes=2.0, eager=True, selective_is_half=True),
         Stack("torchtitan", eager=True, selective_is_half=True),
         Stack("internevo", grad_bytes=2.0),
         Stack("jax", grad_bytes=2.0, compiled=True, modern=True, tp_overlap=True),
     )
 }
+BY_ENGINE: dict[EngineName, str] = {"native": "native", "deepspeed": "deepspeed", "megatron": "megatron"}
 
 
 def stack_of(run: Run, recent: bool) -> Stack:

@@ -21,7 +21,8 @@ from trainsys.planner.cases import RECOMPUTES, SCHEDULES
 from trainsys.planner.machine import from_device
 from trainsys.planner.memory import peak_memory
 from trainsys.planner.memory_constants import MemoryConstants, shipped_memory
-from trainsys.planner.space import KEYS, Job, config_name, to_cases
+from trainsys.planner.settings import KEYS, config_name
+from trainsys.planner.space import Job, to_cases
 from trainsys.profiler.steps import StepTable
 from trainsys.telemetry.events import RunStart
 from trainsys.telemetry.text import size
