@@ -13,12 +13,15 @@ import pytest
 
 from trainsys import cli
 from trainsys.config.loader import load_run as load_config_file
+from trainsys.hardware import lookup
 from trainsys.layout import Layout
+from trainsys.planner.machine import from_device
+from trainsys.planner.one import predict_run
 from trainsys.profiler.advice import advise, to_fit
 from trainsys.profiler.explain import Explanation, explain, to_json
 from trainsys.profiler.flops_split import split_flops
 from trainsys.profiler.goodput import account
-from trainsys.profiler.memory import memory_report, would_have_fitted
+from trainsys.profiler.memory import memory_report, predict, would_have_fitted
 from trainsys.profiler.page import MAX_BYTES, page
 from trainsys.profiler.pipeline import PipelineStep
 from trainsys.profiler.steps import make_table
@@ -173,6 +176,18 @@ def test_goodput_counts_restarts_and_steps_trained_twice() -> None:
     assert good.productive_s == pytest.approx(12.0)
     assert (good.steps, good.lost_steps, good.attempts) == (12, 4, 2)
     assert good.productive_s + sum(good.lost.values()) == pytest.approx(good.wall_s)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "interleaved_1f1b", "blockwise"])
+def test_memory_is_predicted_as_the_planner_does_for_the_schedule_that_ran(schedule: str) -> None:
+    asked = ["parallel.pp=4", f"parallel.pipeline.schedule={schedule}", "train.global_batch=64", "hardware=H100-SXM-80"]
+    cfg = load_config_file("train/llama3-8b", asked)
+    machine = from_device(lookup("H100-SXM-80"))
+    ran = start(world=8, hardware="H100-SXM-80", device_memory=True, layout={"pp": 4, "dp_shard": 2})
+    parts = predict(cfg, ran)
+    assert parts is not None
+    assert sum(parts.values()) == pytest.approx(predict_run(cfg, 8, machine).memory_bytes)
+    assert predict(cfg, start(world=7, layout={})) is None
 
 
 def test_memory_parts_sum_to_the_peak_and_stand_beside_the_prediction(made: Path) -> None:

@@ -17,12 +17,11 @@ import numpy as np
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
 from trainsys.hardware import lookup
-from trainsys.planner.cases import RECOMPUTES, SCHEDULES
 from trainsys.planner.machine import from_device
 from trainsys.planner.memory import peak_memory
 from trainsys.planner.memory_constants import MemoryConstants, shipped_memory
-from trainsys.planner.settings import KEYS, config_name
-from trainsys.planner.space import Job, to_cases
+from trainsys.planner.one import case_of
+from trainsys.planner.settings import AXES
 from trainsys.profiler.steps import StepTable
 from trainsys.telemetry.events import RunStart
 from trainsys.telemetry.text import size
@@ -69,23 +68,13 @@ class MemoryReport:
 
 def predict(cfg: RunConfig, start: RunStart) -> dict[str, float] | None:
     """Bytes by part on the fullest rank (``planner.memory``); None where the planner does not know such a run."""
+    # As the run resolved it, which may have been on other devices than the config asks for.
+    axes = {axis: start.layout[axis] for axis in AXES if axis in start.layout}
+    here = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=axes)})
     try:
-        machine = from_device(lookup(start.hardware or _ANY_DEVICE))
-        job = Job.of(cfg, machine, start.world)
+        cases = case_of(here, start.world, from_device(lookup(start.hardware or _ANY_DEVICE)))
     except UserError:
         return None
-    schedule = next((s for s in SCHEDULES if config_name(s) == cfg.parallel.pipeline.schedule), None)
-    policy = {"every_n": "half"}.get(cfg.recompute.policy, cfg.recompute.policy)
-    if schedule is None or policy not in RECOMPUTES:
-        return None
-    row = {
-        **start.layout, "micro_batch": cfg.train.micro_batch, "vpp": cfg.parallel.pipeline.virtual_stages or 1,
-        "schedule": SCHEDULES.index(schedule), "recompute": RECOMPUTES.index(policy),
-        "reshard": float(cfg.parallel.fsdp.reshard_after_forward),
-    }  # fmt: skip
-    if any(key not in row for key in KEYS):
-        return None
-    cases = to_cases(job, {key: np.array([float(row[key])]) for key in KEYS})
     found = peak_memory(cases, _constants(start))
     parts = {name: float(np.max(getattr(found, name))) for name in (*RESIDENT, *TRANSIENT)}
     if start.dtype == "fp32":
