@@ -11,7 +11,6 @@ from test_parity import config
 from support.parity import train_on_this_rank
 from support.ranks import run_ranks
 from trainsys.config.run import RunConfig
-from trainsys.errors import UserError
 from trainsys.ops.attention_kernels import ReferenceKernel
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -42,7 +41,7 @@ def _by_own_kernel(cfg: RunConfig) -> tuple[list[float], int]:
     """Losses and gradient norms, and calls. The device's own kernel, whose answer is the same, is an error."""
     Counted.calls = 0
     with (
-        patch("trainsys.parallel.parallelize.named_kernel", lambda name, device: Counted()),
+        patch("trainsys.parallel.parallelize.named_kernel", lambda name: Counted()),
         patch("trainsys.ops.attention_seam.kernel_for", None),
         patch("trainsys.parallel.context.blocks.kernel_for", None),
     ):
@@ -58,8 +57,3 @@ def test_every_block_goes_through_it(parallel: dict[str, Any]) -> None:
         assert told == pytest.approx([*alone.losses, *alone.norms], rel=1e-4)
         # Two steps of 8 micro-batches, 2 layers or a pipeline's half of them, forward and backward.
         assert calls >= 2 * 8 * 2 * (config({}).model.n_layers // parallel.get("pp", 1))
-
-
-def test_on_the_cpu_flex_is_refused() -> None:
-    with pytest.raises(UserError, match=r"train\.attention=flex.*use train\.attention=auto"):
-        train_on_this_rank(config({}, attention="flex"), 1)

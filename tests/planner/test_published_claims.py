@@ -48,7 +48,7 @@ def test_causal_flops_are_fewer() -> None:
     attention = 12 * 96 * 12288 * 2048 * (768 * 2048)
     want = (STEP_FLOPS - attention / 2) / (512 * 156e12)
     assert seconds(tflops_per_gpu="156", mfu_formula_notes="causal attention") == pytest.approx(want, rel=1e-6)
-    noncausal = seconds(tflops_per_gpu="156", mfu_formula_notes="non-causal, logits counted")
+    noncausal = seconds(tflops_per_gpu="156", mfu_formula_notes="non causal, logits counted")
     assert noncausal == pytest.approx(STEP_FLOPS / (512 * 156e12), rel=1e-6)
 
 

@@ -17,7 +17,6 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from trainsys.errors import UserError
 from trainsys.ops.attention import reference_attention
 
 Visible = Literal["all", "causal"] | Tensor
@@ -49,15 +48,10 @@ def kernel_for(q: Tensor) -> Kernel:
     return CpuFlashKernel()
 
 
-def named_kernel(name: Literal["auto", "flex"], device: torch.device) -> Kernel | None:
-    """What ``train.attention`` names; None: the device's own. UserError where it cannot train on ``device``."""
+def named_kernel(name: Literal["auto", "flex"]) -> Kernel | None:
+    """What ``train.attention`` names; None: the device's own."""
     if name == "auto":
         return None
-    if device.type != "cuda":
-        raise UserError(
-            "train.attention=flex, but this run is on the CPU, where flex_attention has no backward; "
-            "use train.attention=auto"
-        )
     from trainsys.ops.attention_flex import FlexKernel
 
     return FlexKernel()

@@ -127,7 +127,7 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
         parallel.context,
         cfg.train.seq_len,
         overlap=parallel.overlap.context,
-        kernel=named_kernel(cfg.train.attention, mesh.device),
+        kernel=named_kernel(cfg.train.attention),
     )
     apply_recompute(model, cfg.recompute)
     if cfg.train.loss_chunk and model.head is not None:

@@ -17,7 +17,7 @@ from trainsys.planner.cases import Array, Cases
 from trainsys.planner.runs_csv import Run
 
 _HARDWARE = re.compile(r"hardware|hfu|recompu|4.pass", re.I)
-_HALVED = re.compile(r"halved|(?<!non-)(?<!non)causal", re.I)
+_HALVED = re.compile(r"halved|(?<!non)(?<!non[- ])causal", re.I)
 
 
 def measured_seconds(cases: Cases, runs: Sequence[Run]) -> Array:

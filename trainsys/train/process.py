@@ -32,6 +32,10 @@ def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
     if cfg.device == "cuda" and not available:
         raise UserError("train.device=cuda, but torch finds no CUDA device; use train.device=cpu or auto")
     if cfg.device == "cpu" or not available:
+        if cfg.attention == "flex":
+            raise UserError(
+                "train.attention=flex on the CPU: flex_attention has no backward there; use train.attention=auto"
+            )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:

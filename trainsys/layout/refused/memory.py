@@ -60,6 +60,15 @@ TABLE = (
         {"recompute.stream_attention": 8, "train.attention": "flex"},
     ),
     Refusal(
+        "flex_attention on the CPU",
+        lambda c: c.train.attention == "flex" and c.train.device == "cpu",
+        lambda c: (
+            "train.attention=flex with train.device=cpu: flex_attention has no backward there; "
+            "use train.attention=auto"
+        ),
+        {"train.attention": "flex", "train.device": "cpu"},
+    ),
+    Refusal(
         "a chunked loss on whole logits",
         lambda c: bool(c.train.loss_chunk) and c.layout.tp > 1 and not c.parallel.loss_parallel,
         lambda c: (
