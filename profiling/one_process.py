@@ -9,7 +9,6 @@ that both loops give the same losses.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import bare
 import torch
+from recorded import record
 
 from trainsys.config.loader import load_run
 from trainsys.data import Loader, build_source
@@ -91,9 +91,7 @@ def main() -> None:
         "largest_loss_difference": drift,
         "torch": torch.__version__,
     }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    record(result, args.json)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,17 @@ from trainsys.flops import batch_flops, causal_pairs
 from trainsys.layout import Layout
 from trainsys.telemetry.host_memory import host_memory
 
+# Of `train`: how a dry run takes it, and what is said where the run has it otherwise.
+_PLAIN = {
+    "compile": (
+        False, "train.compile is left out: what compiled blocks keep is not known without compiling them",
+    ),
+    "attention": (
+        "auto",
+        "train.attention=flex counts as auto, which keeps the same; flex runs attention forward once more in backward",
+    ),
+}  # fmt: skip
+
 
 def dryrun(
     path: str, overrides: Sequence[str] = (), *, world: int, rank: str = "0", json: bool = False
@@ -38,16 +49,10 @@ def dryrun(
     if world < 1:
         raise UserError(f"--world {world}: at least 1")
     layout, notes = Layout.of(cfg, world)
-    if cfg.train.compile:
-        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
-        notes.append(
-            "train.compile is left out: what compiled blocks keep is not known without compiling them"
-        )
-    if cfg.train.attention != "auto":
-        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"attention": "auto"})})
-        notes.append(
-            "train.attention=flex counts as auto, which keeps the same; flex runs attention forward once more in backward"
-        )
+    for setting, (plain, why) in _PLAIN.items():
+        if getattr(cfg.train, setting) != plain:
+            cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={setting: plain})})
+            notes.append(why)
     ranks = _ranks(rank, cfg, layout)
     torch.set_num_threads(1)
     steps = [dry_step(cfg, layout, r, as_cuda=cfg.train.device != "cpu") for r in ranks]

@@ -51,6 +51,7 @@ class FlexKernel:
         """By autograd through a second forward of this block, whose log-sum-exp is differentiable: with
         w = exp(own lse - lse) the row's out is sum(w * own out), so d own out = w dout and
         d own lse = w dout . (own out - out). Raises NotImplementedError on the CPU."""
+        # torch has none there (2.13). A run is refused long before (`train.process`); this is for other callers.
         if not q.is_cuda:
             raise NotImplementedError("flex_attention has no backward on the CPU; use CpuFlashKernel")
         with torch.enable_grad():

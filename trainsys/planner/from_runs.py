@@ -28,7 +28,6 @@ _SLIDING = {"gpt-oss": 128.0}  # every second layer sees this many keys
 _GROUPED = {("deepseek", 160.0): (8.0, 3.0), ("deepseek", 256.0): (8.0, 4.0)}
 
 _EXCHANGE_HIDDEN = re.compile(r"(a2a|moe|ep)[_ -]?overlap|overlap[_ -](a2a|moe|ep)\b")
-GATED = ("swiglu", "geglu", "glu", "reglu")
 
 
 def _kernel(text: str) -> int:
@@ -171,7 +170,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         # Not said: sharded optimizer, the common default; fully sharded where even that cannot fit.
         zero = 3.0 if run.n("n_params", 0.0) / (tp * pp) * 4.0 > machine.mem_bytes else float(dp > 1)
     # DeepSpeed splits a pipeline by parameters, so embedding and head stand for whole layers.
-    mats = 3.0 if run.text["ffn_kind"].lower() in GATED else 2.0
+    mats = 3.0 if run.gated else 2.0
     layer = _attention_params(run, heads, kv, dim) + mats * run.n("d_model") * run.n("d_ff")
     by_params = float(round(run.n("vocab") * run.n("d_model") / layer)) if stack.gathered_logits else 0.0
     flags = run.text["flags"].lower()
@@ -189,7 +188,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "n_kv_heads": kv,
         "head_dim": dim,
         "d_ff": run.n("d_ff"),
-        "glu": float(run.text["ffn_kind"].lower() in GATED),
+        "glu": float(run.gated),
         "vocab": run.n("vocab"),
         "tied": float(bool(run.flag["tied_emb"])),
         "seq": run.n("seq_len"),
@@ -243,7 +242,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "fp32_reduce": float(stack.fp32_reduce),
         "gathered_logits": float(stack.gathered_logits),
         "plain_accumulation": float(stack.plain_accumulation),
-        "ds_pipeline": float(stack.ds_pipeline),
+        "ds_pipeline": float(stack.engine == "deepspeed" and pp > 1),
         "single_rail": float(stack.single_rail),
         "ep_overlap": float("dualpipe" in run.text["schedule"].lower() or bool(_EXCHANGE_HIDDEN.search(flags))),
         "ulysses": float(bool(re.search(r"ulysses|cp_comm=a2a", flags))),

@@ -51,6 +51,11 @@ class Run:
         return bool(self.flag["oom"]) or "oom" in self.text["status"].lower()
 
     @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate: three matrices instead of two."""
+        return self.text["ffn_kind"].lower() in ("swiglu", "geglu", "glu", "reglu")
+
+    @property
     def step_s(self) -> float:
         """Measured seconds of a step, from throughput where time is not given; NaN where neither is."""
         if self.oom:

@@ -19,7 +19,7 @@ from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
 from trainsys.planner.machine import Machine
 from trainsys.planner.runnable import runnable
 from trainsys.planner.settings import KEYS, config_name
-from trainsys.planner.stacks import BY_ENGINE, STACKS, Stack
+from trainsys.planner.stacks import STACKS, Stack
 from trainsys.schedules.actions import rank_of, stages_of
 from trainsys.schedules.build import placement, problems, splits_backward
 from trainsys.schedules.partition import partition
@@ -92,8 +92,8 @@ class Job:
     def of(
         run: RunConfig, machine: Machine, world: int, stack: str | None = None, dtype: str | None = None
     ) -> Job:
-        """``stack`` None: that of the run's engine. Raises UserError for one that is not known."""
-        stack = stack or BY_ENGINE[run.engine]
+        """``stack`` None: that of the run's engine, which bears its name. Raises UserError for one that is not known."""
+        stack = stack or run.engine
         if stack not in STACKS:
             raise UserError(f"--stack {stack}: known are {', '.join(STACKS)}")
         # torch's attention dispatches to cuDNN on Hopper and later, FlashAttention-2 before.
@@ -230,7 +230,7 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
         "grad_bytes": s.grad_bytes, "fused_norm": s.fused_norm or job.compiled, "compiled": job.compiled,
         "modern": s.modern, "eager": s.eager, "tp_overlap": s.tp_overlap, "fp32_reduce": s.fp32_reduce,
         "gathered_logits": s.gathered_logits, "plain_accumulation": s.plain_accumulation,
-        "ds_pipeline": pipeline if s.name == "deepspeed" else s.ds_pipeline,
+        "ds_pipeline": pipeline,
         "single_rail": s.single_rail, "ulysses": job.ulysses, "offload": 0.0,
         "native": s.name == "native", "ep_overlap": 0.0, "loss_chunk": job.loss_chunk,
         "split_optim": job.split_optim, "split_grads": job.split_grads,

@@ -32,7 +32,6 @@ class Stack:
     plain_accumulation: bool = False
     fp32_reduce: bool = False
     single_rail: bool = False
-    ds_pipeline: bool = False
 
 
 STACKS = {
@@ -42,14 +41,13 @@ STACKS = {
         Stack("megatron", "megatron", modern=True, tp_overlap=True),
         Stack("megatron-lm", "megatron", modern=True),
         Stack("megatron-classic", "megatron", grad_bytes=2.0),
-        Stack("megatron-deepspeed", "deepspeed", grad_bytes=2.0, plain_accumulation=True, ds_pipeline=True),
+        Stack("megatron-deepspeed", "deepspeed", grad_bytes=2.0, plain_accumulation=True),
         Stack(
             "deepspeed-pipeline",
             "deepspeed",
             grad_bytes=2.0,
             plain_accumulation=True,
             gathered_logits=True,
-            ds_pipeline=True,
             fp32_reduce=True,
         ),
         Stack("deepspeed", "deepspeed", grad_bytes=2.0, eager=True, single_rail=True),
@@ -59,14 +57,12 @@ STACKS = {
         Stack("jax", grad_bytes=2.0, compiled=True, modern=True, tp_overlap=True),
     )
 }
-BY_ENGINE: dict[EngineName, str] = {"native": "native", "deepspeed": "deepspeed", "megatron": "megatron"}
 
 
 def stack_of(run: Run, recent: bool) -> Stack:
     """Infer the stack of a row; ``recent``: on Hopper or later."""
     flags, kernel = run.text["flags"].lower(), run.text["attention_kernel"].lower()
     words = set(re.findall(r"[a-z0-9_-]+", flags))
-    gated = run.text["ffn_kind"].lower() in ("swiglu", "geglu", "glu", "reglu")
     overlap = "asynctp" in re.sub(r"[ _-]", "", flags)
     sharded = bool(run.flag["fsdp"]) or run.n("zero_stage") == 3
     if words & {"jax", "maxtext", "paxml"}:
@@ -84,12 +80,12 @@ def stack_of(run: Run, recent: bool) -> Stack:
         return STACKS["internevo"]
     if re.search("fp8|fp4", run.text["dtype"].lower()) or "dualpipe" in run.text["schedule"].lower():
         return STACKS["megatron"]
-    if gated and recent:
+    if run.gated and recent:
         # By then such models were trained by Megatron-Core and its like, not by DeepSpeed's pipeline.
         return STACKS["megatron-lm"]
     # Before Transformer Engine no common stack fused RMSNorm, which gated (Llama-like) models use.
-    fused = not gated or "fused_rmsnorm" in flags or "fused_norm" in flags
-    if gated:
+    fused = not run.gated or "fused_rmsnorm" in flags or "fused_norm" in flags
+    if run.gated:
         return replace(STACKS["deepspeed-pipeline"], fused_norm=fused)
     if run.n("zero_stage") in (1.0, 2.0) or "megatron-deepspeed" in words:
         return STACKS["megatron-deepspeed"]
