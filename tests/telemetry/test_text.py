@@ -44,6 +44,7 @@ def test_count(value: float, shown: str) -> None:
 
 
 def test_size_and_rate() -> None:
+    assert text.size(0) == "0 MiB"
     assert text.size(640 << 10) == "640 KiB"
     assert text.size(312 << 20) == "312 MiB"
     assert text.size(1.5 * (1 << 30)) == "1.50 GiB"

@@ -34,7 +34,9 @@ def size(n_bytes: float) -> str:
     """``640 KiB``, ``312 MiB``, ``61.4 GiB``."""
     if n_bytes >= 1 << 30:
         return f"{n_bytes / (1 << 30):.{1 if n_bytes >= 10 << 30 else 2}f} GiB"
-    return f"{n_bytes / (1 << 20):.0f} MiB" if n_bytes >= 1 << 20 else f"{n_bytes / (1 << 10):.0f} KiB"
+    if 0 < n_bytes < 1 << 20:
+        return f"{n_bytes / (1 << 10):.0f} KiB"
+    return f"{n_bytes / (1 << 20):.0f} MiB"
 
 
 def rate(flops_per_s: float) -> str:

@@ -17,7 +17,9 @@ const svgNode = (tag, attrs, ...kids) => make("http://www.w3.org/2000/svg", tag,
 const share = (x, digits = 1) => (100 * x).toFixed(digits) + "%";
 const millis = (s) => (1e3 * s).toLocaleString("en", { maximumFractionDigits: s >= 1 ? 0 : s >= 0.01 ? 1 : 2 });
 const span = (s) => s >= 5400 ? (s / 3600).toFixed(1) + " h" : s >= 90 ? (s / 60).toFixed(1) + " min" : s >= 1 ? s.toFixed(s < 10 ? 2 : 1) + " s" : millis(s) + " ms";
-const bytes = (b) => b >= 2 ** 30 ? (b / 2 ** 30).toFixed(2) + " GiB" : (b / 2 ** 20).toFixed(0) + " MiB";
+// As telemetry/text.py says sizes.
+const bytes = (b) => b >= 2 ** 30 ? (b / 2 ** 30).toFixed(b >= 10 * 2 ** 30 ? 1 : 2) + " GiB"
+  : b > 0 && b < 2 ** 20 ? (b / 2 ** 10).toFixed(0) + " KiB" : (b / 2 ** 20).toFixed(0) + " MiB";
 const card = (title, sub, ...kids) => { const node = h("section", {}, h("h2", {}, title), h("p", { class: "sub" }, sub), ...kids); out.append(node); return node; };
 const painters = [];
 /* a chart is drawn as wide as its place, so that its words stay readable on a narrow screen */
