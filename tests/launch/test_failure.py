@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from trainsys.errors import UserError
-from trainsys.launch.failure import FAILURE_FILE, Failure, guard, read_failure, user_error_lines
+from trainsys.launch.failure import FAILURE_FILE, Failure, error_lines, guard, read_failure
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = (
-    "import os, sys, time; from trainsys.launch.failure import guard; from trainsys.errors import UserError\n"
+    "import os, sys, time; from trainsys.launch.failure import guard; "
+    "from trainsys.errors import MachineFault, UserError\n"
 )
 
 
@@ -46,6 +47,16 @@ def test_of_many_ranks_that_fail_alike_one_prints(tmp_path: Path) -> None:
     assert failure.code == 2
     assert done[failure.rank][1] != ""
     assert list(tmp_path.iterdir()) == [report]
+
+
+def test_a_machines_fault_is_one_line_and_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    report = tmp_path / "failure.json"
+    done = ranks(["raise MachineFault('node-7: its disk is full')"] * 3, report)
+    assert [code for code, _ in done] == [75] * 3
+    assert "".join(err for _, err in done) == "trainsys: error: node-7: its disk is full\n"
+    failure = read_failure(report)
+    assert failure is not None
+    assert failure.code == 75
 
 
 def test_a_crash_is_one_block_that_names_the_rank(tmp_path: Path) -> None:
@@ -122,6 +133,6 @@ def test_a_damaged_report_is_none(tmp_path: Path, text: str) -> None:
     assert read_failure(tmp_path / "missing") is None
 
 
-def test_user_error_lines() -> None:
-    assert user_error_lines(UserError("a\nb")) == "trainsys: error: a\ntrainsys: error: b\n"
-    assert user_error_lines(UserError("")) == "trainsys: error: \n"
+def test_error_lines() -> None:
+    assert error_lines(UserError("a\nb")) == "trainsys: error: a\ntrainsys: error: b\n"
+    assert error_lines(UserError("")) == "trainsys: error: \n"

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from trainsys import __version__
 from trainsys.cli.registry import COMMANDS
-from trainsys.errors import EXIT_USER_ERROR, UserError
+from trainsys.errors import MachineFault, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,16 +22,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command. Returns the exit code: 0, 2 for a user's mistake, 75 for a machine's fault, 130 for Ctrl-C."""
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except UserError as error:
-        from trainsys.launch.failure import user_error_lines
+    except (UserError, MachineFault) as error:
+        from trainsys.launch.failure import error_lines, exit_code
 
-        sys.stderr.write(user_error_lines(error))
-        return EXIT_USER_ERROR
+        sys.stderr.write(error_lines(error))
+        return exit_code(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from trainsys.errors import EXIT_USER_ERROR, UserError
+from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, UserError
 
 FAILURE_FILE = "TRAINSYS_FAILURE_FILE"
 """Environment variable: the file by which the ranks of a run agree on who failed first."""
@@ -49,10 +49,10 @@ class Failure:
 def guard() -> Iterator[None]:
     """Around all the work of a rank, and outside of any clean-up that talks to other ranks.
 
-    A UserError ends the process with exit code 2 and one line, any other exception with 1 and one
-    block that names the rank; of all ranks only the first to fail prints. With more than one rank
-    the process leaves at once, without the clean-up at exit that could wait for dead peers.
-    Process groups must not be destroyed between the error and this guard: peers would then fail first.
+    A UserError ends the process with exit code 2 and one line, a MachineFault with 75 and one line, any other
+    exception with 1 and one block that names the rank; of all ranks only the first to fail prints. With more than
+    one rank the process leaves at once, without the clean-up at exit that could wait for dead peers. Process groups
+    must not be destroyed between the error and this guard: peers would then fail first.
     """
     try:
         yield
@@ -62,8 +62,15 @@ def guard() -> Iterator[None]:
         _leave(_report(error))
 
 
-def user_error_lines(error: UserError) -> str:
-    """The mistakes in ``error``, each as one line for the terminal."""
+def exit_code(error: Exception) -> int:
+    """What a process that ends with ``error`` exits with."""
+    if isinstance(error, UserError):
+        return EXIT_USER_ERROR
+    return EXIT_MACHINE_FAULT if isinstance(error, MachineFault) else EXIT_FAILED
+
+
+def error_lines(error: UserError | MachineFault) -> str:
+    """What ``error`` says, each mistake or fault as one line for the terminal."""
     return "".join(f"trainsys: error: {line}\n" for line in str(error).splitlines() or [""])
 
 
@@ -80,7 +87,7 @@ def read_failure(path: Path) -> Failure | None:
 def _report(error: Exception) -> int:
     """Print ``error`` if this rank is the first to fail; the exit code."""
     rank, world = _identity()
-    code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+    code = exit_code(error)
     agreed = _agreed_file()
     if agreed is not None:
         if _is_lost_peer(error):
@@ -89,7 +96,9 @@ def _report(error: Exception) -> int:
             return code
     if isinstance(error, UserError):
         # Without a file to agree by, every rank that reads the same config fails alike: rank 0 speaks.
-        text = user_error_lines(error) if agreed is not None or rank == 0 else ""
+        text = error_lines(error) if agreed is not None or rank == 0 else ""
+    elif isinstance(error, MachineFault):
+        text = error_lines(error)
     else:
         whose = f"trainsys: rank {rank} of {world} failed\n" if world > 1 else ""
         own_frame = error.__traceback__
