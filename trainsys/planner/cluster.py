@@ -36,7 +36,7 @@ class Cluster(Strict):
     checkpoint_gb_s: PositiveFloat = Field(2.0, description="GB/s of checkpoint written by one node")
     storage_gb_s: PositiveFloat = Field(
         2_000.0,
-        description="GB/s that the shared storage takes from all nodes together; Llama 3's sustained 2 TB/s (section 3.3.1)",
+        description="GB/s that the shared storage takes from all nodes; Llama 3's sustained 2 TB/s (section 3.3.1)",
     )
     restart_s: PositiveFloat = Field(600.0, description="seconds from failure to the first new step")
 
