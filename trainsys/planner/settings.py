@@ -31,7 +31,7 @@ def key_and_value(name: str, value: str) -> tuple[str, float]:
     if names is not None:
         planned = {told: name for name, told in CONFIG_NAMES.items()}.get(value, value)
         if planned not in names:
-            raise UserError(f"{value!r} is no {key}: there are {', '.join(names)}")
+            raise UserError(f"{value!r}: {key} is one of {', '.join(names)}")
         return key, float(names.index(planned))
     try:
         return key, float(value)
