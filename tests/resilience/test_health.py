@@ -117,7 +117,7 @@ def test_a_roll_back_and_a_stop_leave_the_dead_behind(tmp_path: Path, action: st
     run.go()
     # Back to 6, not to 8, and on with batch 9: six updates more.
     assert float(run.engine.weights[0]) == 12.0
-    by_name = {n: m for n, m in Folder(cfg.checkpoint_folder).read_all()[0]}
+    by_name = dict(Folder(cfg.checkpoint_folder).read_all()[0])
     assert by_name["step_0000000008.1"].data_step == 11
     assert states(cfg)[12] == "unproven"
     assert "step_0000000008" not in by_name, "nor does it keep a place"

@@ -118,7 +118,8 @@ def test_all_ranks_save_at_the_moment_of_rank_0(tmp_path: Path) -> None:
 
         NativeEngine.train_step = train_step  # type: ignore[method-assign]
 
-    assert Job(2, tmp_path / "run.yaml", [], tmp_path / "log", prepare).wait(200) == [0, 0], (tmp_path / "log").read_text()
+    codes = Job(2, tmp_path / "run.yaml", [], tmp_path / "log", prepare).wait(200)
+    assert codes == [0, 0], (tmp_path / "log").read_text()
     found = Folder(tmp_path / "checkpoints/timed").read_all()[0]
     assert sorted(m.step for _, m in found) == [3, 6, 8]
     assert all(len({f.name[:10] for f in m.files}) == 2 for _, m in found), "files of both ranks"

@@ -1,4 +1,4 @@
-"""A run of one process whose model is four numbers: the real session, saver and guard, without the seconds of training."""
+"""A run of one process whose model is four numbers: the real session, saver and guard in no time."""
 
 from __future__ import annotations
 
