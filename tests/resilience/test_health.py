@@ -166,3 +166,14 @@ def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
     engine = ToyEngine()
     ToyRun(cfg, engine).go()
     assert torch.equal(engine.weights, torch.full((4,), 5.0))
+
+
+def test_copies_in_memory_of_another_run_are_left_alone(tmp_path: Path) -> None:
+    """The memory folder is named after the checkpoint folder's path: a run that is deleted and started anew under the
+    same name finds the copies of the one before there."""
+    cfg = config(tmp_path, memory_every=1)
+    ToyRun(cfg, ToyEngine()).go(until=after(5))
+    assert ToyRun(cfg, ToyEngine()).go(until=after(6)).began == (5, 5.0), "the same run takes its copy"
+    shutil.rmtree(cfg.checkpoint_folder)
+    again = ToyRun(cfg, ToyEngine()).go(until=after(1))
+    assert again.began == (0, 0.0)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from trainsys.checkpoint.atoms import DTYPES, Piece, assign, check_tiling, nbytes
 from trainsys.checkpoint.container import CHUNK, write_pieces
-from trainsys.checkpoint.durable import naming, sync_dir
+from trainsys.checkpoint.durable import naming
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.health import Health
 from trainsys.checkpoint.lanes import sha256_each
@@ -361,7 +361,7 @@ class Saver:
 
 
 def copy_durable(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file, durably; OSError where what was read is not what ``sha256`` says."""
+    """Copy a file and make it durable (its name is with the commit); OSError where what was read is not what ``sha256`` says."""
     digest = hashlib.sha256()
     with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write, naming(target):
         while chunk := read.read(CHUNK):
@@ -372,7 +372,6 @@ def copy_durable(source: Path, target: Path, sha256: str) -> None:
         os.fsync(write.fileno())
     if digest.hexdigest() != sha256:
         raise OSError(f"{source}: was damaged on the local disk before it was copied")
-    sync_dir(target.parent)
 
 
 def _tell(error: Exception) -> str:
