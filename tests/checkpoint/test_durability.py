@@ -19,7 +19,6 @@ from trainsys.checkpoint.resume import find
 from trainsys.checkpoint.saver import Progress, Saver
 from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import LocalTensor
-from trainsys.errors import UserError
 from trainsys.models.shards import ShardSpec
 
 

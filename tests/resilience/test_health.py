@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from support.jobs import Job
 from support.toy import ToyEngine, ToyRun, toy_config
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.inspect import ls, resolve
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.checkpoint.resume import find
 from trainsys.config.run import RunConfig
+from trainsys.engines.native import NativeEngine
 from trainsys.errors import UserError
 
 
@@ -177,3 +179,45 @@ def test_copies_in_memory_of_another_run_are_left_alone(tmp_path: Path) -> None:
     shutil.rmtree(cfg.checkpoint_folder)
     again = ToyRun(cfg, ToyEngine()).go(until=after(1))
     assert again.began == (0, 0.0)
+
+
+RUN = """\
+name: dead
+hardware: H100-SXM-80
+model: {{n_layers: 1, d_model: 32, n_heads: 2, d_ff: 64, vocab: 64, max_seq_len: 32}}
+parallel: {{dp_shard: 2}}
+data: {{source: synthetic}}
+train: {{steps: 16, seq_len: 16, global_batch: 4, micro_batch: 2, dtype: fp32, device: cpu, threads: 1}}
+telemetry: {{out: {out}, console: "off"}}
+checkpoint: {{every: 2, keep_last: 3, memory_every: 1, memory_dir: {out}/memory}}
+resilience: {{nonfinite: skip, max_anomalies: 100}}
+"""
+
+
+def test_two_ranks_whose_weights_one_update_destroys(tmp_path: Path) -> None:
+    """The same on the real engine; the memory is that of a node which is lost before the restart."""
+    (tmp_path / "run.yaml").write_text(RUN.format(out=tmp_path))
+    (tmp_path / "memory").mkdir()
+
+    def poison(rank: int) -> None:
+        real = NativeEngine.train_step
+
+        def train_step(self: NativeEngine, step: int, data: Any, *rest: Any) -> Any:
+            result = real(self, step, data, *rest)
+            assert torch.isfinite(result.scalars).all() == (data.step <= 7), "the loss of the deadly step is finite"
+            if data.step == 7:
+                for weight in self.parameters():
+                    weight.data.fill_(float("nan"))
+            return result
+
+        NativeEngine.train_step = train_step  # type: ignore[method-assign]
+
+    codes = Job(2, tmp_path / "run.yaml", [], tmp_path / "log", poison).wait(200)
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    folder = Folder(tmp_path / "checkpoints/dead")
+    by_step = {m.step: folder.health(name, m).value for name, m in folder.read_all()[0]}
+    assert by_step == {2: "healthy", 4: "healthy", 6: "healthy", 16: "suspect"}
+    codes = Job(2, tmp_path / "run.yaml", ["train.steps=18"], tmp_path / "log").wait(200)
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    newest = folder.read_all()[0][0][1]
+    assert (newest.step, newest.updates, newest.resumed_from) == (18, 18, str(folder.root / "step_0000000006"))

@@ -122,7 +122,7 @@ def test_a_whole_run_on_one_process_and_under_the_launcher(tmp_path: Path, ranks
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 130, out
     folder = Folder(tmp_path / "runs/checkpoints/stopped")
-    ((name, manifest),) = folder.read_all()[0]
+    ((_, manifest),) = folder.read_all()[0]
     assert manifest.step > 0
     assert len({f.name[:10] for f in manifest.files}) == ranks
     last = out.strip().splitlines()[-1]

@@ -46,7 +46,7 @@ class Cut:
 
 
 class Power:
-    """While ``on``, records all that happens below ``root``; ``cuts`` gives each state that a power cut could have left."""
+    """While ``on``, records all that happens below ``root``; ``cuts`` gives each state a power cut could have left."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self.root, self.on = root, True

@@ -361,7 +361,8 @@ class Saver:
 
 
 def copy_durable(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file and make it durable (its name is with the commit); OSError where what was read is not what ``sha256`` says."""
+    """Copy a file and make it durable, but for its name, which the commit syncs; OSError where what was read is not
+    what ``sha256`` says."""
     digest = hashlib.sha256()
     with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write, naming(target):
         while chunk := read.read(CHUNK):
