@@ -84,11 +84,11 @@ def refuse_some(layout: str) -> tuple[list[bool], Trace, list[float]]:
                 return step != 1
 
             result: StepResult = engine.train_step(
-                step, next(loader), judge, stop=mesh.rank == 0 and step == 2
+                step, next(loader), judge, ask=float(mesh.rank == 0 and step == 2)
             )
             applied.append(result.applied)
             trace.losses.append(float(result.scalars[0]))
-            trace.norms.append(float(result.stop))
+            trace.norms.append(float(result.asked))
             if step == 1:
                 assert before is not None
                 assert all(torch.equal(a, t.data) for a, t in zip(before, engine.state(), strict=True)), (

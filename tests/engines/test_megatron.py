@@ -233,7 +233,7 @@ def judged(cfg: RunConfig) -> Any:
         all(same),
         result.applied,
         engine.updates,
-        float(result.stop),
+        float(result.asked),
         told == [tuple(result.scalars.tolist())],
     )
 

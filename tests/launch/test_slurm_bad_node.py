@@ -80,6 +80,7 @@ def test_a_slow_node_is_left_and_nothing_is_lost(cluster: Callable[..., None], w
         "telemetry.log_every=2",
         f"train.steps={steps}",
         "checkpoint.every=0",
+        "checkpoint.every_minutes=0",
     ]
     identity, folder = submit(spoil(work, SLOW), *options)
     said = completed(identity, folder)

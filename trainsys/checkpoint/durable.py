@@ -28,6 +28,15 @@ def sync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_dir(path: Path) -> None:
+    """Make a folder, its parents too, so that all of these names are durable; nothing where it is there."""
+    if path.is_dir():
+        return
+    make_dir(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_dir(path.parent)
+
+
 def write_durable(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` in one step: written beside it, made durable, moved over, folder synced."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")

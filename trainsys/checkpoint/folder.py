@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: what is there, how one is added, which ones are dropped. No torch here.
 
-``ROOT/step_0000000040/`` holds tensor files and ``manifest.json``; ``ROOT/latest`` names the newest. A save in
-progress is ``ROOT/.saving-…``, which no reader looks at. A second checkpoint of the same step (after a fall
+``ROOT/step_0000000040/`` holds tensor files and ``manifest.json``; ``ROOT/latest`` names the one to go on from. A
+save in progress is ``ROOT/.saving-…``, which no reader looks at. A second checkpoint of the same step (after a fall
 back to an older one) is ``step_0000000040.1``: nothing complete is ever replaced.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.container import Damaged, hash_file
-from trainsys.checkpoint.durable import sync_dir, write_durable
+from trainsys.checkpoint.durable import make_dir, sync_dir, write_durable
+from trainsys.checkpoint.health import Health, health, mark
 from trainsys.checkpoint.manifest import Manifest
 
 LATEST = "latest"
@@ -50,12 +51,20 @@ class Folder:
                 bad.append(error)
         return sorted(good, key=lambda item: item[1].serial, reverse=True), bad
 
+    def by_trust(self) -> tuple[list[tuple[str, Manifest]], list[Damaged]]:
+        """As :meth:`read_all`, in the order in which a resume tries them: suspect ones after all others."""
+        found, bad = self.read_all()
+        return sorted(found, key=lambda item: self.health(*item) is Health.SUSPECT), bad
+
+    def health(self, name: str, manifest: Manifest) -> Health:
+        return health(self.root / name, manifest)
+
     def lineage(self) -> str:
         """A name for the run that saves here over all its attempts, made at the first call. By one process."""
         path = self.root / "lineage"
         with suppress(OSError):
             return path.read_text(encoding="utf-8").strip()
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_dir(self.root)
         name = secrets.token_hex(8)
         write_durable(path, f"{name}\n".encode())
         return name
@@ -69,32 +78,49 @@ class Folder:
 
     def saving(self, step: int, token: str) -> Path:
         """The folder of a save in progress. Every rank may make it."""
+        make_dir(self.root)
         path = self.root / f"{_SAVING}step_{step:010d}-{token}"
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
         return path
 
     def commit(self, saving: Path, manifest: Manifest) -> str:
         """Turn ``saving``, whose files are durable, into a checkpoint; its name. By one process.
 
-        The manifest is durable before the rename, the rename before ``latest`` moves.
+        The manifest is durable before the rename, the rename before ``latest`` moves. ``latest`` stays on a
+        checkpoint that is better trusted.
         """
         before = self.names()
         manifest.serial = 1 + max((_serial(self.root / name) for name in before), default=0)
-        manifests.write(manifest, saving)
-        sync_dir(saving)
+        manifests.write(manifest, saving)  # which syncs ``saving`` itself, with the names of all its files
         name, n = f"step_{manifest.step:010d}", 0
         while (self.root / name).exists():
             n += 1
             name = f"step_{manifest.step:010d}.{n}"
         saving.rename(self.root / name)
         sync_dir(self.root)
-        write_durable(self.root / LATEST, f"{name}\n".encode())
+        if not (manifest.skipped and before):
+            self._point_at(name)
         return name
+
+    def mark(self, names: Sequence[str], state: Health, step: int) -> None:
+        """Write down what ``step`` has shown of the checkpoints ``names``; ``latest`` follows. By one process."""
+        here = self.names()
+        for name in names:
+            if name in here:
+                mark(self.root / name, state, step)
+        if here and not (state is Health.HEALTHY and self.latest() == here[-1]):
+            found, _ = self.by_trust()
+            if found and found[0][0] != self.latest():
+                self._point_at(found[0][0])
+
+    def _point_at(self, name: str) -> None:
+        write_durable(self.root / LATEST, f"{name}\n".encode())
 
     def drop(self, name: str) -> None:
         """Delete a checkpoint. It leaves the list in one step, so a kill cannot leave half of one in it."""
         away = self.root / f"{_DROPPED}{name}"
         (self.root / name).rename(away)
+        sync_dir(self.root)
         shutil.rmtree(away, ignore_errors=True)
 
     def clean(self) -> list[str]:
@@ -105,27 +131,41 @@ class Folder:
         return [p.name for p in left]
 
     def retain(self, keep_last: int, keep_every: int, keep_best: int) -> list[str]:
-        """Drop all but the newest ``keep_last``, each multiple of ``keep_every`` steps (0: none) and the
-        ``keep_best`` lowest losses; returns what went.
+        """Drop all but the newest, the newest ``keep_last`` healthy ones, and of healthy ones each multiple of
+        ``keep_every`` steps (0: none) and the ``keep_best`` lowest losses; returns what went.
 
-        Nothing goes unless a checkpoint that stays is whole: by the size of its files, and by their sha256
-        where it would be the only one.
+        Where none is healthy, all count as if they were. A damaged one takes nobody's place, and goes only once
+        ``keep_last`` newer ones are there. Nothing goes unless a checkpoint that stays is whole: by the size of its
+        files, and by their sha256 where it would be the only one.
         """
         found, _ = self.read_all()
-        keep = {name for name, _ in found[:keep_last]}
-        keep |= {name for name, m in found if keep_every and m.step % keep_every == 0}
-        scored = sorted((m.loss, name) for name, m in found if m.loss is not None and m.loss == m.loss)
+        state = {name: self.health(name, m) for name, m in found}
+        whole = [
+            (name, m)
+            for name, m in found
+            if state[name] is not Health.DAMAGED and is_whole(self.root / name, m, hashes=False)
+        ]
+        counted = [(name, m) for name, m in whole if state[name] is Health.HEALTHY] or whole
+        keep = {name for name, _ in [*whole[:1], *counted[:keep_last]]}
+        keep |= {name for name, m in counted if keep_every and m.step % keep_every == 0}
+        scored = sorted((m.loss, name) for name, m in counted if m.loss is not None and m.loss == m.loss)
         keep |= {name for _, name in scored[:keep_best]}
-        doomed = [name for name, _ in found if name not in keep]
-        stays = {name: m for name, m in found if name in keep}
-        if not doomed or not any(
-            next(problems(self.root / name, m, hashes=len(stays) == 1), None) is None
-            for name, m in stays.items()
+        oldest = counted[keep_last - 1][1].serial if len(counted) >= keep_last else 0
+        doomed = [name for name, m in found if name not in keep and ((name, m) in whole or m.serial < oldest)]
+        stays = [(name, m) for name, m in whole if name in keep]
+        if (
+            not doomed
+            or not stays
+            or (len(stays) == 1 and not is_whole(self.root / stays[0][0], stays[0][1]))
         ):
             return []
         for name in doomed:
             self.drop(name)
         return doomed
+
+
+def is_whole(checkpoint: Path, manifest: Manifest, *, hashes: bool = True) -> bool:
+    return next(problems(checkpoint, manifest, hashes=hashes), None) is None
 
 
 def problems(checkpoint: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:

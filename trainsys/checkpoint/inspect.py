@@ -8,6 +8,7 @@ from pathlib import Path
 from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.container import Damaged
 from trainsys.checkpoint.folder import Folder, problems
+from trainsys.checkpoint.health import health
 from trainsys.checkpoint.manifest import Manifest
 from trainsys.errors import UserError
 
@@ -21,11 +22,11 @@ def open_checkpoint(path: str | Path) -> Manifest:
 
 
 def resolve(path: str | Path) -> Path:
-    """A checkpoint, or the newest of a run's checkpoint folder."""
+    """A checkpoint, or of a run's checkpoint folder the one that a resume would try first."""
     path = Path(path)
     if (path / manifests.NAME).exists():
         return path
-    found, bad = Folder(path).read_all()
+    found, bad = Folder(path).by_trust()
     if not found:
         why = f": {bad[0]}" if bad else ": no step_* folder with a manifest in it"
         raise UserError(f"{path} is no checkpoint and holds no good one{why}")
@@ -39,13 +40,16 @@ def ls(folder: str | Path) -> str:
     if not found and not bad:
         raise UserError(f"{folder}: no checkpoints here; a run's are in <telemetry.out>/checkpoints/<name>")
     latest = here.latest()
-    lines = [f"{'checkpoint':<20} {'step':>8}  {'loss':>9}  {'size':>9}  {'saved':<19}  layout"]
+    lines = [
+        f"{'checkpoint':<20} {'step':>8}  {'loss':>9}  {'size':>9}  {'saved':<19}  {'health':<8}  layout"
+    ]
     for name, m in reversed(found):
         loss = "-" if m.loss is None else f"{m.loss:.4f}"
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(m.created_s))
         mark = "  <- latest" if name == latest else ""
         lines.append(
-            f"{name:<20} {m.step:>8,}  {loss:>9}  {size(m.nbytes):>9}  {when}  {layout_text(m)}{mark}"
+            f"{name:<20} {m.step:>8,}  {loss:>9}  {size(m.nbytes):>9}  {when}  "
+            f"{here.health(name, m).value:<8}  {layout_text(m)}{mark}"
         )
     lines += [f"damaged: {error}" for error in bad]
     return "\n".join(lines)
@@ -63,6 +67,7 @@ def inspect(path: str | Path) -> str:
         "schema": m.schema,
         "step": f"{m.step:,} done, {m.updates:,} updates; batch {m.data_step:,} comes next",
         "loss": "-" if m.loss is None else f"{m.loss:.6f}",
+        "health": health(folder, m).value,
         "saved by": f"run {m.run_id or '-'}, attempt {m.attempt}, engine {m.engine}",
         "layout": f"{layout_text(m)} on {m.world} ranks",
         "resumed from": m.resumed_from or "-",

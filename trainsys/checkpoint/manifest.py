@@ -18,7 +18,7 @@ from trainsys.models.boxes import Box
 
 NAME = "manifest.json"
 FORMAT = "trainsys-checkpoint"
-SCHEMA = "1.0"
+SCHEMA = "1.1"
 """Major.minor. A minor version only adds fields, which an older reader ignores; a major one it refuses."""
 _SEAL = b',"sha256":"'
 
@@ -72,6 +72,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     """What the anomaly guard compares the next loss with."""
     config: dict[str, Any] = {}
     """The whole run config."""
+    skipped: int | None = None
+    """How many steps in a row, right before the save, had their update skipped; None: nobody kept count."""
     data: dict[str, Any] = {}
     """What the data source says of itself, fingerprint included."""
     versions: dict[str, str] = {}

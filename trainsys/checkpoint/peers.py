@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.container import Damaged, hash_file
 from trainsys.checkpoint.durable import naming
+from trainsys.checkpoint.health import Health, health, mark
 from trainsys.checkpoint.manifest import Manifest
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.errors import UserError
@@ -50,6 +52,8 @@ class PeerMemory:
         self.nodes = ranks.to_all(f"{socket.gethostname()}:{os.path.abspath(memory_dir)}")
         self.leads = self.nodes.index(self.nodes[self.rank]) == self.rank
         """This rank is the first of its node."""
+        self.unproven: list[Path] = []
+        """Copies of this run that no later step has proven yet, oldest first."""
 
     @property
     def alone(self) -> bool:
@@ -85,7 +89,8 @@ class PeerMemory:
         shutil.rmtree(self._saving(step), ignore_errors=True)
 
     def commit(self, manifest: Manifest, ranks: Ranks) -> None:
-        """Every node now has its files: the copy counts, and older ones go once all nodes have it."""
+        """Every node now has its files: the copy counts, and older ones go once all nodes have it, but for the
+        newest healthy one: that goes when this one is proven, see :meth:`mark`."""
         new = self._kept(manifest.step)
         if self.leads:
             if new.exists():
@@ -93,10 +98,31 @@ class PeerMemory:
             manifests.write(manifest, self._saving(manifest.step))
             self._saving(manifest.step).rename(new)
         # Listed while all ranks are here: a faster one may begin the next copy before the old ones are gone.
-        old = [path for path in self.root.iterdir() if path != new] if self.leads else []
+        old = self._older(new) if self.leads else []
         ranks.to_all(None)
         for path in old:
             shutil.rmtree(path, ignore_errors=True)
+        self.unproven = [*(path for path in self.unproven if path not in (*old, new)), new]
+
+    def mark(self, state: Health, step: int) -> None:
+        """Write down what ``step`` has shown of the copies since the last that was proven. Speaks to no other rank."""
+        if self.leads:
+            for path in self.unproven:
+                if path.is_dir():
+                    mark(path, state, step)
+        if state is Health.HEALTHY and self.unproven:
+            proven, self.unproven = self.unproven[-1], []
+            for path in self._copies() if self.leads else ():
+                if path != proven:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _older(self, new: Path) -> list[Path]:
+        """All that makes room for the copy ``new``."""
+        healthy = [p for p in self._copies() if p != new and _health(p) is Health.HEALTHY]
+        return [path for path in self.root.iterdir() if path not in (new, *healthy[-1:])]
+
+    def _copies(self) -> list[Path]:
+        return sorted(self.root.glob("step_*"))
 
     def clear(self) -> None:
         """The run is over: give the memory back."""
@@ -105,25 +131,31 @@ class PeerMemory:
 
     # ---- finding again ----
 
-    def newest(self, lineage: str, ranks: Ranks) -> tuple[Manifest, Path] | None:
-        """The newest copy of run ``lineage`` whose every file is whole on some node, and where this node has its
-        part of it; the same answer on every rank. All ranks call it."""
-        here: dict[bytes, list[str]] = {}
+    def newest(self, lineage: str, ranks: Ranks) -> tuple[Manifest, Path, Health] | None:
+        """The newest copy of run ``lineage`` whose every file is whole on some node, where this node has its part
+        of it, and its health; a suspect one only where there is no other. The same on every rank; all call it."""
+        here: dict[bytes, _Held] = {}
         if self.leads and self.root.is_dir():
-            for path in self.root.iterdir():
+            for path in self._copies():
                 here |= _inventory(path, lineage)
         everywhere = ranks.to_all(here)
-        found = {data: manifests.decode(data, "memory") for held in everywhere for data in held}
-        for data, manifest in sorted(found.items(), key=lambda item: -item[1].step):
-            names = {name for held in everywhere for name in held.get(data, ())}
-            if names >= {f.name for f in manifest.files}:
+        copies = []
+        for data in {data: None for held in everywhere for data in held}:
+            by_node = [held.get(data, _NOTHING) for held in everywhere]
+            known = {held.health for held in by_node}  # one node may not have come to write the last mark
+            state = next(s for s in (Health.HEALTHY, Health.SUSPECT, Health.UNPROVEN) if s in known)
+            copies.append((manifests.decode(data, "memory"), by_node, state))
+        for manifest, by_node, state in sorted(
+            copies, key=lambda copy: (copy[2] is Health.SUSPECT, -copy[0].step)
+        ):
+            if {name for held in by_node for name in held.names} >= {f.name for f in manifest.files}:
                 folder = self._kept(manifest.step)
-                self._found = [set(held.get(data, ())) for held in everywhere]
+                self._found = [held.names for held in by_node]
                 if self.leads and not (folder / manifests.NAME).is_file():
                     folder.mkdir(parents=True, exist_ok=True)
                     manifests.write(manifest, folder)
                 ranks.to_all(None)
-                return manifest, folder
+                return manifest, folder, state
         return None
 
     def bring(self, manifest: Manifest, needed: set[int], ranks: Ranks) -> None:
@@ -157,17 +189,35 @@ class PeerMemory:
         return self.root / f"step_{step:010d}"
 
 
-def _inventory(folder: Path, lineage: str) -> dict[bytes, list[str]]:
-    """{manifest as bytes: names of its files that are whole here} of one copy; empty if it is of another run."""
+@dataclass(frozen=True)
+class _Held:
+    """What one node has of a copy: the names of the files that are whole, and what it knows of its health."""
+
+    names: set[str]
+    health: Health
+
+
+_NOTHING = _Held(set(), Health.UNPROVEN)
+
+
+def _inventory(folder: Path, lineage: str) -> dict[bytes, _Held]:
+    """{manifest as bytes: what is here of it} of one copy; empty if it is of another run."""
     try:
         manifest = manifests.read(folder)
     except (Damaged, UserError):
         return {}
-    if manifest.lineage != lineage or folder.name.startswith("."):
+    if manifest.lineage != lineage:
         return {}
-    held = []
+    whole = set()
     for file in manifest.files:
         path = folder / file.name
         if path.is_file() and path.stat().st_size == file.bytes and hash_file(path) == file.sha256:
-            held.append(file.name)
-    return {manifests.encode(manifest): held}
+            whole.add(file.name)
+    return {manifests.encode(manifest): _Held(whole, health(folder, manifest))}
+
+
+def _health(folder: Path) -> Health:
+    try:
+        return health(folder, manifests.read(folder))
+    except (Damaged, UserError):
+        return Health.DAMAGED

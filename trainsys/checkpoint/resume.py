@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.atoms import AtomReader
 from trainsys.checkpoint.container import Damaged
 from trainsys.checkpoint.folder import Folder, problems
+from trainsys.checkpoint.health import Health
 from trainsys.checkpoint.manifest import File, Manifest
 from trainsys.checkpoint.peers import PeerMemory
 from trainsys.checkpoint.ranks import Ranks
@@ -24,6 +26,7 @@ from trainsys.models.shards import ShardSpec
 _RNG = "@rng/"
 _SHAPE_FIELDS_FREE = {"name", "max_seq_len", "init_std"}
 """Of a model's config: what may differ between a checkpoint and the run that reads it."""
+_SUSPECT = "the steps next to it were skipped, and no normal one has followed"
 _ORDER_FIELDS = ("seed", "seq_len", "global_batch")
 
 
@@ -34,9 +37,10 @@ class Found:
     path: Path
     manifest: Manifest
     notes: list[str] = field(default_factory=list)
-    """What was passed over on the way to it, and why."""
+    """What was not taken instead of it, or what is to be known of it, one line each."""
     memory: PeerMemory | None = None
     """Where it lies in the memory of the nodes rather than in ``path`` alone."""
+    health: Health = Health.UNPROVEN
 
 
 def find(
@@ -45,7 +49,8 @@ def find(
     """The checkpoint to go on from, the same on every rank; None: start at step 0.
 
     ``resume``: "auto", "never", or the path of one checkpoint; a run that ``restarted`` goes on from its own
-    even with "never" or a path. Every file is read and checked first, shared out over the ranks. UserError:
+    even with "never" or a path. A suspect one is taken only where there is no other, see docs/checkpoint.md. Every
+    file is read and checked first, shared out over the ranks. UserError:
     the path is no good checkpoint; "auto" and all that is there is damaged; "never" and there is something.
     """
     names = ranks.from_first(folder.names() if ranks.rank == 0 else [])
@@ -60,8 +65,8 @@ def find(
     found = _newest_good(folder, ranks, notes) if names else None
     if memory is not None and not (resume == "never" and not restarted):
         kept = memory.newest(ranks.from_first(folder.lineage() if ranks.rank == 0 else ""), ranks)
-        if kept is not None and (found is None or kept[0].step >= found.manifest.step):
-            return Found(kept[1], kept[0], notes, memory)
+        if kept is not None and (found is None or _prefer(kept[0], kept[2], found)):
+            return Found(kept[1], kept[0], notes, memory, kept[2])
     if found is None and names:
         raise UserError(
             f"{folder.root}: no checkpoint is good ({'; '.join(notes)}); "
@@ -76,21 +81,35 @@ def _newest_good(folder: Folder, ranks: Ranks, notes: list[str]) -> Found | None
         raise listed
     assert listed is not None
     candidates, bad = listed
-    notes += bad
-    for name, manifest in candidates:
+    notes += [f"skipped a damaged checkpoint: {line}" for line in bad]
+    for name, manifest, state in candidates:
         wrong = check(folder.root / name, manifest.files, ranks)
-        if not wrong:
-            return Found(folder.root / name, manifest, notes)
-        notes.append("; ".join(wrong))
+        if wrong:
+            notes.append(f"skipped a damaged checkpoint: {'; '.join(wrong)}")
+            if ranks.rank == 0:
+                with suppress(OSError):  # only retention needs the mark
+                    folder.mark([name], Health.DAMAGED, manifest.step)
+            continue
+        if state is Health.SUSPECT:
+            notes.append(f"{folder.root / name} is suspect: {_SUSPECT}; there is no better one")
+        newer = [(n, m) for n, m, s in candidates if s is Health.SUSPECT and m.serial > manifest.serial]
+        notes += [f"skipped checkpoint {n} (step {m.step}): {_SUSPECT}" for n, m in newer]
+        return Found(folder.root / name, manifest, notes, health=state)
     return None
 
 
-def _listing(folder: Folder) -> tuple[list[tuple[str, Manifest]], list[str]] | UserError:
+def _prefer(copy: Manifest, state: Health, found: Found) -> bool:
+    """Whether a copy in memory is better than the checkpoint on disk."""
+    mine, other = state is Health.SUSPECT, found.health is Health.SUSPECT
+    return (not mine, copy.step) >= (not other, found.manifest.step)
+
+
+def _listing(folder: Folder) -> tuple[list[tuple[str, Manifest, Health]], list[str]] | UserError:
     try:
-        good, bad = folder.read_all()
+        good, bad = folder.by_trust()
     except UserError as error:
         return error
-    return good, [str(b) for b in bad]
+    return [(name, m, folder.health(name, m)) for name, m in good], [str(b) for b in bad]
 
 
 def _only(path: Path, ranks: Ranks) -> Found:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 from trainsys.checkpoint.atoms import DTYPES, Piece, assign, check_tiling, nbytes
 from trainsys.checkpoint.container import CHUNK, write_pieces
-from trainsys.checkpoint.durable import naming, sync_dir
+from trainsys.checkpoint.durable import naming
 from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.health import Health
 from trainsys.checkpoint.lanes import sha256_each
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.peers import PeerMemory
@@ -42,6 +43,8 @@ class Progress:
     updates: int
     loss: float | None = None
     recent_losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    """Steps in a row, up to this one, whose update was skipped."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,6 @@ class Saved:
     step: int
     seconds: float
     """From the snapshot to the commit."""
-    dropped: list[str]
 
 
 @dataclass
@@ -96,12 +98,19 @@ class Saver:
         self._write: Future[_Part] | None = None
         self._busy: Future[Any] | None = None
         self._drains: list[Future[Saved | str | None]] = []
+        self._marks: list[Future[None]] = []
+        self._awaited, self._doubted = False, False
+        """Something was saved that no later step has proven yet; and a later step was skipped."""
+        self._unproven: list[str] = []
+        """The names of it, oldest first. Once saves are under way, the draining thread's alone."""
         self._closing = threading.Event()
         self._snapshot: Snapshot | None = None
         self.saved: list[Saved] = []
         """Every checkpoint that this run has committed, as far as it has been waited for."""
         self.last_step: int | None = None
-        """The step of the newest save that was started."""
+        """The step of the newest save that was started, or of what the run has gone back to."""
+        self.may_write: Callable[[], None] = lambda: None
+        """Asked on rank 0 before anything in the folder counts or goes: raises where it has become another run's."""
         self.memory: PeerMemory | None = None
         """Takes copies into the memory of two nodes, where the run wants them."""
 
@@ -121,6 +130,7 @@ class Saver:
             self._plan(state)
         assert self._snapshot is not None
         self._snapshot.fill([state[i].data for i in self._mine])
+        self._awaited = True
         if memory and self.memory is not None:
             self._drains.append(self._draining.submit(self._remember, progress))
             self._busy = self._drains[-1]
@@ -133,9 +143,29 @@ class Saver:
         if wait or self.cfg.mode == "sync":
             self._await()
 
+    def judged(self, step: int, normal: bool) -> None:
+        """``step`` steps are done, and the last was ``normal`` (finite, its update applied) or not: so what was saved
+        before it is healthy, or suspect. To be called after each step, before its own save; costs nothing."""
+        if self._awaited and (normal or not self._doubted):
+            state = Health.HEALTHY if normal else Health.SUSPECT
+            self._marks.append(self._draining.submit(self._mark, step, state))
+        self._awaited, self._doubted = self._awaited and not normal, not normal
+
+    def went_back(self, step: int, path: Path) -> None:
+        """The run goes on from the checkpoint ``path``: the steps that follow speak for it, and for no later one."""
+        self.wait()
+        self.last_step = step
+        self._unproven = [path.name] if path.parent.resolve() == self.folder.root.resolve() else []
+        if self.memory is not None:
+            self.memory.unproven = [path] if path.parent == self.memory.root else []
+        self._awaited, self._doubted = True, False
+
     def wait(self) -> None:
-        """Until every save that was started is committed; UserError where one has failed."""
+        """Until every save that was started is committed, and what is known of them written down; UserError where a
+        save has failed."""
         self._await()
+        while self._marks:
+            self._marks.pop(0).result()
 
     def close(self, *, abandon: bool = False) -> None:
         """End the background work: after it is done, or (``abandon``, on an error elsewhere) as soon as it can."""
@@ -143,7 +173,7 @@ class Saver:
             self._closing.set()
         try:
             if not abandon:
-                self._await()
+                self.wait()
         finally:
             self._writing.shutdown(wait=not abandon, cancel_futures=abandon)
             self._draining.shutdown(wait=not abandon, cancel_futures=abandon)
@@ -154,6 +184,8 @@ class Saver:
         for user in (self._write, self._busy):
             if user is not None:
                 user.result()  # the snapshot's memory is free again
+        while self._marks and self._marks[0].done():
+            self._marks.pop(0).result()
         while len(self._drains) > leave:
             outcome = self._drains.pop(0).result()
             if isinstance(outcome, str):
@@ -254,12 +286,32 @@ class Saver:
             newest = next(iter(self.folder.read_all()[0]), None)
             rest = f"; the newest complete one is {newest[0]}" if newest else "; there is no complete one yet"
             return f"checkpoint of step {progress.step} was not written ({'; '.join(failed)}){rest}"
+        self._try(self.may_write)
         manifest = self._manifest(parts, progress)
         name = self._try(lambda: self.folder.commit(saving, manifest))
-        dropped: list[str] = []
+        self._unproven.append(name)
+        if len(self._unproven) > 1:  # the step that proves a checkpoint is what makes older ones go
+            self._retain()
+        return Saved(name, progress.step, time.perf_counter() - began)
+
+    def _retain(self) -> None:
         with suppress(OSError):  # old checkpoints that cannot be deleted cost room, not the run
-            dropped = self.folder.retain(self.cfg.keep_last, self.cfg.keep_every, self.cfg.keep_best)
-        return Saved(name, progress.step, time.perf_counter() - began, dropped)
+            self.folder.retain(self.cfg.keep_last, self.cfg.keep_every, self.cfg.keep_best)
+
+    def _mark(self, step: int, state: Health) -> None:
+        if self.memory is not None:
+            self.memory.mark(state, step)
+        if not self._unproven:
+            return
+        try:
+            self._try(self.may_write)
+            self._try(lambda: self.folder.mark(self._unproven, state, step))
+        except (OSError, UserError) as error:
+            self._warn(f"that {self._unproven[-1]} is {state.value} was not written down: {_tell(error)}")
+            return
+        if state is Health.HEALTHY:
+            self._unproven = []
+            self._retain()
 
     def _manifest(self, parts: list[_Part], progress: Progress) -> Manifest:
         manifest = Manifest(
@@ -268,6 +320,7 @@ class Saver:
             updates=progress.updates,
             loss=progress.loss if progress.loss is not None and abs(progress.loss) < float("inf") else None,
             recent_losses=progress.recent_losses,
+            skipped=progress.skipped,
             created_s=time.time(),
             world=self.ranks.world,
             files=[],
@@ -308,7 +361,8 @@ class Saver:
 
 
 def copy_durable(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file, durably; OSError where what was read is not what ``sha256`` says."""
+    """Copy a file and make it durable, but for its name, which the commit syncs; OSError where what was read is not
+    what ``sha256`` says."""
     digest = hashlib.sha256()
     with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write, naming(target):
         while chunk := read.read(CHUNK):
@@ -319,7 +373,6 @@ def copy_durable(source: Path, target: Path, sha256: str) -> None:
         os.fsync(write.fileno())
     if digest.hexdigest() != sha256:
         raise OSError(f"{source}: was damaged on the local disk before it was copied")
-    sync_dir(target.parent)
 
 
 def _tell(error: Exception) -> str:

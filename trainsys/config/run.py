@@ -244,7 +244,11 @@ class CheckpointConfig(Strict):
     """When and where the run's state is saved, and from where it goes on; see docs/checkpoint.md."""
 
     every: NonNegativeInt = Field(
-        default=0, description="steps between saves, the last step included; 0: only when asked to stop"
+        default=1000, description="steps between saves, the last step always included; 0: every_minutes alone"
+    )
+    every_minutes: NonNegativeFloat = Field(
+        default=30.0,
+        description="longest time between saves; 0: every alone. Both 0: saves only when asked to stop",
     )
     folder: str | None = Field(
         default=None, description="holds this run's checkpoints; None: <telemetry.out>/checkpoints/<name>"
@@ -252,11 +256,14 @@ class CheckpointConfig(Strict):
     mode: Literal["async", "sync"] = Field(
         default="async", description="async: a step waits for a copy in memory, and the disk is behind"
     )
-    keep_last: PositiveInt = 3
-    keep_every: NonNegativeInt = Field(
-        default=0, description="steps; checkpoints at multiples of it stay; 0: none"
+    keep_last: PositiveInt = Field(
+        default=3,
+        description="newest healthy ones that stay; the newest one stays beside them until it is proven",
     )
-    keep_best: NonNegativeInt = Field(default=0, description="how many of the lowest loss stay")
+    keep_every: NonNegativeInt = Field(
+        default=0, description="steps; healthy checkpoints at multiples of it stay; 0: none"
+    )
+    keep_best: NonNegativeInt = Field(default=0, description="how many healthy ones of the lowest loss stay")
     local_dir: str | None = Field(
         default=None, description="a node's own disk: written there first, then copied to folder"
     )
@@ -330,6 +337,11 @@ class RunConfig(Strict):
                 f"model.max_seq_len={self.model.max_seq_len}"
             )
         return self
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run saves without being asked to stop."""
+        return bool(self.checkpoint.every or self.checkpoint.every_minutes)
 
     @property
     def checkpoint_folder(self) -> str:

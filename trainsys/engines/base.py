@@ -12,6 +12,9 @@ from torch import Tensor
 from trainsys.data.loader import StepData
 from trainsys.models.shards import ShardSpec
 
+STOP, SAVE = 1.0, 0.5
+"""What a rank may ask of all: any number of them to stop, rank 0 alone to save. A sum of both is exact in fp32."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -23,8 +26,8 @@ class StepResult:
 
     scalars: Tensor
     lr: float
-    stop: Tensor
-    """How many ranks were asked to stop: if any was, all do after this step."""
+    asked: Tensor
+    """The sum over ranks of what each asked of all (:data:`STOP`, :data:`SAVE`), to be done after this step."""
     applied: bool = True
     """False: ``judge`` turned the update down, weights and moments are those of before."""
 
@@ -48,10 +51,10 @@ class Engine(Protocol):
     device: torch.device
 
     def train_step(
-        self, step: int, data: StepData, judge: Judge | None = None, stop: bool = False
+        self, step: int, data: StepData, judge: Judge | None = None, ask: float = 0.0
     ) -> StepResult:
         """Forward, backward and, if ``judge`` agrees, update on this rank's part of the global batch of the
-        0-based ``step``. ``stop``: this rank was asked to stop, and all are to know."""
+        0-based ``step``. ``ask``: what this rank asks of all, which travels with the loss."""
         ...
 
     def parameters(self) -> Iterator[LocalTensor]:

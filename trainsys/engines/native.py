@@ -47,7 +47,7 @@ class NativeEngine:
         self._tokens_global = 0
 
     def train_step(
-        self, step: int, data: StepData, judge: Judge | None = None, stop: bool = False
+        self, step: int, data: StepData, judge: Judge | None = None, ask: float = 0.0
     ) -> StepResult:
         phase = self.recorder.phase
         self.model.zero_gradients()
@@ -61,7 +61,7 @@ class NativeEngine:
             self.model.finish_gradients()
         with phase("optimizer"):
             lr = learning_rate(self.cfg.optim, step, self.cfg.train.steps)
-            totals = self._clip(nll_sum / data.valid_tokens_global, stop)
+            totals = self._clip(nll_sum / data.valid_tokens_global, ask)
             applied = True
             if judge is not None:
                 # Read back before the update rather than after the step: a wait either way.
@@ -101,12 +101,12 @@ class NativeEngine:
         # gradient of the global mean whatever the layout.
         return loss / self._tokens_global, nll
 
-    def _clip(self, nll: Tensor, stop: bool) -> Tensor:
-        """Clip by the global norm; returns [loss, norm, ranks that are to stop], over all in one all-reduce."""
+    def _clip(self, nll: Tensor, ask: float) -> Tensor:
+        """Clip by the global norm; returns [loss, norm, what ranks ask], over all in one all-reduce."""
         held = [(g, o.copies) for o in self.model.owned.values() if (g := o.grad) is not None]
         squares = square_sum(held, self.device)
         # Every rank of a tp group has the same loss.
-        mine = torch.stack([nll / self.mesh.layout.tp, squares, torch.full_like(squares, stop)])
+        mine = torch.stack([nll / self.mesh.layout.tp, squares, torch.full_like(squares, ask)])
         totals = ops.all_reduce_(mine, self.mesh["world"])
         totals[1].sqrt_()
         if self.cfg.optim.clip_norm:

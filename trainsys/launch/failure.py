@@ -25,6 +25,9 @@ from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, U
 FAILURE_FILE = "TRAINSYS_FAILURE_FILE"
 """Environment variable: the file by which the ranks of a run agree on who failed first."""
 
+COMMAND = "TRAINSYS_COMMAND"
+"""Environment variable: the command line that started the run, where a launcher stands between."""
+
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -57,9 +60,14 @@ def guard() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _leave(EXIT_INTERRUPTED)
+        _leave(interrupted_code())
     except Exception as error:
         _leave(_report(error))
+
+
+def interrupted_code() -> int:
+    """What a process exits with after Ctrl-C: 130, but 0 for a rank of torchrun, which would start it again."""
+    return 0 if "TORCHELASTIC_RESTART_COUNT" in os.environ else EXIT_INTERRUPTED
 
 
 def exit_code(error: Exception) -> int:

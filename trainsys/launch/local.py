@@ -25,7 +25,7 @@ from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
 from trainsys.hardware.machine import cuda_devices, usable_cores
-from trainsys.launch.failure import EXIT_FAILED, FAILURE_FILE, read_failure
+from trainsys.launch.failure import COMMAND, EXIT_FAILED, EXIT_INTERRUPTED, FAILURE_FILE, read_failure
 from trainsys.launch.replan import replan
 from trainsys.layout import PLACED, Layout
 
@@ -55,13 +55,25 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
         print(f"OMP_NUM_THREADS={threads} {shlex.join(command)}")
         return 0
     os.environ["OMP_NUM_THREADS"] = threads
+    again = ["--nproc", str(nproc)] if nproc else []
+    os.environ[COMMAND] = shlex.join(["trainsys", "launch", path, *overrides, "--on", "local", *again])
     if alone:
         sys.stdout.flush()
         os.execv(command[0], command)
     # Asked to stop, the agent would give the ranks 30 seconds: they are told directly, and it waits for them.
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        if not pass_on(number, frame):
+            raise KeyboardInterrupt  # no rank has started yet
+
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        return run_agent(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *torchrun])
+        code = run_agent(["--signals-to-handle", "SIGHUP,SIGQUIT", *torchrun])
+        return EXIT_INTERRUPTED if interrupted and code == 0 else code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -115,12 +127,15 @@ def run_agent(arguments: list[str]) -> int:
     return 0
 
 
-def pass_on(number: int, frame: FrameType | None) -> None:
-    """Send the signal to every child process."""
+def pass_on(number: int, frame: FrameType | None) -> bool:
+    """Send the signal to every child process; whether there was one."""
+    sent = False
     for listed in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
             for child in listed.read_text(encoding="ascii").split():
                 os.kill(int(child), number)
+                sent = True
+    return sent
 
 
 def _explain(error: Any) -> int:

@@ -1,7 +1,8 @@
-"""Asked to stop: SIGTERM and SIGUSR1 (a scheduler's warning) become a saved run, a marker file and exit 0.
+"""Asked to stop: SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C become a saved run, a marker file and exit 0.
 
 torchrun reports every exit code but 0 as 1, so the marker tells a drained run from a finished one: a batch
-script that finds it starts the job again.
+script that finds it starts the job again. Ctrl-C ends with 130 instead, as it does everywhere, but for a rank under
+torchrun, which would start it again: there whoever started torchrun says 130.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from typing import NoReturn
 
 from trainsys.checkpoint.durable import write_durable
 from trainsys.errors import UserError
+from trainsys.launch.failure import interrupted_code
 
 MARKER = "drained.json"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_PRESS_S = 0.5
+"""One Ctrl-C may come twice, from the terminal and from a launcher that passes it on; a second press comes later."""
 
 
 class Drain:
-    """While entered, SIGTERM and SIGUSR1 set ``requested`` instead of ending the process.
+    """While entered, SIGTERM, SIGUSR1 and SIGINT set ``requested`` instead of ending the process; a second SIGINT
+    ends it at once.
 
     Before ``begin`` (imports, process group, compilation, the first step) nothing is to be saved: the process
     writes the marker and leaves at once, from a thread of its own, so a main thread that is deep in a compiler
@@ -41,6 +46,7 @@ class Drain:
         self.saved_step: int | None = None
         """The step of the newest complete checkpoint, told by the loop."""
         self._asked = ""
+        self._pressed_s: float | None = None
         self._began = False
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -48,6 +54,16 @@ class Drain:
     @property
     def requested(self) -> bool:
         return bool(self._asked)
+
+    @property
+    def interrupted(self) -> bool:
+        """It was Ctrl-C that asked."""
+        return self._asked == signal.SIGINT.name
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that was asked to stop, and did, exits with."""
+        return interrupted_code() if self.interrupted else 0
 
     def begin(self) -> None:
         """The first step is done: from now on there is something to save."""
@@ -100,8 +116,20 @@ class Drain:
     def _listen(self) -> None:
         while data := self._read.recv(64):
             asked = [number for number in data if number in SIGNALS]
+            if signal.SIGINT in asked:
+                self._press()
             if asked:
                 self.ask(signal.Signals(asked[0]).name)
+
+    def _press(self) -> None:
+        now = time.monotonic()
+        if self._pressed_s is not None and now - self._pressed_s > SAME_PRESS_S:
+            self._asked = signal.SIGINT.name
+            self._leave(f"a second time; {self._saved_text()}")
+        if self._pressed_s is None:
+            self._pressed_s = now
+            if self.rank == 0 and self._began:
+                sys.stderr.write("trainsys: Ctrl-C: saving after this step; once more leaves at once\n")
 
     def ask(self, by: str) -> None:
         """What a signal does, for another reason; from any thread. Only the first to ask counts."""
@@ -116,15 +144,17 @@ class Drain:
 
     def _limit(self) -> None:
         if not self._over.wait(self.grace_s):
-            saved = "nothing was saved" if self.saved_step is None else f"step {self.saved_step} is saved"
-            self._leave(f"not done {self.grace_s:g} s after it; {saved}")
+            self._leave(f"not done {self.grace_s:g} s after it; {self._saved_text()}")
+
+    def _saved_text(self) -> str:
+        return "nothing was saved" if self.saved_step is None else f"step {self.saved_step} is saved"
 
     def _leave(self, why: str) -> NoReturn:
         self.mark()
         if self.rank == 0:
             sys.stderr.write(f"trainsys: stopped by {self._asked} {why}\n")
             sys.stderr.flush()
-        os._exit(0)
+        os._exit(self.exit_code)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -17,11 +18,13 @@ from trainsys.checkpoint.resume import Found, find, load, refuse_other_run, rng_
 from trainsys.checkpoint.saver import Progress, Saver
 from trainsys.config.run import RunConfig
 from trainsys.data import Source, StepData
-from trainsys.engines.base import Engine, StepResult
+from trainsys.engines.base import SAVE, STOP, Engine, StepResult
+from trainsys.errors import UserError
 from trainsys.layout import PLACED
 from trainsys.parallel.mesh import AXES, Mesh
 from trainsys.resilience.anomalies import Guard
 from trainsys.resilience.drain import Drain
+from trainsys.resilience.lease import Lease
 from trainsys.resilience.watchdog import Watchdog
 from trainsys.telemetry.recorder import Recorder
 
@@ -51,10 +54,19 @@ class Session:
     """What the loop asks: ``step`` and ``data_step`` come next, ``over`` ends it, ``after`` each step.
 
     Made before the engine: it looks for a checkpoint to go on from and checks it whole. All ranks act alike.
+    ``lease``: held on the checkpoint folder. ``clock``: seconds, for ``checkpoint.every_minutes``; rank 0's counts.
     """
 
-    def __init__(self, cfg: RunConfig, source: Source, drain: Drain) -> None:
-        self.cfg, self.drain, self.source = cfg, drain, source
+    def __init__(
+        self,
+        cfg: RunConfig,
+        source: Source,
+        drain: Drain,
+        lease: Lease,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.cfg, self.drain, self.source, self.lease = cfg, drain, source, lease
+        self._clock = clock
         self.ranks = Ranks()
         self.folder = Folder(cfg.checkpoint_folder)
         self.attempt = attempt()
@@ -75,6 +87,8 @@ class Session:
         self.over = self.step >= cfg.train.steps
         self.stopped = ""
         """Why the run ends before its last step; empty: it does not."""
+        self._skipped = 0
+        """Steps in a row, up to the latest, whose update was skipped."""
         self.guard = Guard(cfg.resilience)
         self.guard.at(self.step, self.data_step)
         self.drain.saved_step = self.step if self.found else None
@@ -94,7 +108,19 @@ class Session:
         if self.ranks.rank == 0:
             self.folder.clean()
             self.guard.file = run_dir / "anomalies.jsonl"
-        lineage = self.ranks.from_first(self.folder.lineage() if self._saves and self.ranks.rank == 0 else "")
+            self.lease.named(run_dir.name)
+            for note in self.lease.notes:
+                run.warn(note)
+        lineage = self.ranks.from_first(
+            self.folder.lineage()
+            if (cfg.saves or cfg.checkpoint.memory_every) and self.ranks.rank == 0
+            else ""
+        )
+        if not cfg.saves:
+            run.warn(
+                "SAVING IS OFF (checkpoint.every=0 and every_minutes=0): this run leaves no weights behind, and what "
+                "ends it costs every step it has done"
+            )
         self._saver = Saver(
             cfg.checkpoint,
             self.folder,
@@ -115,6 +141,7 @@ class Session:
             warn=run.warn,
         )
         self._saver.memory = self._memory
+        self._saver.may_write = self.lease.check
         if self._memory is not None and self._memory.alone:
             run.warn(
                 "checkpoint.memory_every: there is one node only, so copies in memory survive processes, not it"
@@ -127,11 +154,14 @@ class Session:
             self._dog.start()
         if self.found is not None:
             self._restore(self.found)
-            self._saver.last_step = self.step
+        self._saved_at = self._clock()
 
     @property
-    def _saves(self) -> bool:
-        return bool(self.cfg.checkpoint.every or self.cfg.checkpoint.memory_every)
+    def asks(self) -> float:
+        """What this rank asks of all in the step that comes: to stop, and (rank 0) to save, for time is up."""
+        minutes = self.cfg.checkpoint.every_minutes
+        due = minutes and self.ranks.rank == 0 and self._clock() - self._saved_at >= 60.0 * minutes
+        return (STOP if self.drain.requested else 0.0) + (SAVE if due else 0.0)
 
     def say_complete(self) -> None:
         """Tell that the run needs no more steps: a restart that came after the last save."""
@@ -148,14 +178,19 @@ class Session:
             self._dog.beat(self.step)
         self.data_step = data.step + 1
         self.step += 1
+        assert self._saver is not None
         loss = float(result.scalars[0])
+        normal = result.applied and self.guard.last is None
+        self._skipped = 0 if normal else self._skipped + 1
+        self._saver.judged(self.step, normal)
         if self.guard.last is not None:
             self._act()
         self.guard.at(self.step, self.data_step)
-        stop, last = bool(result.stop), self.step >= self.cfg.train.steps
-        self._save(loss, final=stop or last, forced=stop)
+        asked, last = float(result.asked), self.step >= self.cfg.train.steps
+        stop = asked >= STOP
+        self._save(loss, final=stop or last, forced=stop, due=asked % STOP > 0)
         if stop and not last:
-            self.stopped = f"asked to stop at step {self.step}; it is saved"
+            self.stopped = f"asked to stop at step {self.step}; it is saved in {self.folder.root}"
             self.drain.mark()
         self.over = stop or last
 
@@ -163,9 +198,17 @@ class Session:
         """An update was turned down: say so with its batch, end the run, or go back before it."""
         bad = self.guard.last
         assert bad is not None
+        assert self._saver is not None
         samples = self.source.samples(bad.data_step, range(self.cfg.train.global_batch)).tolist()
         self.guard.record(samples)
-        self.guard.check()
+        try:
+            self.guard.check()
+        except UserError:
+            with suppress(
+                UserError
+            ):  # every rank ends here: what is being saved, and what is now known of it, stays
+                self._saver.wait()
+            raise
         back = bad.action == "rollback" and self._roll_back()
         done = (
             f"back to step {self.step}, and on with batch {self.data_step}"
@@ -185,15 +228,23 @@ class Session:
                 self.step = found.manifest.step
         return found is not None
 
-    def _save(self, loss: float, *, final: bool, forced: bool) -> None:
+    def _save(self, loss: float, *, final: bool, forced: bool, due: bool) -> None:
         assert self._saver is not None
         every, memory_every = self.cfg.checkpoint.every, self.cfg.checkpoint.memory_every
-        disk = forced or bool(every and (final or self.step % every == 0))
+        disk = forced or due or bool(every and self.step % every == 0) or (final and self.cfg.saves)
         disk = disk and self._saver.last_step != self.step
-        memory = bool(memory_every and self.step % memory_every == 0 and not final)
+        # After a skipped step the weights are those of the copy before, which may have been proven.
+        memory = bool(memory_every and self.step % memory_every == 0 and not final and not self._skipped)
+        if disk:
+            self._saved_at = self._clock()
         if disk or memory:
             progress = Progress(
-                self.step, self.data_step, self._engine.updates, loss, list(self.guard.losses)
+                self.step,
+                self.data_step,
+                self._engine.updates,
+                loss,
+                list(self.guard.losses),
+                self._skipped,
             )
             with self._pause("checkpoint"):
                 self._saver.save(progress, disk=disk, memory=memory)
@@ -207,8 +258,11 @@ class Session:
         with self._patient():
             load(found, self._engine, self.ranks)
         self.guard.resume(found.manifest.recent_losses)
+        assert self._saver is not None
+        self._saver.went_back(found.manifest.step, found.path)
+        self._skipped = 0
         for note in found.notes:
-            self._warn(f"passed over a damaged checkpoint: {note}")
+            self._warn(note)
         where = "memory of the nodes" if found.memory else str(found.path)
         if self.ranks.rank == 0:
             self._recorder.message("info", f"resumed from step {found.manifest.step} in {where}")

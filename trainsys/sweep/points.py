@@ -86,6 +86,7 @@ def _candidate(sweep: SweepConfig, number: int, point: dict[str, Any]) -> Candid
         f"train.steps={sweep.steps}",
         # A sweep measures: nothing to save, nothing to go on from.
         "checkpoint.every=0",
+        "checkpoint.every_minutes=0",
         "checkpoint.resume=never",
         f"telemetry.wandb.group={sweep.name}",
     )

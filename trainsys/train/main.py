@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 
@@ -12,11 +14,13 @@ from trainsys.config.run import RunConfig
 from trainsys.data import Loader, build_source
 from trainsys.engines import build
 from trainsys.launch.blame import this_node
+from trainsys.launch.failure import COMMAND
 from trainsys.launch.replan import replan
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.drain import Drain
-from trainsys.resilience.session import Session
+from trainsys.resilience.lease import Lease
+from trainsys.resilience.session import Session, attempt
 from trainsys.train.evict import Eviction
 from trainsys.train.process import Process, process
 from trainsys.train.report import Reporter
@@ -34,24 +38,29 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
         cfg = replan(cfg, world)
     with Drain(cfg.checkpoint_folder, cfg.resilience.grace_s, rank) as drain:
         try:
-            with process(cfg.train) as proc:
-                run(cfg, proc, drain)
+            with process(cfg.train) as proc, Lease(cfg.checkpoint_folder, attempt()) as lease:
+                stopped = run(cfg, proc, drain, lease)
         except Exception as error:
             drain.lost_peer(error)
             raise
-    return 0
+    if stopped and drain.interrupted and rank == 0:
+        command = os.environ.get(COMMAND) or shlex.join(["trainsys", "train", path, *overrides])
+        print(f"trainsys: Ctrl-C: {stopped}; go on with: {command}", file=sys.stderr)
+    return drain.exit_code if stopped else 0
 
 
-def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
-    """Set up and loop. The same global batches and the same loss whatever the layout."""
+def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> str:
+    """Set up and loop; why it ended before its last step, if it did. The same global batches and the same loss
+    whatever the layout."""
     started = time.perf_counter(), time.time()
     layout = Layout.resolve(cfg.parallel, proc.world)
     refuse_unable(cfg, layout)
     warnings = layout.validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
     source = build_source(cfg)
-    session = Session(cfg, source, drain)
+    session = Session(cfg, source, drain, lease)
     if session.complete:
-        return session.say_complete()
+        session.say_complete()
+        return ""
     mesh = Mesh(layout, proc.device)
     eviction = Eviction(cfg.launch, session.ranks.to_all(this_node()), drain)
     with (
@@ -79,7 +88,8 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
                 data = next(loader)
             while loader.retried:
                 reporter.warn(f"data: {loader.retried.pop(0)}")
-            result = engine.train_step(session.step, data, session.guard.judge, drain.requested)
+            result = engine.train_step(session.step, data, session.guard.judge, session.asks)
             reporter.end_step(session.step, data, result)
             session.after(data, result)
         reporter.done(session.stopped)
+    return session.stopped

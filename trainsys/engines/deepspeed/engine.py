@@ -48,13 +48,13 @@ class DeepSpeedEngine:
         self.optimizer.allowed = self._allowed
         self._cut = SequenceCut(cfg.parallel.context, mesh["cp"], cfg.train.seq_len)
         self.experts = ExpertBalance([self.built.decoder], mesh["loss"])
-        self._asked: tuple[Tensor, Judge | None, bool] | None = None
+        self._pending: tuple[Tensor, Judge | None, float] | None = None
         self._totals = torch.zeros(3)
         self._applied = True
         self._say(recorder)
 
     def train_step(
-        self, step: int, data: StepData, judge: Judge | None = None, stop: bool = False
+        self, step: int, data: StepData, judge: Judge | None = None, ask: float = 0.0
     ) -> StepResult:
         self.experts.begin_step()
         self.optimizer.gradients.clear()
@@ -63,11 +63,11 @@ class DeepSpeedEngine:
         batches = [self._cut(batch) for batch in data.micro_batches]
         tokens = data.valid_tokens_global
 
-        def ask(nll: Tensor) -> None:
-            self._asked = nll / tokens, judge, stop
+        def begin(nll: Tensor) -> None:
+            self._pending = nll / tokens, judge, ask
 
-        self.built.run(batches, tokens, ask)
-        if self._asked is not None:
+        self.built.run(batches, tokens, begin)
+        if self._pending is not None:
             # DeepSpeed itself has turned down a step whose gradients are no numbers.
             self._applied = False
             self._decide()
@@ -78,19 +78,19 @@ class DeepSpeedEngine:
 
     def _allowed(self) -> bool:
         """Asked for each part of an update; decided once a step, when the gradient norm is known."""
-        if self._asked is not None:
+        if self._pending is not None:
             self._applied = True
             self._decide()
         return self._applied
 
     def _decide(self) -> None:
-        assert self._asked is not None
-        nll, judge, stop = self._asked
-        self._asked = None
+        assert self._pending is not None
+        nll, judge, ask = self._pending
+        self._pending = None
         # Every rank of a tp group has the same loss.
-        mine = torch.stack([nll / self.mesh.layout.tp, torch.full_like(nll, stop)])
-        loss, stops = ops.all_reduce_(mine, self.mesh["world"])
-        totals = torch.stack([loss, self.built.norm(), stops])
+        mine = torch.stack([nll / self.mesh.layout.tp, torch.full_like(nll, ask)])
+        loss, asked = ops.all_reduce_(mine, self.mesh["world"])
+        totals = torch.stack([loss, self.built.norm(), asked])
         if judge is not None:
             totals = totals.cpu()
             # Whatever it was asked: what DeepSpeed turned down stays so.

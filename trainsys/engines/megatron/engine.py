@@ -95,7 +95,7 @@ class MegatronEngine:
         return found
 
     def train_step(
-        self, step: int, data: StepData, judge: Judge | None = None, stop: bool = False
+        self, step: int, data: StepData, judge: Judge | None = None, ask: float = 0.0
     ) -> StepResult:
         phase = self.recorder.phase
         self._tokens_global = data.valid_tokens_global
@@ -117,7 +117,7 @@ class MegatronEngine:
         nll = torch.stack(reported).sum() if reported else torch.zeros((), device=self.device)
         with phase("optimizer"):
             lr = learning_rate(self.cfg.optim, step, self.cfg.train.steps)
-            totals = self._clip(nll / data.valid_tokens_global, stop)
+            totals = self._clip(nll / data.valid_tokens_global, ask)
             applied = True
             if judge is not None:
                 totals = totals.cpu()
@@ -167,15 +167,15 @@ class MegatronEngine:
         loss, nll = cross_entropy_sum(logits, labels, z_loss=self.cfg.optim.z_loss, group=self.mesh["tp"])
         return loss / self._tokens_global, torch.zeros((), dtype=torch.int, device=nll.device), nll
 
-    def _clip(self, nll: Tensor, stop: bool) -> Tensor:
-        """Megatron's norm, clipped by it; [loss, norm, ranks that are to stop], over all ranks."""
+    def _clip(self, nll: Tensor, ask: float) -> Tensor:
+        """Megatron's norm, clipped by it; [loss, norm, what ranks ask], over all ranks."""
         self.optimizer.prepare_grads()
         norm = torch.as_tensor(self.optimizer.get_grad_norm(), dtype=torch.float32, device=self.device)
-        mine = torch.stack([nll / self.mesh.layout.tp, torch.full_like(nll, stop)])
-        loss, stops = ops.all_reduce_(mine, self.mesh["world"])
+        mine = torch.stack([nll / self.mesh.layout.tp, torch.full_like(nll, ask)])
+        loss, asked = ops.all_reduce_(mine, self.mesh["world"])
         if self.cfg.optim.clip_norm:
             clip_([m.gradient for m, _ in self._masters], norm, self.cfg.optim.clip_norm)
-        return torch.stack([loss, norm, stops])
+        return torch.stack([loss, norm, asked])
 
     def parameters(self) -> Iterator[LocalTensor]:
         for master, rows in self._masters:
