@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.made_run import as_lines
 
 from trainsys import cli
 from trainsys.config.loader import load_run as load_config_file
@@ -109,6 +110,7 @@ def test_json_is_the_same_tree(made: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_killed_run_with_a_torn_record_and_a_missing_rank(made: Path) -> None:
     event_file(made, 3).unlink()
     torn = event_file(made, 1)
+    as_lines(torn)
     torn.write_bytes(torn.read_bytes()[: -len(torn.read_bytes()) // 3])
     e = explain(made)
     assert e.status == "killed"
@@ -125,6 +127,7 @@ def test_a_killed_run_with_a_torn_record_and_a_missing_rank(made: Path) -> None:
 
 def test_a_damaged_line_in_the_middle_costs_one_step(made: Path) -> None:
     path = event_file(made, 0)
+    as_lines(path)
     lines = path.read_bytes().splitlines(keepends=True)
     lines[12] = b'{"event":"step","ste\x00\xff\n'
     path.write_bytes(b"".join(lines))

@@ -6,14 +6,17 @@ what a training run has, at any speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from trainsys.layout import Layout
 from trainsys.telemetry.events import Event, Flops, Memory, RunStart
+from trainsys.telemetry.reader import event_file, read_events
 from trainsys.telemetry.recorder import Recorder
+from trainsys.telemetry.tail import path_of
 
 PAGE = 4096
 
@@ -22,8 +25,14 @@ class Run:
     """``micro`` micro-batches a step of about ``micro * 30`` ms, each span 6% (one standard deviation) longer or shorter,
     one in 200 several times as long."""
 
-    def __init__(self, layout: Layout, micro: int = 4, seed: int = 0, packed: bool = False) -> None:
-        self.layout, self.micro, self.seed, self.packed = layout, micro, seed, packed
+    def __init__(
+        self, layout: Layout, micro: int = 4, seed: int = 0, packed: bool = False, device: bool = False,
+        slow: int | None = None,
+    ) -> None:  # fmt: skip
+        """``packed``: rows of documents, whose attention varies; ``device``: a device's clock as well, a little behind;
+        ``slow``: a rank whose compute takes a third longer."""
+        self.layout, self.micro, self.seed, self.packed, self.device = layout, micro, seed, packed, device
+        self.slow = slow
 
     def info(self, rank: int, first_step: int = 0, attempt: int = 0) -> RunStart:
         layout = self.layout
@@ -52,7 +61,9 @@ class Run:
         info = self.info(rank, steps.start, attempt)
         info.t0_mono = now / 1e9
         info.t0_wall += attempt * 1e4
-        rec = Recorder(folder, info, clock=clock, memory=memory, watch_gc=False)
+        timer = _Device(clock, rng) if self.device else None
+        rec = Recorder(folder, info, clock=clock, memory=memory, watch_gc=False, timer=timer)
+        lag = 1.33 if rank == self.slow else 1.0
         now += 3_000_000_000
         rec.begin()
         spans = 8 * self.micro + 8
@@ -70,7 +81,7 @@ class Run:
             for phase, times in (("forward", 1), ("backward", 2)):
                 for _ in range(self.micro):
                     with rec.phase(phase):
-                        work(7.0 * times)
+                        work(7.0 * times * lag)
                         if self.layout.tp > 1:
                             with rec.collective_span("tp", "all_gather", 1 << 24):
                                 work(1.1)
@@ -96,3 +107,37 @@ class Run:
                 flops=Flops(1.2e15 + 12288.0 * pairs, 1.5e15, 1.6e15 + 16384.0 * pairs),
             )  # fmt: skip
         rec.finish("done")
+
+
+class _Device:
+    """Marks a little behind the host; a step is read when the next but one has ended."""
+
+    def __init__(self, clock: Callable[[], int], rng: np.random.Generator) -> None:
+        self._clock, self._rng = clock, rng
+
+    def mark(self) -> int:
+        return self._clock() + 40_000 + int(self._rng.integers(0, 20_000))
+
+    def elapsed(self, first: int, last: int) -> float | None:
+        return None if last > self._clock() - 20_000_000 else max(0, last - first) / 1e9
+
+    def recycle(self, handles: Sequence[int]) -> None:
+        pass
+
+
+def as_lines(path: Path) -> None:
+    """Writes a rank's file again as version 1 had it: all records as JSON lines."""
+    events, damage = read_events(path)
+    assert not damage
+    lines = [msgspec.json.encode(event).replace(b'"schema":"2.0"', b'"schema":"1.0"') for event in events]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    path_of(path).unlink(missing_ok=True)
+
+
+def copies(run: Run, folder: Path, ranks: int, steps: int) -> None:
+    """A run of so many ranks that all did what rank 0 did: quick to make, and as large as any."""
+    for _ in run.record(folder, 0, range(steps)):
+        pass
+    first = event_file(folder, 0).read_bytes()
+    for rank in range(1, ranks):
+        event_file(folder, rank).write_bytes(first.replace(b'"rank":0', b'"rank":%d' % rank, 1))

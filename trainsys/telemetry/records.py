@@ -208,6 +208,8 @@ def _route(name: str) -> list[str | int]:
 
 
 def _put(record: dict[str, Any], route: list[str | int], value: Any) -> None:
+    if not route:  # a record without anything
+        return
     into: Any = record
     for step, following in zip(route, route[1:], strict=False):
         into = _slot(into, step, {} if isinstance(following, str) else [])

@@ -1,8 +1,8 @@
 """What of a step is kept on file: times to the microsecond or to one part in eight thousand, whichever is coarser.
 
 A step's own time and start are whole microseconds, and its phases sum to it: ``other`` takes what rounding moves. A single
-call of a phase is kept to one part in 512, and where a step has many (one a micro-batch, and virtual stages) those of
-each so-manieth step, which medians and correlations over a run do not notice.
+call of a phase is kept to one part in 512. Where a step has many (micro-batches times virtual stages) those of every second,
+third, ... step are kept, so that there are ``CALLS`` a step: medians and correlations over a run do not notice.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ FINE = 13
 """Significant bits of a time."""
 COARSE = 9
 """Of a single call of a phase."""
+ROUNDED = 2
+"""Microseconds between a step's end and the next one's start that are rounding."""
 CALLS = 16
 """Single calls kept a step, on average, once ``ALL_CALLS`` steps have had all of theirs."""
 ALL_CALLS = 256
@@ -25,7 +27,7 @@ class Resolution:
 
     def __init__(self, info: RunStart) -> None:
         self._peak, self._world = info.peak_flops, info.world
-        self._steps = 0
+        self._steps = self._ended = 0
 
     def kept(self, event: Event) -> Event:
         if isinstance(event, Step):
@@ -41,9 +43,10 @@ class Resolution:
     def _step(self, step: Step) -> Step:
         stalls = {kind: round(1e6 * s) for kind, s in step.stalls.items()}
         began = round(1e6 * step.start_s)
-        # Between two whole microseconds, so that the times of steps add up however many there are.
-        took = round(1e6 * (step.start_s + step.step_time_s + sum(step.stalls.values()))) - began
-        step_us = took - sum(stalls.values())
+        if abs(began - self._ended) <= ROUNDED:  # where the one before ended: the times of steps add up, however many
+            began = self._ended
+        self._ended = round(1e6 * (step.start_s + step.step_time_s + sum(step.stalls.values())))
+        step_us = self._ended - began - sum(stalls.values())
         phases: dict[str, int] = {}
         comm: dict[str, dict[str, Comm]] = {}
         for name, s in step.phases.items():

@@ -20,14 +20,14 @@ from pathlib import Path
 import msgspec
 
 from trainsys.telemetry import block, tail
-from trainsys.telemetry.events import Event, RunEnd, RunStart
+from trainsys.telemetry.events import Event, RunEnd, RunStart, Step
 from trainsys.telemetry.records import Gathering, NoColumns
 
 FLUSH_S = 0.5
 MAX_PENDING = 100_000
 BLOCK = 512
-"""Records of a block."""
-MOST_OPEN = 8 * BLOCK
+"""Steps of a block; of other records it has up to three times as many beside them."""
+MOST_OPEN = 16 * BLOCK
 """Records that are kept for a disk that takes no block; more are lost."""
 REST_S = 0.0002
 """Between two columns of a block that is packed beside training: the step's thread gets the interpreter."""
@@ -63,6 +63,8 @@ class EventWriter:
         self._stop = threading.Event()
         self._warned = False
         self._open = Gathering()
+        self._steps = 0
+        """In it, since it was last tried to be packed."""
         self._fresh: list[bytes] = []
         """Lines of the block under way that are not in the tail."""
         self._possible: block.Possible = None
@@ -114,8 +116,11 @@ class EventWriter:
                 self._lose(1, error)
             return
         self._fresh.append(line)
-        if len(self._open) % BLOCK == 0 and not self._pack() and len(self._open) >= MOST_OPEN:
-            self._drop()
+        self._steps += isinstance(event, Step)
+        if self._steps >= BLOCK or len(self._open) % (4 * BLOCK) == 0:
+            self._steps = 0
+            if not self._pack() and len(self._open) >= MOST_OPEN:
+                self._drop()
 
     def _pack(self) -> bool:
         """Closes the block under way. False: the disk does not take it, and it stays open."""
@@ -129,7 +134,7 @@ class EventWriter:
 
     def _begin(self) -> None:
         """The next block."""
-        self._open, self._fresh = Gathering(), []
+        self._open, self._fresh, self._steps = Gathering(), [], 0
         try:
             self._tail.clear()
         except OSError as error:
