@@ -29,7 +29,8 @@ from support.ranks import run_ranks  # noqa: E402
 from support.standin import Fault, Standin, run  # noqa: E402
 from trainsys.layout import Layout  # noqa: E402
 from trainsys.profiler.flops_split import split_flops  # noqa: E402
-from trainsys.profiler.steps import StepTable, load_steps  # noqa: E402
+from trainsys.profiler.run_steps import load_steps  # noqa: E402
+from trainsys.profiler.steps import StepTable  # noqa: E402
 from trainsys.profiler.waterfall import Work, seconds_by_term  # noqa: E402
 from trainsys.telemetry.run_data import load_run  # noqa: E402
 
@@ -53,7 +54,7 @@ def one(spec: Standin) -> tuple[StepTable, list[dict[str, list[float]]], float |
     with tempfile.TemporaryDirectory() as folder:
         told = run_ranks(4, run, spec, folder, timeout_s=300)
         start = load_run(folder)
-        return load_steps(folder, start.start, start.ranks), told, start.start.peak_flops
+        return load_steps(folder), told, start.start.peak_flops
 
 
 def quick(table: StepTable, rows: Any) -> Any:

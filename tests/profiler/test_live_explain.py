@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.made_run import as_lines
 
 from trainsys import cli
 from trainsys.config.loader import load_run as load_config_file
@@ -21,13 +22,14 @@ from trainsys.profiler.advice import advise, to_fit
 from trainsys.profiler.explain import Explanation, explain, to_json
 from trainsys.profiler.flops_split import split_flops
 from trainsys.profiler.goodput import account
-from trainsys.profiler.memory import memory_report, predict, would_have_fitted
+from trainsys.profiler.memory import MemoryUse, memory_report, predict, would_have_fitted
 from trainsys.profiler.page import MAX_BYTES, page
 from trainsys.profiler.pipeline import PipelineStep
 from trainsys.profiler.steps import make_table
 from trainsys.profiler.waterfall import Work, waterfall
 from trainsys.telemetry.events import Comm, Event, Flops, Memory, RunEnd, RunStart, Stall, Step
 from trainsys.telemetry.reader import event_file
+from trainsys.telemetry.records import gathered
 from trainsys.telemetry.writer import EventWriter
 
 GIB = 1 << 30
@@ -108,6 +110,7 @@ def test_json_is_the_same_tree(made: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_killed_run_with_a_torn_record_and_a_missing_rank(made: Path) -> None:
     event_file(made, 3).unlink()
     torn = event_file(made, 1)
+    as_lines(torn)
     torn.write_bytes(torn.read_bytes()[: -len(torn.read_bytes()) // 3])
     e = explain(made)
     assert e.status == "killed"
@@ -124,6 +127,7 @@ def test_a_killed_run_with_a_torn_record_and_a_missing_rank(made: Path) -> None:
 
 def test_a_damaged_line_in_the_middle_costs_one_step(made: Path) -> None:
     path = event_file(made, 0)
+    as_lines(path)
     lines = path.read_bytes().splitlines(keepends=True)
     lines[12] = b'{"event":"step","ste\x00\xff\n'
     path.write_bytes(b"".join(lines))
@@ -168,7 +172,7 @@ def test_goodput_counts_restarts_and_steps_trained_twice() -> None:
               *(step(i, 1040.0 + i - 6) for i in range(6, 12)),
               Stall(kind="checkpoint", start_s=1046.0, seconds=2.0, step=12),
               RunEnd(status="done", time_s=1049.0)]  # fmt: skip
-    good = account([*first, *second])
+    good = account([gathered([*first, *second])])
     assert good.wall_s == pytest.approx(49.0)
     assert good.lost == pytest.approx(
         {"restart": 20.0, "setup": 10.0, "lost steps": 4.0, "checkpoint": 2.0, "the rest": 1.0}
@@ -195,7 +199,7 @@ def test_memory_parts_sum_to_the_peak_and_stand_beside_the_prediction(made: Path
     table = make_table({0: [r for r in records(0) if isinstance(r, Step)]}, Layout())
     at = start(device_memory=80 * GIB, hardware="H100-SXM-80", world=8,
                layout={"pp": 1, "dp_replicate": 1, "dp_shard": 8, "cp": 1, "tp": 1, "ep": 1})  # fmt: skip
-    report = memory_report(table, at, cfg)
+    report = memory_report(MemoryUse.of(table), at, cfg)
     assert report is not None
     assert sum(held for _, held in report.parts) == pytest.approx(report.peak)
     assert report.peak == 30 * GIB
@@ -234,7 +238,7 @@ def test_a_leak_is_growth_beyond_doubt() -> None:
         steps = [Step(step=i, start_s=0.0, step_time_s=1.0,
                       memory=Memory(allocated=int(GIB * (1 + grows * i + 0.001 * rng.normal())), peak=2 * GIB))
                  for i in range(100)]  # fmt: skip
-        found = memory_report(make_table({0: steps}, Layout()), start(), None)
+        found = memory_report(MemoryUse.of(make_table({0: steps}, Layout())), start(), None)
         assert found is not None
         return found.leak_bytes_per_step
 
@@ -250,7 +254,7 @@ def test_advice_names_the_change_and_its_gain(made: Path) -> None:
     table = make_table({0: steps}, Layout())
     fall = waterfall(table, 1e9, split_flops(table, cfg))
     assert fall is not None
-    memory = memory_report(table, start(device_memory=80 * GIB), cfg)
+    memory = memory_report(MemoryUse.of(table), start(device_memory=80 * GIB), cfg)
     found = {a.what.split("=")[0].split(":")[0]: a for a in advise(fall, cfg, memory)}
     data = next(a for what, a in found.items() if "data.prefetch" in what)
     assert data.gain == pytest.approx(0.2)

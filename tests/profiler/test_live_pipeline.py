@@ -21,7 +21,7 @@ from trainsys.profiler.explain import explain
 from trainsys.profiler.pipeline import pipeline_step
 from trainsys.profiler.steps import StepTable, make_table
 from trainsys.profiler.waterfall import Work, waterfall
-from trainsys.profiler.what_if_run import what_if
+from trainsys.profiler.what_if_run import Saved, what_if
 from trainsys.schedules.build import build
 from trainsys.schedules.program import Compute, Reduce, programs
 from trainsys.telemetry.events import Step
@@ -94,7 +94,7 @@ def test_the_slow_stage_is_what_the_step_would_be_rid_of() -> None:
     assert all(w == pytest.approx(found.step_s) for rank, w in enumerate(found.without) if rank != 2)
     fall = waterfall(table, None, Work(np.zeros(10), np.zeros(10), 0.0))
     assert fall is not None
-    told = {w.what: w.step_s for w in what_if(table, fall, found)}
+    told = {w.what: w.step_s for w in what_if(fall, found, [])}
     assert told["pipeline rank 2 like the others"] == pytest.approx(fall.wall_s - (found.step_s - even))
     assert "pipeline rank 1 like the others" not in told
 
@@ -130,7 +130,9 @@ def test_a_rank_like_its_peers_gives_the_step_to_the_next_latest() -> None:
     )
     fall = waterfall(table, None, Work(np.zeros(10), np.zeros(10), 0.0))
     assert fall is not None
-    gains = {w.what: w for w in what_if(table, fall, None)}
+    saved = Saved()
+    saved.add(table)
+    gains = {w.what: w for w in what_if(fall, None, saved.most(table.ranks))}
     assert gains["rank 2 like its peers"].step_s == pytest.approx(0.17 - 0.03)
     assert "rank 3 like its peers" not in gains
     assert gains["no communication on fsdp in the way"].step_s == pytest.approx(0.17 - 0.01)

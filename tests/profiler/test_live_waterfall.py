@@ -13,7 +13,8 @@ from support.ranks import run_ranks
 from support.standin import Fault, Standin, run
 from trainsys.layout import Layout
 from trainsys.profiler.flops_split import split_flops
-from trainsys.profiler.steps import Capture, StepTable, load_steps, make_table
+from trainsys.profiler.run_steps import load_steps
+from trainsys.profiler.steps import Capture, StepTable, make_table
 from trainsys.profiler.waits import late_excess, waiting
 from trainsys.profiler.waterfall import Work, seconds_by_term, waterfall
 from trainsys.telemetry.events import Comm, Flops, Step
@@ -152,7 +153,7 @@ def ledger(tmp_path: Path, spec: Standin, world: int = 4) -> tuple[dict[str, flo
     """Seconds by term of the steps with the faults less those of the steps without, and what was injected."""
     told = run_ranks(world, run, spec, str(tmp_path))
     start = load_run(tmp_path)
-    table = load_steps(tmp_path, start.start, start.ranks)
+    table = load_steps(tmp_path)
     medians = []
     for rows in (table.work & (table.steps < spec.steps // 2), table.work & (table.steps >= spec.steps // 2)):
         part = table.select(np.flatnonzero(rows))

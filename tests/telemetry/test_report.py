@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.made_run import as_lines
 
 from trainsys.errors import UserError
 from trainsys.telemetry.events import DeviceStep, Flops, RunStart
@@ -156,6 +157,7 @@ def test_killed_failed_missing_and_cut_files_are_said(tmp_path: Path) -> None:
     write_rank(tmp_path, 1, world=4, end="failed")
     write_rank(tmp_path, 3, world=4, end="killed", steps=12)
     path = event_file(tmp_path, 3)
+    as_lines(path)
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"step":7,', b'"st?', 1)[:-25])
     run = load_run(tmp_path)

@@ -146,7 +146,7 @@ def _run_row(run: Path) -> list[str]:
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        newest = max((p.stat().st_mtime for p in run.glob("events/*.jsonl")), default=0.0)
+        newest = max((p.stat().st_mtime for p in run.glob("events/*")), default=0.0)
         state = "running" if time.time() - newest < 60 else "died"
         return [run.name, str(ranks), state, "-", "-", os.path.relpath(run)]
     mfu = summary.get("mfu")

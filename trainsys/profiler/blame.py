@@ -30,20 +30,39 @@ MIN_LASTING = 0.25
 def find_blame(table: StepTable) -> list[Verdict]:
     """Verdicts over all judged steps, the costliest first."""
     rows = np.flatnonzero(table.work)
-    if rows.size < MIN_STEPS or len(table.ranks) < 2:
-        return []
     pieces = np.array_split(rows, max(1, round(rows.size / WINDOW)))
-    found: dict[tuple[object, ...], Verdict] = {}
-    for i, piece in enumerate(pieces):
-        for v in judge_window(table.select(piece), ALPHA / len(pieces)):
-            before = found.get(v.key)
+    blame = Blame(rows.size)
+    for piece in pieces:
+        blame.add(table.select(piece))
+    return blame.verdicts()
+
+
+class Blame:
+    """Verdicts over windows of about ``WINDOW`` judged steps, in order; ``steps``: how many there will be in all."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps if steps >= MIN_STEPS else 0
+        self._alpha = ALPHA / max(1, round(steps / WINDOW))
+        self._found: dict[tuple[object, ...], Verdict] = {}
+
+    def add(self, table: StepTable) -> None:
+        """``table``: judged steps alone."""
+        if not len(table.steps) or not self._left or len(table.ranks) < 2:
+            return
+        self._left -= len(table.steps)
+        # What still is so at the end has no end.
+        until = int(table.steps[-1]) if self._left > 0 else None
+        for v in judge_window(table, self._alpha):
+            before = self._found.get(v.key)
             if before is None:
-                found[v.key] = v if i == len(pieces) - 1 else replace(v, until=int(table.steps[piece[-1]]))
+                self._found[v.key] = replace(v, until=until)
             else:
-                until = None if i == len(pieces) - 1 else int(table.steps[piece[-1]])
-                cost = max(before.cost_s, v.cost_s)
-                found[v.key] = replace(before, until=until, cost_s=cost, share=max(before.share, v.share))
-    return sorted(found.values(), key=lambda v: -v.share)
+                cost, share = max(before.cost_s, v.cost_s), max(before.share, v.share)
+                self._found[v.key] = replace(before, until=until, cost_s=cost, share=share)
+
+    def verdicts(self) -> list[Verdict]:
+        """The costliest first."""
+        return sorted(self._found.values(), key=lambda v: -v.share)
 
 
 def judge_window(table: StepTable, alpha: float = ALPHA) -> list[Verdict]:

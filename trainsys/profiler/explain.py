@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,19 @@ import msgspec
 import numpy as np
 
 from trainsys.profiler.advice import Advice, advise, to_fit
-from trainsys.profiler.blame import find_blame
+from trainsys.profiler.blame import Blame
 from trainsys.profiler.flops_split import load_config, split_flops
 from trainsys.profiler.goodput import Goodput, goodput_of
-from trainsys.profiler.memory import MemoryReport, memory_report
+from trainsys.profiler.memory import MemoryReport, MemoryUse, memory_report
 from trainsys.profiler.pipeline import PipelineStep, pipeline_step
-from trainsys.profiler.steps import Floats, StepTable, load_steps
+from trainsys.profiler.run_steps import Ints, RunSteps, read_run
+from trainsys.profiler.steps import MEMORY, Floats, StepTable
 from trainsys.profiler.straggler import peer_log_ratio
 from trainsys.profiler.verdict import Verdict
-from trainsys.profiler.waits import work_between
-from trainsys.profiler.waterfall import Waterfall, label, mean_capture, seconds_by_term, waterfall
-from trainsys.profiler.what_if_run import WhatIf, what_if
+from trainsys.profiler.waits import LateForGood, work_between
+from trainsys.profiler.waterfall import Ledger, Waterfall, label
+from trainsys.profiler.what_if_run import Saved, WhatIf, what_if
 from trainsys.telemetry.run_data import RunData
-from trainsys.telemetry.run_data import load_run as load_events
 
 SCHEMA = "trainsys.explain/1"
 BINS = 160
@@ -83,27 +83,29 @@ class Explanation:
 
 def explain(run_dir: str | Path) -> Explanation:
     """Raises UserError where there is no run at all; anything less that is missing is said in the result."""
-    run_dir = Path(run_dir)
-    run = load_events(run_dir)
-    table = load_steps(run_dir, run.start, run.ranks)
-    return explain_table(run, table)
+    return explain_run(*read_run(run_dir))
 
 
-def explain_table(run: RunData, table: StepTable) -> Explanation:
-    """The same of what is loaded already."""
+def explain_run(run: RunData, steps: RunSteps) -> Explanation:
+    """The same of what is read already. Its steps are read twice more, a window at a time."""
     cfg = load_config(run.run_dir)
-    work = split_flops(table, cfg)
-    fall = waterfall(table, run.start.peak_flops, work)
-    memory = memory_report(table, run.start, cfg, run.reason)
-    verdicts = find_blame(table)
+    start = run.start
+    seen = _Seen(steps)
+    for rows, table in steps.windows():
+        seen.add(rows, table)
+    steps.of_run = replace(steps.of_run, late=seen.late.ranks())
+    ledger, over_time = Ledger(start.peak_flops), _OverTime(steps)
+    for rows, table in steps.windows():
+        over_time.add(rows, table, ledger.add(table, split_flops(table, cfg)))
+    fall = ledger.waterfall()
+    memory = memory_report(seen.memory(), start, cfg, run.reason)
     good = goodput_of(run.run_dir, run.lead.rank)
     fit: list[str] = []
     full = 0.0 if memory is None else memory.capacity or 0.0
     if cfg and memory and full and (memory.peak > 0.95 * full or memory.would_have_fitted):
         fit = to_fit(cfg, memory, max(memory.peak - 0.9 * full, 0.02 * full))
-    start = run.start
-    rows = np.flatnonzero(table.work)
-    pipe = pipeline_step(table, cfg)
+    usual = seen.usual()
+    pipe = pipeline_step(usual, cfg)
     return Explanation(
         run_id=start.run_id, name=start.name or start.run_id, run_dir=run.run_dir.name, status=run.status,
         reason=run.reason,
@@ -112,17 +114,14 @@ def explain_table(run: RunData, table: StepTable) -> Explanation:
             "dtype": start.dtype, "hardware": start.hardware or "", "peak_flops": start.peak_flops,
             "peak_label": start.peak_label, "mfu_counts": start.conventions.get("mfu", ""),
             "steps": run.lead.steps, "global_batch": start.global_batch, "seq_len": start.seq_len,
-            "parameters": start.parameters, "hosts": len(set(table.hosts.values()) - {""}),
+            "parameters": start.parameters, "hosts": len(set(steps.hosts.values()) - {""}),
         },
-        waterfall=fall, over_time=_over_time(table, run, work), verdicts=verdicts,
+        waterfall=fall, over_time=over_time.result(), verdicts=seen.blame.verdicts(),
         advice=advise(fall, cfg, memory) if fall is not None else [], goodput=good, goodput_share=good.share,
-        memory=memory, fit=fit, heat=_heat(table), pipeline=pipe,
-        what_if=[] if fall is None else what_if(table, fall, pipe),
-        phases={name: values[rows].mean(axis=0).tolist() for name, values in sorted(table.phases.items())}
-        if rows.size else {},
-        ranks=table.ranks,
-        step_time=[(int(table.steps[i]), float(np.nanmean(table.time[i]))) for i in _thin(len(table.steps), 400)],
-        missing=_missing(run, table),
+        memory=memory, fit=fit, heat=seen.heat.result(), pipeline=pipe,
+        what_if=[] if fall is None else what_if(fall, pipe, seen.saved.most(steps.ranks)),
+        phases={name: values[0].tolist() for name, values in sorted(usual.phases.items()) if usual.work.any()},
+        ranks=steps.ranks, step_time=seen.step_time(), missing=_missing(run, steps, seen.clock_spread_s()),
     )  # fmt: skip
 
 
@@ -130,48 +129,126 @@ def _thin(count: int, most: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(most, count))}) if count else []
 
 
-def _bins(count: int) -> list[Sequence[int]]:
-    return [piece.tolist() for piece in np.array_split(np.arange(count), min(BINS, count))]
+class _Seen:
+    """What the first reading of a run's windows tells."""
+
+    def __init__(self, steps: RunSteps) -> None:
+        self._steps = steps
+        ranks = len(steps.ranks)
+        self.late, self.saved, self.heat = LateForGood(), Saved(), _Heat(steps)
+        self.blame = Blame(int(steps.work.sum()))
+        self._phases: dict[str, Floats] = {}
+        self._peaks = np.zeros(ranks)
+        self._apart: list[Floats] = []
+        self._shown = dict.fromkeys(_thin(steps.steps.size, 400), math.nan)
+
+    def add(self, rows: Ints, table: StepTable) -> None:
+        self.late.add(table)
+        self.saved.add(table)
+        self.heat.add(rows, table)
+        self.blame.add(table.select(table.work))
+        for name, values in table.phases.items():
+            self._phases[name] = self._phases.get(name, 0.0) + values[table.work].sum(axis=0)
+        self._peaks = np.maximum(self._peaks, table.memory["peak"].max(axis=0))
+        if table.apart_s is not None:
+            self._apart.append(table.apart_s[self._steps.whole[rows]])
+        for i, row in enumerate(rows.tolist()):
+            if row in self._shown:
+                self._shown[row] = float(np.nanmean(table.time[i]))
+
+    def usual(self) -> StepTable:
+        """One step: the mean of those that count."""
+        count = int(self._steps.work.sum())
+        table = self._steps.table(np.zeros(0, np.int64))
+        table.work = np.full(1, count > 0)
+        table.phases = {name: total[None] / max(1, count) for name, total in self._phases.items() if total.any()}
+        return table
+
+    def memory(self) -> MemoryUse:
+        steps, column = self._steps, int(self._peaks.argmax()) if self._peaks.size else 0
+        fullest = {name: steps.column(steps.ranks[column], "memory", name) for name in MEMORY} if steps.ranks else {}
+        stages = steps.table(np.zeros(0, np.int64)).peers()
+        return MemoryUse(steps.ranks, stages, self._peaks, steps.steps, fullest)
+
+    def clock_spread_s(self) -> float:
+        """How far apart ranks' clocks put the start of a step; ranks end a step together, so they should not."""
+        apart = np.concatenate([np.zeros(0), *self._apart])
+        return float(np.median(apart)) if apart.size and not np.isnan(apart).any() else 0.0
+
+    def step_time(self) -> list[tuple[int, float]]:
+        return [(int(self._steps.steps[row]), seconds) for row, seconds in self._shown.items()]
 
 
-def _over_time(table: StepTable, run: RunData, work: Any) -> OverTime | None:
-    rows = np.flatnonzero(np.isfinite(table.time).all(axis=1)) if table.ranks else np.zeros(0, np.int64)
-    if not rows.size:
-        return None
-    parts = seconds_by_term(table, run.start.peak_flops, work, mean_capture(table.captures))
-    pieces = _bins(rows.size)
+class _Bins:
+    """The whole steps of a run in ``BINS`` pieces of equal size: which bin each row is in."""
 
-    def mean(values: Floats) -> list[float]:
-        by_step = values[rows].mean(axis=1)
-        return [round(float(by_step[piece].mean()), 7) for piece in pieces]
+    def __init__(self, steps: RunSteps) -> None:
+        rows = np.flatnonzero(steps.whole) if steps.ranks else np.zeros(0, np.int64)
+        pieces = [piece for piece in np.array_split(rows, min(BINS, rows.size) or 1) if piece.size]
+        self._begins = np.array([piece[0] for piece in pieces], np.int64)
+        self.sizes = np.array([piece.size for piece in pieces], np.int64)
+        self.steps = [int(steps.steps[row]) for row in self._begins]
 
-    terms = {name: mean(values) for name, values in parts.items()}
-    return OverTime(
-        [int(table.steps[rows[piece[0]]]) for piece in pieces],
-        {name: values for name, values in terms.items() if any(values)},
-        {name: label(name) for name in terms},
-    )
+    def of(self, rows: Ints) -> Ints:
+        return np.searchsorted(self._begins, rows, side="right") - 1
 
 
-def _heat(table: StepTable) -> HeatMap | None:
-    rows = np.flatnonzero(np.isfinite(table.time).all(axis=1)) if table.ranks else np.zeros(0, np.int64)
-    if not rows.size or len(table.ranks) < 2:
-        return None
-    ratio = np.expm1(peer_log_ratio(work_between(table)[rows], table.peers()))
-    order = np.arange(len(table.ranks))
-    if order.size > HEAT_ROWS:  # the slowest ones, in the order of rank
-        order = np.sort(np.argsort(-np.median(ratio, axis=0))[:HEAT_ROWS])
-    pieces = _bins(rows.size)
-    values = np.stack([np.median(ratio[piece], axis=0) for piece in pieces], axis=1)[order]
-    return HeatMap(
-        [table.ranks[i] for i in order.tolist()],
-        [int(table.steps[rows[piece[0]]]) for piece in pieces],
-        [[round(float(v), 4) for v in row] for row in values],
-        len(table.ranks) - order.size,
-    )
+class _OverTime:
+    def __init__(self, steps: RunSteps) -> None:
+        self._whole, self._bins = steps.whole, _Bins(steps)
+        self._sums: dict[str, Floats] = {}
+
+    def add(self, rows: Ints, table: StepTable, parts: dict[str, Floats]) -> None:
+        whole = self._whole[rows]
+        at = self._bins.of(rows[whole])
+        for name, values in parts.items():
+            sums = self._sums.setdefault(name, np.zeros(self._bins.sizes.size))
+            np.add.at(sums, at, values[whole].mean(axis=1))
+
+    def result(self) -> OverTime | None:
+        if not self._bins.sizes.size:
+            return None
+        terms = {name: np.round(sums / self._bins.sizes, 7).tolist() for name, sums in self._sums.items()}
+        return OverTime(
+            self._bins.steps, {name: values for name, values in terms.items() if any(values)},
+            {name: label(name) for name in terms},
+        )  # fmt: skip
 
 
-def _missing(run: RunData, table: StepTable) -> list[str]:
+class _Heat:
+    """Medians of bins; only the steps of the bin under way are kept."""
+
+    def __init__(self, steps: RunSteps) -> None:
+        self._steps, self._bins = steps, _Bins(steps)
+        self._open: list[Floats] = []
+        self._medians: list[Floats] = []
+
+    def add(self, rows: Ints, table: StepTable) -> None:
+        whole = self._steps.whole[rows]
+        if not whole.any() or len(table.ranks) < 2:
+            return
+        ratio = np.expm1(peer_log_ratio(work_between(table)[whole], table.peers()))
+        bins = self._bins.of(rows[whole])
+        for piece in np.split(ratio, np.flatnonzero(np.diff(bins)) + 1):
+            self._open.append(piece)
+            if sum(map(len, self._open)) == self._bins.sizes[len(self._medians)]:
+                self._medians.append(np.median(np.concatenate(self._open), axis=0))
+                self._open = []
+
+    def result(self) -> HeatMap | None:
+        if not self._medians:
+            return None
+        values = np.stack(self._medians, axis=1)  # [R, bins]
+        order = np.arange(len(values))
+        if order.size > HEAT_ROWS:  # the slowest ones, in the order of rank
+            order = np.sort(np.argsort(-np.median(values, axis=1))[:HEAT_ROWS])
+        return HeatMap(
+            [self._steps.ranks[i] for i in order.tolist()], self._bins.steps,
+            [[round(float(v), 4) for v in row] for row in values[order]], len(values) - order.size,
+        )  # fmt: skip
+
+
+def _missing(run: RunData, steps: RunSteps, clock_spread_s: float) -> list[str]:
     out = []
     if run.missing:
         shown = ", ".join(map(str, run.missing[:8])) + (" …" if len(run.missing) > 8 else "")
@@ -184,15 +261,15 @@ def _missing(run: RunData, table: StepTable) -> list[str]:
         last = max((r.last_step for r in run.ranks.values()), default=-1)
         out.append(f"no last record from ranks {shown} (killed, or running still); the last step on file is {last}")
     out += [str(damage) for damage in run.damages]
-    partial = int((~np.isfinite(table.time)).any(axis=1).sum()) if table.ranks else 0
+    partial = int((~steps.whole).sum())
     if partial:
         out.append(f"{partial} steps are not on file of every rank and are left out of the means")
-    if table.clock_spread_s > CLOCKS_APART_S:
+    if clock_spread_s > CLOCKS_APART_S:
         out.append(
-            f"the ranks' clocks are {table.clock_spread_s:.1f} s apart: steps are matched by number, and only "
+            f"the ranks' clocks are {clock_spread_s:.1f} s apart: steps are matched by number, and only "
             "durations are used"
         )
-    if not table.work.any():
+    if not steps.work.any():
         out.append("no step is on file of every rank: there is nothing to say about where time went")
     return out
 

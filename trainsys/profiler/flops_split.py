@@ -39,6 +39,7 @@ def split_flops(table: StepTable, cfg: RunConfig | None) -> Work:
     padding = np.maximum(0.0, table.flops_hardware - recompute - table.flops_model)
     # Rounding of two large counts is no padding.
     padding[padding < 1e-9 * table.flops_hardware] = 0.0
-    if not table.padded.any():
+    padded = table.padded.any() if table.of_run is None else table.of_run.padded
+    if not padded:
         padding[:] = 0.0
     return Work(padding, recompute, share)

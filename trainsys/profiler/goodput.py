@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from trainsys.telemetry.events import AnyEvent, RunEnd, RunStart, Stall, Step
-from trainsys.telemetry.reader import Damage, event_file, iter_events
+from trainsys.telemetry.events import RunEnd, Stall
+from trainsys.telemetry.reader import Damage, event_file, iter_parts
+from trainsys.telemetry.records import Floats, Ints, Records
 from trainsys.telemetry.run_data import WARMUP
+from trainsys.telemetry.step_columns import by_attempt
 
 
 @dataclass(frozen=True)
@@ -36,36 +38,39 @@ class Goodput:
 
 def goodput_of(run_dir: str | Path, rank: int) -> Goodput:
     """From one rank's file; every rank's wall time is the same but for milliseconds."""
-    return account(iter_events(event_file(run_dir, rank), Damage()))
+    return account(records for records, _ in iter_parts(event_file(run_dir, rank), Damage()))
 
 
 @dataclass
 class _Attempt:
     begun: float
     seen: float
-    steps: list[tuple[int, float]] = field(default_factory=list)
+    steps: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    seconds: Floats = field(default_factory=lambda: np.zeros(0))
     stalls: dict[str, float] = field(default_factory=dict)
 
 
-def account(events: Iterable[AnyEvent]) -> Goodput:
+def account(parts: Iterable[Records]) -> Goodput:
     """Goodput of a file's records, all attempts."""
     attempts: list[_Attempt] = []
-    for event in events:
-        if isinstance(event, RunStart):
-            attempts.append(_Attempt(event.t0_wall, event.t0_wall))
-            continue
-        if not attempts:
-            continue
-        now = attempts[-1]
-        if isinstance(event, Step):
-            now.steps.append((event.step, event.step_time_s))
-            now.seen = max(now.seen, event.start_s + event.step_time_s + sum(event.stalls.values()))
-        elif isinstance(event, Stall):
-            now.seen = max(now.seen, event.start_s + event.seconds)
-            if not event.in_step:
-                now.stalls[event.kind] = now.stalls.get(event.kind, 0.0) + event.seconds
-        elif isinstance(event, RunEnd):
-            now.seen = max(now.seen, event.time_s)
+    for records in parts:
+        for start, others, steps, _ in by_attempt(records):
+            if start is not None:
+                attempts.append(_Attempt(start.t0_wall, start.t0_wall))
+            if not attempts:
+                continue
+            now = attempts[-1]
+            seconds = steps.of("step_time_s")
+            now.steps = np.concatenate((now.steps, steps.step))
+            now.seconds = np.concatenate((now.seconds, seconds))
+            now.seen = max([now.seen, *(steps.of("start_s") + seconds + steps.stalled_s).tolist()])
+            for event in others:
+                if isinstance(event, Stall):
+                    now.seen = max(now.seen, event.start_s + event.seconds)
+                    if not event.in_step:
+                        now.stalls[event.kind] = now.stalls.get(event.kind, 0.0) + event.seconds
+                elif isinstance(event, RunEnd):
+                    now.seen = max(now.seen, event.time_s)
     if not attempts:
         return Goodput(0.0, 0.0)
     return _sum_up(attempts)
@@ -79,19 +84,18 @@ def _sum_up(attempts: list[_Attempt]) -> Goodput:
         if seconds > 0:
             lost[kind] = lost.get(kind, 0.0) + seconds
 
-    times = [s for a in attempts for _, s in a.steps]
-    typical = float(np.median(times)) if times else 0.0
+    times = np.concatenate([a.seconds for a in attempts])
+    typical = float(np.median(times)) if times.size else 0.0
     for i, attempt in enumerate(attempts):
-        next_first = min((a.steps[0][0] for a in attempts[i + 1 :] if a.steps), default=None)
-        for place, (step, seconds) in enumerate(attempt.steps):
-            if next_first is not None and step >= next_first:
-                lose("lost steps", seconds)
-                again += 1
-                continue
-            warm = max(0.0, seconds - typical) if place < min(WARMUP, len(attempt.steps) // 4) else 0.0
-            lose("warm-up", warm)
-            productive += seconds - warm
-            kept += 1
+        next_first = min((int(a.steps[0]) for a in attempts[i + 1 :] if a.steps.size), default=None)
+        stays = np.full(attempt.steps.size, True) if next_first is None else attempt.steps < next_first
+        first = np.arange(attempt.steps.size) < min(WARMUP, attempt.steps.size // 4)
+        warm = np.where(stays & first, np.maximum(0.0, attempt.seconds - typical), 0.0)
+        lose("lost steps", float(attempt.seconds[~stays].sum()))
+        lose("warm-up", float(warm.sum()))
+        productive += float((attempt.seconds - warm)[stays].sum())
+        kept += int(stays.sum())
+        again += int((~stays).sum())
         for kind, seconds in attempt.stalls.items():
             lose(kind, seconds)
         if i + 1 < len(attempts):

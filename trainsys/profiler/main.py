@@ -7,12 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from trainsys.errors import UserError
-from trainsys.profiler.explain import explain_table, to_json
+from trainsys.profiler.explain import explain_run, to_json
 from trainsys.profiler.page import page
-from trainsys.profiler.steps import load_steps
+from trainsys.profiler.run_steps import read_run
 from trainsys.profiler.terminal import print_explanation
 from trainsys.telemetry.report import final_report
-from trainsys.telemetry.run_data import load_run
 
 
 def run_cli(run_dir: str | Path, html: str | None = None, json: bool = False) -> None:
@@ -20,8 +19,8 @@ def run_cli(run_dir: str | Path, html: str | None = None, json: bool = False) ->
 
     Raises UserError where there is no run, or ``html`` cannot be written.
     """
-    run = load_run(run_dir)
-    explanation = explain_table(run, load_steps(run_dir, run.start, run.ranks))
+    run, steps = read_run(run_dir)
+    explanation = explain_run(run, steps)
     if json:
         print(to_json(explanation).decode())
     else:

@@ -10,9 +10,11 @@ set alone, of which interpreter and libraries are a part that no formula gives.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
@@ -22,7 +24,7 @@ from trainsys.planner.memory import peak_memory
 from trainsys.planner.memory_constants import MemoryConstants, shipped_memory
 from trainsys.planner.one import case_of
 from trainsys.planner.settings import AXES
-from trainsys.profiler.steps import StepTable
+from trainsys.profiler.steps import Floats, StepTable
 from trainsys.telemetry.events import RunStart
 from trainsys.telemetry.text import size
 
@@ -88,16 +90,36 @@ def _constants(start: RunStart) -> MemoryConstants:
     return constants if start.device_memory else replace(constants, overhead_bytes=0.0)
 
 
+@dataclass(frozen=True)
+class MemoryUse:
+    """What a run told of its memory: each rank's highest peak, and all of the fullest one; bytes."""
+
+    ranks: Sequence[int]
+    stages: npt.NDArray[np.int64]
+    """[R]: pipeline stage."""
+    peaks: Floats
+    """[R]"""
+    steps: npt.NDArray[np.int64]
+    """[T]"""
+    fullest: dict[str, Floats]
+    """allocated, reserved, peak, rss of the rank with the highest peak [T]."""
+
+    @classmethod
+    def of(cls, table: StepTable) -> MemoryUse:
+        peaks = table.memory["peak"].max(axis=0)
+        fullest = {name: values[:, int(peaks.argmax())] for name, values in table.memory.items()}
+        return cls(table.ranks, table.peers(), peaks, table.steps, fullest)
+
+
 def memory_report(
-    table: StepTable, start: RunStart, cfg: RunConfig | None, reason: str = ""
+    use: MemoryUse, start: RunStart, cfg: RunConfig | None, reason: str = ""
 ) -> MemoryReport | None:
     """None for a run that told no memory. ``reason``: what ended the run, as its last record says."""
-    peak = table.memory.get("peak")
-    if peak is None or not peak.any():
+    if not use.peaks.any():
         return None
-    column = int(peak.max(axis=0).argmax())
-    high = float(peak[:, column].max())
-    allocated, reserved = table.memory["allocated"][:, column], table.memory["reserved"][:, column]
+    column = int(use.peaks.argmax())
+    high = float(use.peaks[column])
+    allocated, reserved, peak = (use.fullest[name] for name in ("allocated", "reserved", "peak"))
     on_device = bool(allocated.any())
     resident = float(np.median(allocated[allocated > 0])) if on_device else None
     guess = predict(cfg, start) if cfg is not None else None
@@ -117,15 +139,14 @@ def memory_report(
     parts.append(("other", high - sum(v for _, v in parts)))
     if not on_device:
         notes.append("on CPU the peak is of the process's resident set: interpreter and libraries are under other")
-    held = allocated if on_device else table.memory["rss"][:, column]
-    stages = table.peers()
-    thin = np.unique(np.linspace(0, len(table.steps) - 1, min(300, len(table.steps))).astype(int))
+    held = allocated if on_device else use.fullest["rss"]
+    thin = np.unique(np.linspace(0, len(use.steps) - 1, min(300, len(use.steps))).astype(int))
     return MemoryReport(
-        table.ranks[column], high, None if guess is None else sum(guess.values()),
+        use.ranks[column], high, None if guess is None else sum(guess.values()),
         float(start.device_memory) if start.device_memory else None, parts, compared,
         float(reserved.max()), max(0.0, float(reserved.max()) - high) if on_device else 0.0, would_have_fitted(reason),
-        _leak(held), {int(s): float(peak[:, stages == s].max()) for s in np.unique(stages)},
-        [(int(table.steps[i]), float(held[i]), float(peak[i, column])) for i in thin], notes,
+        _leak(held), {int(s): float(use.peaks[use.stages == s].max()) for s in np.unique(use.stages)},
+        [(int(use.steps[i]), float(held[i]), float(peak[i])) for i in thin], notes,
     )  # fmt: skip
 
 

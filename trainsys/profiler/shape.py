@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainsys.profiler.steps import Floats, StepTable
+from trainsys.profiler.steps import Floats, Pairs, StepTable
 from trainsys.profiler.straggler import find_stragglers
 from trainsys.profiler.verdict import Verdict
 
@@ -18,6 +18,8 @@ VARIATION = 0.08
 """Within-rank variation (standard deviation over mean) of micro-batch times that is more than noise."""
 LEAST_WAIT = 0.03
 MIN_PAIRS = 12
+LEAST_VARIANCE = 1e-12
+"""Below it is rounding."""
 ENOUGH = 256
 """Ranks whose micro-batches tell a correlation; of more, some are taken."""
 
@@ -30,17 +32,21 @@ def forward_backward(table: StepTable) -> tuple[float, float, int]:
     some = range(0, len(table.ranks), max(1, len(table.ranks) // ENOUGH))
     pairs = [table.micro[table.ranks[i]] for i in some if table.ranks[i] in table.micro]
     if not pairs and {"forward", "backward"} <= table.phases.keys():
-        forward, backward = table.phases["forward"], table.phases["backward"]
-        pairs = [(forward[:, i], backward[:, i]) for i in some]
-    pairs = [(f, b) for f, b in pairs if len(f) >= 3 and f.mean() > 0 and b.mean() > 0]
-    if not pairs:
+        for i in some:
+            pairs.append(Pairs())
+            pairs[-1].add(table.phases["forward"][:, i], table.phases["backward"][:, i])
+    pairs = [p for p in pairs if p.count >= 3 and p.forward > 0 and p.backward > 0]
+    count = sum(p.count for p in pairs)
+    if not count:
         return 0.0, 0.0, 0
-    f = np.concatenate([a / a.mean() - 1 for a, _ in pairs])
-    b = np.concatenate([a / a.mean() - 1 for _, a in pairs])
-    spread = float(f.std())
-    if spread == 0 or b.std() == 0:
-        return 0.0, spread, len(f)
-    return float(np.corrcoef(f, b)[0, 1]), spread, len(f)
+    # Of each rank relative to its own mean; so the means are 0 over all of them.
+    forward = sum(p.forward_squares / (p.forward / p.count) ** 2 - p.count for p in pairs) / count
+    backward = sum(p.backward_squares / (p.backward / p.count) ** 2 - p.count for p in pairs) / count
+    both = sum(p.products / (p.forward / p.count) / (p.backward / p.count) - p.count for p in pairs) / count
+    spread = float(np.sqrt(max(0.0, forward)))
+    if min(forward, backward) < LEAST_VARIANCE:
+        return 0.0, spread, count
+    return float(both / np.sqrt(forward * backward)), spread, count
 
 
 def sequence_imbalance(table: StepTable, work: Floats, step_s: float) -> list[Verdict]:

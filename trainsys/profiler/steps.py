@@ -1,4 +1,4 @@
-"""A run's steps as arrays: step by rank, from the event files alone. What waterfall and blame are made of."""
+"""Steps as arrays: step by rank. What waterfall and blame are made of; ``profiler.run_steps`` reads them from a run."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from trainsys.layout import AXES, Axis, Layout
-from trainsys.telemetry.events import COMM, COMM_AXES, DeviceStep, Flops, Metrics, RunStart, Stall, Step
-from trainsys.telemetry.reader import Damage, event_file, iter_events
-from trainsys.telemetry.run_data import WARMUP
+from trainsys.telemetry.events import COMM, COMM_AXES, Flops, RunStart, Step
+from trainsys.telemetry.records import gathered
+from trainsys.telemetry.step_columns import StepColumns
 from trainsys.telemetry.vectors import BYTES, PLACE, TIMED
 
 Floats = npt.NDArray[np.float64]
 CAPTURE = "capture/"
 """A profiler capture is a ``metrics`` record whose names begin so; see ``profiler.capture``."""
+MEMORY = ("allocated", "reserved", "peak", "rss")
 
 
 @dataclass
@@ -32,6 +32,40 @@ class Capture:
     """In matrix products."""
     idle: float
     """In which nothing ran on the device: launch gaps, a host that is too slow, synchronising calls."""
+
+
+@dataclass
+class Pairs:
+    """Forward and backward seconds of one rank's micro-batches, as sums over all of them: all that their means, spreads
+    and correlation need."""
+
+    count: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
+    forward_squares: float = 0.0
+    backward_squares: float = 0.0
+    products: float = 0.0
+
+    def add(self, forward: Floats, backward: Floats) -> None:
+        """[n] each."""
+        self.count += forward.size
+        self.forward += float(forward.sum())
+        self.backward += float(backward.sum())
+        self.forward_squares += float((forward**2).sum())
+        self.backward_squares += float((backward**2).sum())
+        self.products += float((forward * backward).sum())
+
+
+@dataclass(frozen=True)
+class OfRun:
+    """What holds for a run and not for each of its windows."""
+
+    flops_known: bool
+    """Every step told its FLOPs."""
+    padded: bool
+    """Some step had padding."""
+    late: npt.NDArray[np.bool_] | None = None
+    """[R]: late for good (``profiler.waits``); None where that is not known yet."""
 
 
 @dataclass
@@ -56,8 +90,8 @@ class StepTable:
     work: npt.NDArray[np.bool_]
     """[T]: every rank of ``ranks`` has it, and it is no warm-up step of an attempt."""
     layout: Layout
-    micro: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
-    """rank -> (forward, backward) seconds of its micro-batches, over all its steps, as pairs."""
+    micro: dict[int, Pairs] = field(default_factory=dict)
+    """rank -> forward and backward of its micro-batches, over all steps of the run."""
     calls: dict[int, dict[str, Floats]] = field(default_factory=dict)
     """rank -> phase -> median seconds of its first, second, ... call in a step; of runs with a pipeline."""
     captures: list[Capture] = field(default_factory=list)
@@ -66,11 +100,11 @@ class StepTable:
     hosts: dict[int, str] = field(default_factory=dict)
     switches: dict[str, str] = field(default_factory=dict)
     """host -> the switch that it hangs on, where the scheduler tells it."""
-    pauses: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    """rank -> (step, seconds) of each garbage collection worth a record."""
     on_device: bool = False
-    clock_spread_s: float = 0.0
-    """How far apart ranks' clocks put the start of one step, at the most."""
+    apart_s: Floats | None = None
+    """[T]: how far apart ranks' clocks put the start of a step; nan where one does not tell."""
+    of_run: OfRun | None = None
+    """Of a window of a run: what the window alone does not tell."""
 
     def groups(self, axis: str) -> list[npt.NDArray[np.int64]]:
         """Columns of the ranks that meet in a collective of ``axis``, as arrays [groups, members], one for each
@@ -100,7 +134,7 @@ class StepTable:
             self.ranks, self.steps[rows], self.time[rows], cut(self.phases), cut(self.stalls), cut(self.nbytes),
             self.tokens[rows], self.padded[rows], self.flops_model[rows], self.flops_hardware[rows],
             self.work[rows], self.layout, self.micro, self.calls, self.captures, cut(self.memory), self.hosts,
-            self.switches, self.pauses, self.on_device, self.clock_spread_s,
+            self.switches, self.on_device, None if self.apart_s is None else self.apart_s[rows], self.of_run,
         )  # fmt: skip
 
 
@@ -116,140 +150,98 @@ def layout_of(start: RunStart) -> Layout:
     return Layout(pp=1, dp_replicate=1, dp_shard=start.world, cp=1, tp=1, ep=1)
 
 
-class _Rows:
-    """One rank's records, the last of each step."""
-
-    def __init__(self) -> None:
-        self.steps: dict[int, Step] = {}
-        self.device: dict[int, DeviceStep] = {}
-        self.warm: set[int] = set()
-        self.captures: list[tuple[int, dict[str, float | None]]] = []
-        self.pauses: list[tuple[int, float]] = []
-        self.host = self.switch = ""
-
-    def read(self, path: Path) -> None:
-        attempt: list[int] = []
-        for event in iter_events(path, Damage()):
-            if isinstance(event, RunStart):
-                self._close(attempt)
-                attempt, self.host, self.switch = [], event.hostname, event.switch
-            elif isinstance(event, Step):
-                self.steps[event.step] = event
-                attempt.append(event.step)
-                self.warm.discard(event.step)
-            elif isinstance(event, DeviceStep):
-                self.device[event.step] = event
-            elif isinstance(event, Metrics) and any(name.startswith(CAPTURE) for name in event.values):
-                self.captures.append((event.step, event.values))
-            elif isinstance(event, Stall) and event.kind == "gc":
-                self.pauses.append((event.step, event.seconds))
-        self._close(attempt)
-
-    def _close(self, attempt: list[int]) -> None:
-        self.warm.update(attempt[: min(WARMUP, len(attempt) // 4)])
+def empty_table(ranks: Sequence[int], steps: npt.NDArray[np.int64], layout: Layout) -> StepTable:
+    """No record yet; ``fill`` puts them in."""
+    shape = (len(steps), len(ranks))
+    return StepTable(
+        list(ranks), steps, np.full(shape, np.nan), {}, {}, {}, np.zeros(shape), np.zeros(shape), np.zeros(len(steps)),
+        np.zeros(len(steps)), np.zeros(len(steps), bool), layout, apart_s=np.full(len(steps), np.nan),
+        memory={name: np.zeros(shape) for name in MEMORY},
+    )  # fmt: skip
 
 
-def load_steps(run_dir: str | Path, start: RunStart, ranks: Iterable[int]) -> StepTable:
-    """The table of a run folder; ``ranks``: those whose files are usable."""
-    rows: dict[int, _Rows] = {}
-    for rank in sorted(ranks):
-        rows[rank] = _Rows()
-        rows[rank].read(event_file(run_dir, rank))
-    rows = {rank: r for rank, r in rows.items() if r.steps}
-    # Where every rank knows its device's time of nearly every step, that is the time to explain.
-    on_device = bool(rows) and all(len(r.device) >= 0.9 * len(r.steps) for r in rows.values())
-    table = make_table({rank: _timed(r, on_device) for rank, r in rows.items()}, layout_of(start))
-    table.on_device = on_device
-    warm = set().union(*(r.warm for r in rows.values())) if rows else set()
-    # A captured step is slow, and ranks are not in step again before the one after it.
-    warm.update(step + late for r in rows.values() for step, _ in r.captures for late in (0, 1))
-    table.work &= ~np.isin(table.steps, sorted(warm))
-    table.hosts = {rank: r.host for rank, r in rows.items()}
-    table.switches = {r.host: r.switch for r in rows.values() if r.switch}
-    table.pauses = {rank: r.pauses for rank, r in rows.items() if r.pauses}
-    table.captures = [
-        Capture(step, rank, float(v.get(CAPTURE + "matmul") or 0.0), float(v.get(CAPTURE + "idle") or 0.0))
-        for rank, r in rows.items()
-        for step, v in r.captures
-    ]
-    return table
+def fill(table: StepTable, column: int, steps: StepColumns, device: StepColumns | None = None) -> Floats:
+    """Puts a rank's steps, all of them in the table, into its column; the times of those that ``device`` has are its.
+    Returns when each began [T], nan where that is not told."""
+    shape = table.time.shape
 
+    def put(into: dict[str, Floats], found: StepColumns, rows: npt.NDArray[np.int64], named: dict[str, Floats]) -> None:
+        for name, values in named.items():
+            if name not in into:
+                into[name] = np.zeros(shape)
+            into[name][rows, column] = values
 
-def _timed(rows: _Rows, on_device: bool) -> list[Step]:
-    if not on_device:
-        return list(rows.steps.values())
-    out = []
-    for number, step in rows.steps.items():
-        device = rows.device.get(number)
-        if device is not None:
-            step.step_time_s, step.phases = device.step_time_s, device.phases
-            out.append(step)
-    return out
+    rows = np.searchsorted(table.steps, steps.step)
+    timed, at_rows = (steps, rows) if device is None else (device, np.searchsorted(table.steps, device.step))
+    table.time[at_rows, column] = timed.of("step_time_s")
+    put(table.phases, timed, at_rows, timed.named("phases"))
+    put(table.stalls, steps, rows, steps.named("stalls"))
+    put(table.nbytes, steps, rows, steps.nbytes)
+    put(table.memory, steps, rows, {name: steps.of("memory", name) for name in MEMORY})
+    table.tokens[rows, column], table.padded[rows, column] = steps.of("tokens"), steps.of("tokens_padded")
+    counted = steps.has("flops", "model")
+    model, hardware = steps.of("flops", "model"), steps.of("flops", "hardware")
+    table.flops_model[rows[counted]] = model[counted]
+    table.flops_hardware[rows[counted]] = np.where(hardware > 0, hardware, model)[counted]
+    begun = np.full(len(table.steps), np.nan)
+    begun[rows] = steps.of("start_s")
+    return begun
 
 
 def make_table(by_rank: dict[int, Sequence[Step]], layout: Layout) -> StepTable:
     """From step records by rank."""
-    ranks = sorted(by_rank)
+    columns = {rank: StepColumns(gathered(by_rank[rank])) for rank in sorted(by_rank)}
     steps = np.array(sorted({s.step for found in by_rank.values() for s in found}), np.int64)
-    at = {int(step): i for i, step in enumerate(steps)}
-    shape = (len(steps), len(ranks))
-    time = np.full(shape, np.nan)
-    tokens, padded = np.zeros(shape), np.zeros(shape)
-    begun = np.full(shape, np.nan)
-    model, hardware = np.zeros(len(steps)), np.zeros(len(steps))
-    phases: dict[str, Floats] = {}
-    stalls: dict[str, Floats] = {}
-    nbytes: dict[str, Floats] = {}
-    memory = {name: np.zeros(shape) for name in ("allocated", "reserved", "peak", "rss")}
-    micro: dict[int, tuple[Floats, Floats]] = {}
-    calls: dict[int, dict[str, Floats]] = {}
-
-    def put(into: dict[str, Floats], name: str, t: int, r: int, value: float) -> None:
-        if name not in into:
-            into[name] = np.zeros(shape)
-        into[name][t, r] += value
-
-    for r, rank in enumerate(ranks):
-        pairs: list[tuple[float, float]] = []
-        for s in by_rank[rank]:
-            t = at[s.step]
-            time[t, r], tokens[t, r], padded[t, r] = s.step_time_s, s.tokens, s.tokens_padded
-            begun[t, r] = s.start_s
-            for name, seconds in s.phases.items():
-                put(phases, name, t, r, seconds)
-            for name, seconds in s.stalls.items():
-                put(stalls, name, t, r, seconds)
-            for axis, ops in s.comm.items():
-                put(nbytes, axis, t, r, sum(c.bytes for c in ops.values()))
-            if s.flops is not None:
-                model[t] = s.flops.model
-                hardware[t] = s.flops.hardware or s.flops.model
-            if s.memory is not None:
-                for name, held in memory.items():
-                    held[t, r] = getattr(s.memory, name)
-            forward, backward = s.micro_us.get("forward", []), s.micro_us.get("backward", [])
-            pairs += [(f / 1e6, b / 1e6) for f, b in zip(forward, backward, strict=False)]
-        if pairs:
-            both = np.array(pairs)
-            micro[rank] = both[:, 0], both[:, 1]
+    table = empty_table(list(columns), steps, layout)
+    for column, (rank, found) in enumerate(columns.items()):
+        fill(table, column, found)
+        calls = Calls()
+        calls.add(call_times(found))
+        if calls.pairs.count:
+            table.micro[rank] = calls.pairs
         if layout.pp > 1:
-            calls[rank] = {name: _usual_calls(by_rank[rank], name) for name in ("forward", "backward")}
-    whole = np.isfinite(time).all(axis=1) if ranks else np.zeros(0, bool)
-    spread = 0.0
-    if whole.any() and begun[whole].min() > 0:
-        # Ranks end a step together, within a step's time; clocks that are further apart are wrong.
-        spread = float(np.median(np.ptp(begun[whole], axis=1)))
-    return StepTable(
-        ranks, steps, time, phases, stalls, nbytes, tokens, padded, model, hardware, whole, layout, micro, calls,
-        memory=memory, clock_spread_s=spread,
-    )  # fmt: skip
+            table.calls[rank] = calls.usual()
+    table.work = np.asarray(np.isfinite(table.time).all(axis=1)) if columns else table.work
+    return table
 
 
-def _usual_calls(steps: Sequence[Step], phase: str) -> Floats:
-    """Median seconds of each call, of the steps that have as many calls as most have."""
-    found = [s.micro_us.get(phase, []) for s in steps]
-    count = int(np.median([len(f) for f in found]))
-    return np.asarray(np.median([f for f in found if len(f) == count] or [[0] * count], axis=0) / 1e6)
+CallTimes = dict[str, tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]]
+"""phase -> microseconds of its single calls [T, most], and how many of them each step tells [T]."""
+
+
+def call_times(steps: StepColumns) -> CallTimes:
+    found = {phase: steps.calls_us(phase) for phase in ("forward", "backward")}
+    return {phase: (times.astype(np.uint32), counts) for phase, (times, counts) in found.items()}
+
+
+class Calls:
+    """One rank's single calls of forward and backward."""
+
+    def __init__(self) -> None:
+        self.pairs = Pairs()
+        self._told: dict[str, list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]]] = {}
+
+    def add(self, told: CallTimes, which: npt.NDArray[np.bool_] | slice = slice(None)) -> None:
+        found = {phase: (times[which], counts[which]) for phase, (times, counts) in told.items()}
+        both = np.minimum(found["forward"][1], found["backward"][1])
+        for place in range(int(both.max(initial=0))):
+            rows = both > place
+            self.pairs.add(found["forward"][0][rows, place] / 1e6, found["backward"][0][rows, place] / 1e6)
+        for phase, (times, counts) in found.items():
+            if counts.any():
+                self._told.setdefault(phase, []).append((times[counts > 0], counts[counts > 0]))
+
+    def usual(self) -> dict[str, Floats]:
+        """phase -> median seconds of each call, of the steps that have as many calls as most have that tell them."""
+        out = {}
+        for phase in ("forward", "backward"):
+            told = self._told.get(phase, [])
+            counts = np.concatenate([c for _, c in told]) if told else np.zeros(1, np.int64)
+            most = int(np.median(counts))
+            like = [times[c == most, :most] for times, c in told if times.shape[1] >= most]
+            rows = np.concatenate(like) if like else np.zeros((0, most))
+            out[phase] = np.asarray(np.median(rows, axis=0) / 1e6) if len(rows) else np.zeros(most)
+        return out
 
 
 def table_of_windows(windows: Sequence[Floats], flops: Sequence[Flops | None], layout: Layout) -> StepTable:
@@ -271,7 +263,7 @@ def table_of_windows(windows: Sequence[Floats], flops: Sequence[Flops | None], l
         np.array([f.model if f else 0.0 for f in flops]),
         np.array([(f.hardware or f.model) if f else 0.0 for f in flops]),
         np.asarray(np.isfinite(time).all(axis=1)), layout,
-        memory={name: column(name) for name in ("allocated", "reserved", "peak", "rss")},
+        memory={name: column(name) for name in MEMORY},
     )  # fmt: skip
 
 

@@ -59,12 +59,51 @@ def late_excess(table: StepTable) -> Floats:
     rows = np.flatnonzero(table.work)
     if not rows.size or len(table.ranks) < 2:
         return out
+    late = None if table.of_run is None else table.of_run.late
+    if late is None:
+        here = LateForGood()
+        here.add(table)
+        late = here.ranks()
+    if late is None or not late.any():
+        return out
     work = work_between(table)
     ratio = np.zeros_like(work)
     ratio[rows] = peer_log_ratio(work[rows], table.peers())
-    late = np.median(ratio[rows], axis=0) > np.log1p(EFFECT)
     out[:, late] = (work * -np.expm1(-np.maximum(0.0, ratio)))[:, late]
     return out
+
+
+class LateForGood:
+    """Which ranks' median step is ``EFFECT`` slower than their peers', over any number of windows: a median is above a
+    bound if more values are than are not, and in a tie if the two next to the bound have their middle above it."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._above: Floats | None = None
+
+    def add(self, table: StepTable) -> None:
+        rows = np.flatnonzero(table.work)
+        if not rows.size or len(table.ranks) < 2:
+            return
+        ratio = peer_log_ratio(work_between(table)[rows], table.peers())
+        if self._above is None:
+            ranks = ratio.shape[1]
+            self._above, self._over, self._under = np.zeros(ranks), np.full(ranks, np.inf), np.full(ranks, -np.inf)
+        bound = np.log1p(EFFECT)
+        above = ratio > bound
+        self._count += rows.size
+        self._above += above.sum(axis=0)
+        self._over = np.minimum(self._over, np.where(above, ratio, np.inf).min(axis=0))
+        self._under = np.maximum(self._under, np.where(above, -np.inf, ratio).max(axis=0))
+
+    def ranks(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]] | None:
+        """[R]; None where nothing could be compared."""
+        if self._above is None:
+            return None
+        tie = np.zeros(self._above.size, bool)
+        even = 2 * self._above == self._count
+        tie[even] = (self._over[even] + self._under[even]) / 2 > np.log1p(EFFECT)
+        return np.asarray((2 * self._above > self._count) | tie)
 
 
 def garbage_share(table: StepTable) -> Floats:

@@ -191,7 +191,8 @@ def _split_compute(
     if capture is not None:
         out["launch"] = useful * capture.idle
         useful = useful - out["launch"]
-    if not peak or not known.all():
+    all_known = known.all() if table.of_run is None else table.of_run.flops_known
+    if not peak or not all_known:
         if capture is None:
             return {**out, "compute": useful}
         busy = max(1e-9, 1.0 - capture.idle)
@@ -225,51 +226,79 @@ def mean_capture(captures: Iterable[Capture]) -> Capture | None:
     )
 
 
-def waterfall(table: StepTable, peak_flops: float | None, work: Work) -> Waterfall | None:
-    """The mean step of ``table.work``; None where there is no such step.
+class Ledger:
+    """The waterfall of any number of windows: sums over their steps of ``table.work``.
 
     ``peak_flops``: FLOP/s of one rank at the run's dtype; None: unknown, then the ledger has no MFU.
     """
-    rows = np.flatnonzero(table.work)
-    if not rows.size:
-        return None
-    capture = mean_capture(table.captures)
-    parts = {
-        name: values[rows] for name, values in seconds_by_term(table, peak_flops, work, capture).items()
-    }
-    stalls = sum((v[rows] for v in table.stalls.values()), start=np.zeros((rows.size, len(table.ranks))))
-    step_s = float(table.time[rows].mean())
-    wall_s = step_s + float(stalls.mean())
-    order = list(LABELS)
 
-    def place(name: str) -> tuple[float, str]:
-        if name.startswith(COMM):
-            return order.index("optimizer") + 0.5, name
-        if name.startswith(STALL):
-            return order.index("gc") + 0.5, name
-        return float(order.index(name)), name
+    def __init__(self, peak_flops: float | None) -> None:
+        self._peak = peak_flops
+        self._table: StepTable | None = None
+        self._steps = 0
+        self._sums: dict[str, Floats] = {}
+        self._step_s = self._stalls_s = 0.0
 
-    useful = float(parts["useful"].mean()) if "useful" in parts else None
-    terms = []
-    for name in sorted(parts, key=place):
-        by_rank = parts[name].mean(axis=0)
-        seconds = float(by_rank.mean())
-        if abs(seconds) < 1e-9 and name not in ("useful", "unattributed"):
-            continue
-        slowest = int(by_rank.argmax())
-        without = None
-        if useful is not None and name != "useful" and wall_s > seconds:
-            without = useful / (wall_s - seconds)
-        terms.append(
-            Term(name, label(name), seconds, seconds / wall_s if wall_s else 0.0, without,
-                 _is_estimate(name, table, capture), table.ranks[slowest], float(by_rank[slowest]))
+    def add(self, table: StepTable, work: Work) -> dict[str, Floats]:
+        """Returns the window's ``seconds_by_term``."""
+        parts = seconds_by_term(table, self._peak, work, mean_capture(table.captures))
+        rows = np.flatnonzero(table.work)
+        if rows.size:
+            self._table = table
+            self._steps += rows.size
+            for name, values in parts.items():
+                self._sums[name] = self._sums.get(name, 0.0) + values[rows].sum(axis=0)
+            self._step_s += float(table.time[rows].sum())
+            self._stalls_s += sum(float(values[rows].sum()) for values in table.stalls.values())
+        return parts
+
+    def waterfall(self) -> Waterfall | None:
+        """The mean step; None where there is no such step."""
+        table = self._table
+        if table is None:
+            return None
+        capture = mean_capture(table.captures)
+        parts = {name: total / self._steps for name, total in self._sums.items()}  # [R]
+        cells = self._steps * len(table.ranks)
+        step_s = self._step_s / cells
+        wall_s = step_s + self._stalls_s / cells
+        useful = float(parts["useful"].mean()) if "useful" in parts else None
+        terms = []
+        for name in sorted(parts, key=_place):
+            by_rank = parts[name]
+            seconds = float(by_rank.mean())
+            if abs(seconds) < 1e-9 and name not in ("useful", "unattributed"):
+                continue
+            slowest = int(by_rank.argmax())
+            without = None
+            if useful is not None and name != "useful" and wall_s > seconds:
+                without = useful / (wall_s - seconds)
+            terms.append(
+                Term(name, label(name), seconds, seconds / wall_s if wall_s else 0.0, without,
+                     _is_estimate(name, table, capture), table.ranks[slowest], float(by_rank[slowest]))
+            )  # fmt: skip
+        return Waterfall(
+            terms, wall_s, step_s, self._steps,
+            None if useful is None or not wall_s else useful / wall_s,
+            None if useful is None or not step_s else useful / step_s,
+            "device" if table.on_device else "host", _notes(table, self._peak, capture, parts),
         )  # fmt: skip
-    return Waterfall(
-        terms, wall_s, step_s, int(rows.size),
-        None if useful is None or not wall_s else useful / wall_s,
-        None if useful is None or not step_s else useful / step_s,
-        "device" if table.on_device else "host", _notes(table, peak_flops, capture, parts),
-    )  # fmt: skip
+
+
+def waterfall(table: StepTable, peak_flops: float | None, work: Work) -> Waterfall | None:
+    """That of one table."""
+    ledger = Ledger(peak_flops)
+    ledger.add(table, work)
+    return ledger.waterfall()
+
+
+def _place(name: str) -> tuple[float, str]:
+    order = list(LABELS)
+    if name.startswith(COMM):
+        return order.index("optimizer") + 0.5, name
+    if name.startswith(STALL):
+        return order.index("gc") + 0.5, name
+    return float(order.index(name)), name
 
 
 def _is_estimate(name: str, table: StepTable, capture: Capture | None) -> bool:

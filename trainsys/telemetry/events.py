@@ -1,8 +1,9 @@
-"""What a run writes down about itself: typed records, one JSON object a line, one file a rank.
+"""What a run writes down about itself: typed records, one file a rank.
 
-``RUN/events/rank_00000.jsonl`` is append-only. Each line carries its type in ``event``; a reader skips what
-it does not know, so a newer minor version only ever *adds* fields and types. What changes meaning is a new
-major version, which an older reader refuses by name.
+``RUN/events/rank_00000.jsonl`` is append-only: JSON objects, one a line, and packed blocks of them (``telemetry.block``);
+the block under way is in ``rank_00000.tail``. Each record carries its type in ``event``; a reader skips what it does not
+know, so a newer minor version only ever *adds* fields and types. What changes meaning is a new major version, which an
+older reader refuses by name. Version 1 had no blocks, and is read as well.
 
 Seconds are seconds, bytes bytes, FLOPs a count over all ranks. Times of day are seconds since the epoch,
 derived from one wall-clock reading at the start plus a monotonic clock, so they never run backwards within a
@@ -17,8 +18,8 @@ from typing import Literal
 
 import msgspec
 
-SCHEMA = "1.0"
-SCHEMA_MAJOR = 1
+SCHEMA = "2.0"
+SCHEMA_MAJOR = 2
 
 # Phases that every engine uses. A phase of another name is kept in the file and counted as "other" in
 # ``telemetry.vectors``.

@@ -34,6 +34,7 @@ from trainsys.telemetry.events import (
 )
 from trainsys.telemetry.host_memory import host_memory
 from trainsys.telemetry.reader import event_file
+from trainsys.telemetry.resolution import Resolution
 from trainsys.telemetry.spans import STALL, Collective, Pause, Phase
 from trainsys.telemetry.step_clock import StepClock
 from trainsys.telemetry.timer import DeviceTrack, Timer
@@ -103,7 +104,9 @@ class Recorder:
         self._read_memory = memory or host_memory
         self._memory: Memory | None = None
         self._memory_due = 0
-        self._writer = None if run_dir is None else EventWriter(event_file(run_dir, info.rank))
+        self._writer = None if run_dir is None else EventWriter(
+            event_file(run_dir, info.rank), kept=Resolution(info).kept
+        )
         self._device = None if timer is None else DeviceTrack(timer)
         self._clock = StepClock(clock, int(info.t0_mono * 1e9), SAMPLED, self._device)
         self._owner = threading.get_ident()

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from trainsys.errors import UserError
-from trainsys.telemetry.events import DeviceStep, Flops, RunEnd, RunStart, Stall, Step
-from trainsys.telemetry.reader import Damage, iter_events
+from trainsys.telemetry.events import Flops, RunEnd, RunStart, Stall
+from trainsys.telemetry.reader import Damage, Place, iter_parts
+from trainsys.telemetry.records import Records
+from trainsys.telemetry.step_columns import StepColumns, by_attempt
+
+Visit = Callable[[int, Records, Place], None]
+"""Is shown all that is read: a rank's records, and where they are."""
 
 WARMUP = 5
 """Steps left out of means at the start of each attempt (compilation, caches, allocator); a quarter of a short
@@ -30,26 +38,26 @@ class Sums:
     flops: Flops = field(default_factory=lambda: Flops(0.0, 0.0, 0.0))
     flops_steps: int = 0
 
-    def add(self, step: Step | DeviceStep, sign: int = 1) -> None:
-        self.steps += sign
-        self.seconds += sign * step.step_time_s
-        self.squares += sign * step.step_time_s**2
-        for name, s in step.phases.items():
-            self.phases[name] = self.phases.get(name, 0.0) + sign * s
-        if isinstance(step, DeviceStep):
-            return
-        self.tokens += sign * step.tokens
-        self.padded += sign * step.tokens_padded
-        for axis, ops in step.comm.items():
-            self.moved[axis] = self.moved.get(axis, 0) + sign * sum(c.bytes for c in ops.values())
-        if step.flops is not None:
-            self.flops_steps += sign
-            self.flops.model += sign * step.flops.model
-            for name in ("palm", "hardware"):
-                more = getattr(step.flops, name)
-                # A count that some steps lack has no mean.
-                total = getattr(self.flops, name)
-                setattr(self.flops, name, None if more is None or total is None else total + sign * more)
+    def add(self, steps: StepColumns, sign: int = 1) -> None:
+        """``sign`` -1 takes them out again."""
+        seconds = steps.of("step_time_s")
+        self.steps += sign * len(steps)
+        self.seconds += sign * float(seconds.sum())
+        self.squares += sign * float((seconds**2).sum())
+        for name, values in steps.named("phases").items():
+            self.phases[name] = self.phases.get(name, 0.0) + sign * float(values.sum())
+        self.tokens += sign * int(steps.of("tokens").sum())
+        self.padded += sign * int(steps.of("tokens_padded").sum())
+        for axis, moved in steps.nbytes.items():
+            self.moved[axis] = self.moved.get(axis, 0) + sign * int(moved.sum())
+        counted = steps.cut(steps.has("flops", "model"))
+        self.flops_steps += sign * len(counted)
+        self.flops.model += sign * float(counted.of("flops", "model").sum())
+        for name in ("palm", "hardware"):
+            # A count that some steps lack has no mean.
+            total = getattr(self.flops, name)
+            known = total is not None and bool(counted.has("flops", name).all())
+            setattr(self.flops, name, total + sign * float(counted.of("flops", name).sum()) if known else None)
 
     @property
     def mean_s(self) -> float:
@@ -130,7 +138,7 @@ class RunData:
         return ""
 
 
-def load_run(run_dir: str | Path) -> RunData:
+def load_run(run_dir: str | Path, visit: Visit = lambda rank, records, place: None) -> RunData:
     """Reads every rank's events. Raises ``UserError`` where there is no run at all."""
     run_dir = Path(run_dir)
     files = sorted((run_dir / "events").glob("rank_*.jsonl")) if run_dir.is_dir() else []
@@ -143,7 +151,7 @@ def load_run(run_dir: str | Path) -> RunData:
         digits = path.stem.removeprefix("rank_")
         if not digits.isdecimal():
             continue
-        data = load_rank(path, int(digits))
+        data = load_rank(path, int(digits), visit)
         if data.start is not None or data.steps:
             ranks[data.rank] = data
     starts = [r.start for _, r in sorted(ranks.items()) if r.start is not None]
@@ -156,69 +164,78 @@ def load_run(run_dir: str | Path) -> RunData:
     return RunData(run_dir, ranks, start, missing)
 
 
-def load_rank(path: Path, rank: int) -> RankData:
+def load_rank(path: Path, rank: int, visit: Visit = lambda rank, records, place: None) -> RankData:
     """One file's totals."""
     data = RankData(rank, Damage())
-    head: list[Step] = []
-    device_head: list[DeviceStep] = []
-    taken = 0
-
-    def close_attempt() -> None:
-        """Takes the attempt's first steps out again, now that its length is known."""
-        skip = min(len(head), taken // 4)
-        for step in head[:skip]:
-            data.work.add(step, -1)
-        left_out = {step.step for step in head[:skip]}
-        for device_step in device_head:
-            if device_step.step in left_out:
-                data.device.add(device_step, -1)
-        data.warmup += skip
-        head.clear()
-        device_head.clear()
-
-    for event in iter_events(path, data.damage):
-        if isinstance(event, RunStart):
-            close_attempt()
-            taken = 0
-            data.attempts += 1
-            if data.start is None:
-                data.began_s = event.t0_wall
-            data.start, data.end = event, None
-            data.seen_s = event.t0_wall
-        elif isinstance(event, Step):
-            taken += 1
-            if len(head) < WARMUP:
-                head.append(event)
-            data.work.add(event)
-            _note(data, event)
-        elif isinstance(event, DeviceStep):
-            if len(device_head) < WARMUP:
-                device_head.append(event)
-            data.device.add(event)
-        elif isinstance(event, Stall):
-            data.seen_s = event.start_s + event.seconds
-            if not event.in_step:
-                data.stalls[event.kind] = data.stalls.get(event.kind, 0.0) + event.seconds
-        elif isinstance(event, RunEnd):
-            data.end, data.seen_s = event, event.time_s
-    close_attempt()
+    warm_up = _WarmUp(data)
+    for records, place in iter_parts(path, data.damage):
+        visit(rank, records, place)
+        for start, others, steps, device in by_attempt(records):
+            if start is not None:
+                warm_up.close()
+                data.attempts += 1
+                if data.start is None:
+                    data.began_s = start.t0_wall
+                data.start, data.end = start, None
+                data.seen_s = start.t0_wall
+            warm_up.add(steps, device)
+            data.device.add(device)
+            if len(steps):
+                data.work.add(steps)
+                _note(data, steps)
+            for event in others:
+                if isinstance(event, Stall):
+                    data.seen_s = max(data.seen_s, event.start_s + event.seconds)
+                    if not event.in_step:
+                        data.stalls[event.kind] = data.stalls.get(event.kind, 0.0) + event.seconds
+                elif isinstance(event, RunEnd):
+                    data.end, data.seen_s = event, event.time_s
+    warm_up.close()
     return data
 
 
-def _note(data: RankData, step: Step) -> None:
-    data.steps += 1
-    data.last_step = max(data.last_step, step.step)
-    data.stepping_s += step.step_time_s
-    data.seen_s = step.start_s + step.step_time_s + sum(step.stalls.values())
-    if step.memory is not None:
-        data.peak_memory = max(data.peak_memory, step.memory.peak)
-        data.rss = max(data.rss, step.memory.rss)
-    if step.loss is None:
+class _WarmUp:
+    """An attempt's first steps, which are taken out of ``work`` once its length is known."""
+
+    def __init__(self, data: RankData) -> None:
+        self._data = data
+        self._head: list[StepColumns] = []
+        self._device: list[StepColumns] = []
+        self._taken = 0
+
+    def add(self, steps: StepColumns, device: StepColumns) -> None:
+        for head, more in ((self._head, steps), (self._device, device)):
+            if left := WARMUP - sum(map(len, head)):
+                head.append(more.cut(slice(left)))
+        self._taken += len(steps)
+
+    def close(self) -> None:
+        skip = min(WARMUP, self._taken // 4)
+        self._data.warmup += skip
+        left_out: list[int] = []
+        for steps in self._head:
+            first = steps.cut(slice(max(0, skip - len(left_out))))
+            self._data.work.add(first, -1)
+            left_out += first.step.tolist()
+        for device in self._device:
+            self._data.device.add(device.cut(np.isin(device.step, left_out)), -1)
+        self._head, self._device, self._taken = [], [], 0
+
+
+def _note(data: RankData, steps: StepColumns) -> None:
+    seconds = steps.of("step_time_s")
+    data.steps += len(steps)
+    data.last_step = max(data.last_step, int(steps.step.max()))
+    data.stepping_s += float(seconds.sum())
+    data.seen_s = max(data.seen_s, float((steps.of("start_s") + seconds + steps.stalled_s)[-1]))
+    data.peak_memory = max(data.peak_memory, int(steps.of("memory", "peak").max()))
+    data.rss = max(data.rss, int(steps.of("memory", "rss").max()))
+    losses = steps.cut(steps.has("loss")).of("loss")
+    if not losses.size:
         return
-    data.last_loss = step.loss
-    if not math.isfinite(step.loss):
-        data.nonfinite_losses += 1
-        return
-    if data.first_loss is None:
-        data.first_loss = step.loss
-    data.best_loss = step.loss if data.best_loss is None else min(data.best_loss, step.loss)
+    data.last_loss = float(losses[-1])
+    finite = losses[np.isfinite(losses)]
+    data.nonfinite_losses += losses.size - finite.size
+    if finite.size:
+        data.first_loss = float(finite[0]) if data.first_loss is None else data.first_loss
+        data.best_loss = min(float(finite.min()), math.inf if data.best_loss is None else data.best_loss)

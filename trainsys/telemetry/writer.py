@@ -1,36 +1,60 @@
-"""Appending records to a file without the training step ever waiting for a disk."""
+"""Appending records to a file without the training step ever waiting for a disk.
+
+Records older than the block under way are in the rank's file, packed (``telemetry.block``); those of the block under way
+are JSON lines in its *tail* (``telemetry.tail``). So a process that is killed at any moment leaves all it had flushed, and
+a run takes a few tens of bytes a step.
+"""
 
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import sys
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from trainsys.telemetry.events import Event
+from trainsys.telemetry import block, tail
+from trainsys.telemetry.events import Event, RunEnd, RunStart, Step
+from trainsys.telemetry.records import Gathering, NoColumns
 
 FLUSH_S = 0.5
 MAX_PENDING = 100_000
+BLOCK = 512
+"""Steps of a block; of other records it has up to three times as many beside them."""
+MOST_OPEN = 16 * BLOCK
+"""Records that are kept for a disk that takes no block; more are lost."""
+REST_S = 0.0002
+"""Between two columns of a block that is packed beside training: the step's thread gets the interpreter."""
 
 
 class EventWriter:
-    """One rank's append-only event file.
+    """One rank's event file.
 
-    ``put`` queues; a daemon thread encodes and writes every ``flush_s`` seconds, so an event must not be changed
-    after it was put. A process that is killed loses at most what was queued since, and never harms an earlier
-    line: the file is opened for append, whole lines go out in one write, and a line that a predecessor left torn
-    is closed before the first new one. A disk that is full or stuck costs records (counted in ``lost``), never
-    the step. A rank's file that cannot be opened at all raises ``OSError`` at once, when there is still someone
-    to tell.
+    ``put`` queues; a daemon thread writes every ``flush_s`` seconds, so an event must not be changed after it was put. A
+    process that is killed loses at most what was queued since. A disk that is full or stuck costs records (counted in
+    ``lost``), never the step. What a killed predecessor left in the tail is packed first. A rank's file that cannot be
+    opened at all raises ``OSError`` at once, when there is still someone to tell.
+
+    ``kept``: what of a record goes to the file (``telemetry.resolution``).
     """
 
-    def __init__(self, path: str | Path, *, flush_s: float = FLUSH_S, max_pending: int = MAX_PENDING) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        kept: Callable[[Event], Event] = lambda event: event,
+        flush_s: float = FLUSH_S,
+        max_pending: int = MAX_PENDING,
+    ) -> None:
         self.path = Path(path)
         self.lost = 0
+        self._kept = kept
         self._encoder = msgspec.json.Encoder()
         self._queue: deque[Event] = deque()
         self._max_pending = max_pending
@@ -38,10 +62,18 @@ class EventWriter:
         self._io = threading.Lock()
         self._stop = threading.Event()
         self._warned = False
+        self._open = Gathering()
+        self._steps = 0
+        """In it, since it was last tried to be packed."""
+        self._fresh: list[bytes] = []
+        """Lines of the block under way that are not in the tail."""
+        self._possible: block.Possible = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        size = os.fstat(self._fd).st_size
-        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+        self._size = os.fstat(self._fd).st_size
+        left = tail.read(self.path)
+        self._tail = tail.Tail(tail.path_of(self.path))
+        self._adopt(left)
         self._thread = threading.Thread(target=self._run, name="trainsys-events", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -58,29 +90,109 @@ class EventWriter:
         with self._io:
             # deque.popleft is atomic, so `put` needs no lock.
             events = [self._queue.popleft() for _ in range(len(self._queue))]
-            if not events or self._fd < 0:
+            if self._fd < 0:
                 return
-            data = memoryview((b"\n" if self._torn else b"") + self._lines(events))
-            try:
-                while data:
-                    data = data[os.write(self._fd, data) :]
-                self._torn = False
-            except OSError as error:
-                self._torn = True
-                self._lose(len(events), error)
+            for event in events:
+                self._take(event)
+            self._to_tail()
 
-    def _lines(self, events: list[Event]) -> bytes:
-        """One JSON object a line; an event that holds what JSON cannot is lost, and not the others with it."""
+    def _take(self, event: Event) -> None:
+        """Into the block under way; what it cannot hold, and an attempt's first and last record, as lines between
+        blocks."""
         try:
-            return self._encoder.encode_lines(events)
+            event = self._kept(event)
+            line = self._encoder.encode(event)
         except (TypeError, ValueError) as error:
-            if len(events) == 1:
+            self._lose(1, error)
+            return
+        if isinstance(event, RunStart | RunEnd) and self._pack() and self._append(line + b"\n"):
+            if isinstance(event, RunStart):
+                self._possible = (event.peak_flops, event.world) if event.peak_flops else None
+            return
+        try:
+            self._open.add(msgspec.to_builtins(event))
+        except NoColumns as error:
+            if not (self._pack() and self._append(line + b"\n")):
                 self._lose(1, error)
-                return b""
-        return b"".join(self._lines([event]) for event in events)
+            return
+        self._fresh.append(line)
+        self._steps += isinstance(event, Step)
+        if self._steps >= BLOCK or len(self._open) % (4 * BLOCK) == 0:
+            self._steps = 0
+            if not self._pack() and len(self._open) >= MOST_OPEN:
+                self._drop()
+
+    def _pack(self) -> bool:
+        """Closes the block under way. False: the disk does not take it, and it stays open."""
+        if not len(self._open):
+            return True
+        rest = (lambda: None) if self._stop.is_set() else (lambda: time.sleep(REST_S))
+        if not self._append(block.to_line(block.dump(self._open.records(), self._possible, rest)), sync=True):
+            return False
+        self._begin()
+        return True
+
+    def _begin(self) -> None:
+        """The next block."""
+        self._open, self._fresh, self._steps = Gathering(), [], 0
+        try:
+            self._tail.clear()
+        except OSError as error:
+            self._warn(error)
+
+    def _drop(self) -> None:
+        """The records that no disk has taken."""
+        self._lose(len(self._fresh), OSError("the disk takes none"))
+        self._begin()
+
+    def _append(self, data: bytes, sync: bool = False) -> bool:
+        """``data`` whole at the end of the rank's file, or none of it."""
+        try:
+            tail.write_all(self._fd, data)
+            if sync:
+                _sync(self._fd)  # before the tail is emptied
+        except OSError as error:
+            self._warn(error)
+            try:
+                os.ftruncate(self._fd, self._size)
+            except OSError as also:
+                self._warn(also)
+            return False
+        self._size += len(data)
+        return True
+
+    def _to_tail(self) -> None:
+        if not self._fresh:
+            return
+        try:
+            self._tail.write(b"\n".join(self._fresh) + b"\n", self._size)
+            self._fresh = []
+        except OSError as error:
+            self._warn(error)
+
+    def _adopt(self, left: tuple[int, bytes] | None) -> None:
+        """Leaves whole lines where a killed predecessor left a torn one, and its tail in a block."""
+        if left is not None:
+            after, lines = left
+            if after < self._size:  # a block that was cut short: the tail has all of it
+                os.ftruncate(self._fd, after)
+                self._size = after
+            for line in lines.split(b"\n"):
+                try:
+                    self._open.add(msgspec.json.decode(line, type=dict))
+                    self._fresh.append(line)
+                except (msgspec.DecodeError, NoColumns):
+                    continue
+        if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
+            self._append(b"\n")
+        if self._pack():
+            self._tail.remove()
 
     def _lose(self, count: int, error: Exception) -> None:
         self.lost += count
+        self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
             print(f"trainsys: {self.path}: events are not being written: {error}", file=sys.stderr)
@@ -96,6 +208,10 @@ class EventWriter:
             return
         self.flush()
         with self._io:
+            if self._pack():
+                self._tail.remove()
+            else:
+                self._lose(len(self._fresh), OSError("the disk is full"))
             os.close(self._fd)
             self._fd = -1
 
@@ -103,3 +219,11 @@ class EventWriter:
         while not self._stop.wait(self._flush_s):
             self.flush()
         self.flush()
+
+
+def _sync(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what cannot be synced at all
+            raise

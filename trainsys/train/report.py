@@ -18,9 +18,9 @@ from trainsys.flops import CONVENTIONS, param_counts
 from trainsys.launch.blame import this_node
 from trainsys.layout import Layout
 from trainsys.profiler.capture import StepCapture
-from trainsys.profiler.explain import explain_table, summary_of
+from trainsys.profiler.explain import explain_run, summary_of
 from trainsys.profiler.flops_split import recomputed_share
-from trainsys.profiler.steps import load_steps
+from trainsys.profiler.run_steps import read_run
 from trainsys.profiler.terminal import print_explanation
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.aggregate import Floats
@@ -28,7 +28,6 @@ from trainsys.telemetry.events import RunStart, Step
 from trainsys.telemetry.flops_meter import FlopsMeter
 from trainsys.telemetry.recorder import Recorder
 from trainsys.telemetry.report import final_report, summarize
-from trainsys.telemetry.run_data import load_run
 from trainsys.telemetry.run_dir import (
     create_run_dir,
     versions,
@@ -231,8 +230,8 @@ class Reporter:
         if self._desk is None:
             return
         self._desk.settle(timeout_s=30.0 if wait else 5.0)
-        data = load_run(self.run_dir)
-        told = explain_table(data, load_steps(self.run_dir, data.start, data.ranks))
+        data, steps = read_run(self.run_dir)
+        told = explain_run(data, steps)
         summary = {**summarize(data), **summary_of(told)}
         write_summary(self.run_dir, summary)
         reached = max(summary["mfu"] or 0.0, summary["hfu"] or 0.0)
