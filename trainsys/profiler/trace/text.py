@@ -42,9 +42,11 @@ def render(report: Report) -> str:
             out += [f"  {i}. {v.title}", f"     why: {v.evidence}", f"     try: {v.advice}"]
         out.append("")
     if report.ranks:
-        out += _ranks(report.ranks)
+        out += _ranks(report)
     if report.across is not None and report.across.ranks:
         out += _across(report.across)
+    elif report.across is not None:
+        out += ["Across ranks: nothing is compared, for want of evidence (see Notes)", ""]
     if report.critical is not None:
         c = report.critical
         out.append(f"Critical path of rank {report.critical_rank} ({ms(c.span_ns)} ms)")
@@ -66,19 +68,18 @@ def render(report: Report) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-def _ranks(ranks: list[RankReport]) -> list[str]:
+def _ranks(report: Report) -> list[str]:
+    ranks = report.ranks
     first = ranks[0]
     devices = sorted({r.device for r in ranks if r.device})
-    out = [
-        f"{len(ranks)} rank{'s' * (len(ranks) > 1)}, {', '.join(devices) or 'no device named'}; times in ms"
-    ]
+    out = [f"{count_ranks(report)}, {', '.join(devices) or 'no device named'}; times in ms"]
     head = ("rank", "span", "matmul", "other", "exposed comm", "exposed copy", "idle", "idle%", "comm hidden")
     rows = []
     for r in ranks[:MOST_RANKS]:
         if r.breakdown is None:
-            rows.append((str(r.rank), *["-"] * 8))
+            rows.append((report.label(r), *["-"] * 8))
             continue
-        rows.append((str(r.rank), *_terms(r.breakdown.whole)))
+        rows.append((report.label(r), *_terms(r.breakdown.whole)))
     out += table(head, rows)
     if len(ranks) > MOST_RANKS:
         out.append(f"  and {len(ranks) - MOST_RANKS} more (--json has all)")
@@ -124,6 +125,14 @@ def _ranks(ranks: list[RankReport]) -> list[str]:
             ],
         )
     return [*out, ""]
+
+
+def count_ranks(report: Report) -> str:
+    """``2 of 128 ranks, 3 captures``: what was given, of what there is."""
+    n = len({r.rank for r in report.ranks})
+    windows = len({r.window for r in report.ranks})
+    out = f"{n} of {report.world} ranks" if report.world > n else f"{n} rank{'s' * (n > 1)}"
+    return out + (f", {windows} captures" if windows > 1 else "")
 
 
 def _terms(t: Terms) -> tuple[str, ...]:
@@ -231,5 +240,7 @@ def _said(report: Report) -> list[str]:
         for what, n in said.items():
             total[what] = total.get(what, 0) + n
     out = [f"  {what}: {n}" for what, n in sorted(total.items())]
+    if report.across is not None:
+        out += [f"  withheld: {why}" for why in report.across.withheld[:10]]
     out += [f"  not read: {u.why}" for u in report.unread[:10]]
     return ["Notes", *out] if out else []

@@ -174,14 +174,20 @@ def _across(report: Report, timed: list[RankReport]) -> list[Verdict]:
             )
         )
     total = sum(r.caused_ns for r in across.ranks)
-    late = [r for r in across.ranks if r.rank not in named and r.caused_ns > max(0.5 * total, 0.02 * span)]
+    peers = len(across.ranks) - 1
+    late = [
+        r
+        for r in across.ranks
+        if r.rank not in named and r.caused_ns > max(0.5 * total, 0.02 * span * peers) and 2 * r.last > r.collectives
+    ]
+    among = f" of the {peers + 1} recorded ranks" if report.world > peers + 1 else ""
     return out + [
         Verdict(
             "late",
-            f"rank {r.rank} arrives last in {r.last} of {r.collectives} matched collectives",
-            f"the others waited {r.caused_ns / 1e6:.2f} ms in all for it; it waited {r.wait_ns / 1e6:.2f} ms",
+            f"rank {r.rank} arrives last{among} in {r.last} of {r.collectives} matched collectives",
+            f"the others waited {r.caused_ns / 1e6:.2f} ms for it, summed; it waited {r.wait_ns / 1e6:.2f} ms",
             "its work before those collectives is the one to shorten: compare its step with a peer's",
-            min(1.0, r.caused_ns / max(1, len(across.ranks) - 1) / span) if span else 0.0,
+            min(1.0, r.caused_ns / max(1, peers) / span) if span else 0.0,
         )
         for r in late
     ]
