@@ -32,7 +32,11 @@ _MOST = 4_000_000
 _CANDIDATES = 16
 _CLEAR = 3.0
 """How much closer the ends must agree than under any other offset."""
+_RIVAL = 0.7
+"""Share of its pairs that another offset must have to be one."""
 _RESOLUTION_NS = 1_000
+_AGREE_NS = 10_000
+"""Ends of one collective do, on devices, where nothing else tells the same from the similar."""
 _ENOUGH = {True: (3, 0.4), False: (5, 0.6)}
 """Coincidences, and their share of what both recorded, that make a pairing: with step numbers to go by, and without."""
 
@@ -155,20 +159,14 @@ def _clock_line(at: Floats, away: Floats, sync: npt.NDArray[np.bool_], allowed: 
 
 
 def _by_time(a: Column, b: Column, one_clock: bool) -> Pairing | str:
-    """Within steps of one number if that gives a pairing."""
-    found: Pairing | str = ""
-    length = np.concatenate([(c.end - c.start)[c.sync] for c in (a, b)])
+    """By the ends alone, within steps of one number where both recorded such."""
     if not (a.sync.any() and b.sync.any()):
         return "nothing synchronises them"
+    length = np.concatenate([(c.end - c.start)[c.sync] for c in (a, b)])
     rough = float(length.max()) if a.on_host else max(_END_NS, _END_SHARE * float(np.median(length)))
     rough += _DRIFT / 2 * float(max(np.ptp(a.end), np.ptp(b.end)))
-    for steps in (True, False):
-        if steps and not (bool((a.step >= 0).any()) and bool((b.step >= 0).any())):
-            continue
-        found = _coinciding(a, b, one_clock, steps, rough)
-        if not isinstance(found, str):
-            return found
-    return found
+    steps = np.intersect1d(a.step[a.step >= 0], b.step).size > 0
+    return _coinciding(a, b, one_clock, steps, rough)
 
 
 def _coinciding(a: Column, b: Column, one_clock: bool, steps: bool, near: float) -> Pairing | str:
@@ -178,19 +176,22 @@ def _coinciding(a: Column, b: Column, one_clock: bool, steps: bool, near: float)
     under another only as well as steps resemble each other: it must be clearly the closest.
     """
     fewest, least = _ENOUGH[steps or one_clock]
-    found: list[tuple[float, Ints, Ints]] = []
+    found: list[tuple[float, bool, Ints, Ints, float]] = []
     for offset in [0.0] if one_clock else _offsets(a, b, steps, near):
         left, right = _nearest(a, b, offset, near, steps)
         whole = left.size == len(a) == len(b)
-        common = _in_common(a, b, offset)
-        if whole or (left.size >= max(1, least * common) and (one_clock or left.size >= fewest)):
-            found.append((-1.0 if whole else _disagreement(a, b, left, right), left, right))
+        if whole or left.size >= (1 if one_clock else fewest):
+            found.append((_disagreement(a, b, left, right), not whole, left, right, offset))
     if not found:
         return "too few ends coincide to know which collectives are the same"
-    found.sort(key=lambda f: f[0])
-    best, left, right = found[0]
-    if best >= 0 and len(found) > 1 and found[1][0] < max(_CLEAR * best, _RESOLUTION_NS):
+    best, part, left, right, offset = min(found, key=lambda f: (max(f[0], _RESOLUTION_NS), f[1]))
+    rivals = [f[0] for f in found if f[4] != offset and f[2].size >= _RIVAL * left.size]
+    if part and rivals and min(rivals) < _CLEAR * max(best, _RESOLUTION_NS):
         return "shifted by a step the ends agree as well, so which is which is not known"
+    if part and left.size < least * _in_common(a, b, offset):
+        return "too few ends coincide to know which collectives are the same"
+    if part and not (steps or one_clock) and best > _AGREE_NS:
+        return "the ends coincide only roughly, and neither a clock nor a sequence says which are the same"
     return _checked(a, b, left, right, one_clock, trusted=False)
 
 
