@@ -190,7 +190,7 @@ def _coinciding(a: Column, b: Column, one_clock: bool, steps: bool, near: float)
         return "shifted by a step the ends agree as well, so which is which is not known"
     if part and left.size < least * _in_common(a, b, offset):
         return "too few ends coincide to know which collectives are the same"
-    if part and not (steps or one_clock) and best > _AGREE_NS:
+    if not (steps or one_clock) and best > _AGREE_NS:
         return "the ends coincide only roughly, and neither a clock nor a sequence says which are the same"
     return _checked(a, b, left, right, one_clock, trusted=False)
 

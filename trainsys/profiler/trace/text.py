@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainsys.profiler.hang.analyse import explain_mismatch
 from trainsys.profiler.hang.report import HangReport
 from trainsys.profiler.memory_snapshot.report import MemoryReport
 from trainsys.profiler.trace.across import Across
@@ -200,11 +201,14 @@ def _hang(h: HangReport) -> list[str]:
         f"  rank {r.rank} ({r.kind}): {r.evidence}" + (f"; at {r.where}" if r.where else "") for r in h.roots
     ]
     out += [
-        f"  rank {w.rank} waits in {w.operation}" + (f" for {w.on}" if w.on else "") for w in h.waiting[:8]
+        f"  rank {w.rank} waits in {w.operation}" + (f" for rank{'s' * (len(w.on) > 1)} {', '.join(map(str, w.on))}" if w.on else "") for w in h.waiting[:8]
     ]
     if len(h.waiting) > 8:
         out.append(f"  and {len(h.waiting) - 8} more wait")
-    out += [f"  collective #{m.sequence} of group {m.group} differs: {m.variants}" for m in h.mismatches[:5]]
+    out += [
+        f"  collective #{m.sequence} of group {m.group}, {m.what} mismatch: {explain_mismatch(m)}"
+        for m in h.mismatches[1:5]
+    ]
     if h.missing:
         out.append(f"  no dump from ranks {h.missing}")
     return [*out, ""]
@@ -218,16 +222,25 @@ def _memory(m: MemoryReport) -> list[str]:
         f"Memory of device {m.device}: {gib(m.reserved)} GiB reserved, {gib(m.active)} in use, peak {gib(m.peak)}; "
         f"largest free block {m.largest_free_block / 2**20:.0f} MiB, largest request {m.largest_request / 2**20:.0f} MiB"
     ]
+    if m.private or m.pending_free:
+        out.append(
+            f"  of it {gib(m.private)} GiB in private pools (CUDA graphs), {gib(m.pending_free)} freed and waiting for a stream"
+        )
     out.append("  peak by part: " + ", ".join(f"{k} {gib(v)}" for k, v in m.by_part.items()))
     out += table(
-        ("held at the peak by", "part", "blocks", "GiB"),
-        [(h.where[:70], h.part, str(h.blocks), gib(h.bytes)) for h in m.holders[:10]],
+        ("held at the peak by", "part", "blocks", "MiB each", "GiB"),
+        [(h.where[:70], h.part, str(h.blocks), _each(h.each), gib(h.bytes)) for h in m.holders[:10]],
     )
     out += [
         f"  out of memory: {o.request / 2**20:.0f} MiB asked at {o.where}; would have fitted: {o.would_fit}"
         for o in m.out_of_memory[:5]
     ]
     return [*out, ""]
+
+
+def _each(sizes: list[int]) -> str:
+    low, high = (f"{s / 2**20:.1f}" for s in (min(sizes), max(sizes)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _said(report: Report) -> list[str]:
