@@ -52,9 +52,9 @@ RULES = (
     _rule("leaf", COMM, "named after a collective",
           r"all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|^broadcast_kernel_p2p"),
     # What a library calls by a matmul's name and is none.
-    _rule("leaf", COMPUTE, "casts and quantisation", r"quanti[sz]|dequant|_quant_|scaled_fp[48]|^quant_|convert|_cast_|cast_transpose|cast_kernel"),
+    _rule("leaf", COMPUTE, "casts and quantisation", r"quanti[sz]|dequant|_quant_|scaled_fp[48]|^quant_|^(?!flash_).*convert|_cast_|cast_transpose|cast_kernel"),
     _rule("leaf", COMPUTE, "unfolding for a convolution", r"im2col|col2im"),
-    _rule("leaf", COMPUTE, "layout change", r"transpose|permute|nchw|nhwc|SubTensorOp|batched_transpose"),
+    _rule("leaf", COMPUTE, "layout change", r"transpose|permute|n(?:chw|hwc)(?:To|Add)|SubTensorOp"),
     _rule("leaf", COMPUTE, "embedding tables", r"embedding|embs|embedding_bag"),
     _rule("leaf", COMPUTE, "mixture-of-experts routing", r"moe_align|topk|gating|permutation|sort_tokens|moe_sum|expert_offsets"),
     _rule("leaf", COMPUTE, "rotary embedding, cache writes", r"rotary|rope|reshape_and_cache|concat_and_cache"),
