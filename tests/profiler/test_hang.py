@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from trainsys.errors import UserError
 from trainsys.profiler.hang import analyse_dumps
-from trainsys.profiler.trace.main import run
+from trainsys.profiler.hang.dumps import parse_dump
+from trainsys.profiler.trace.main import analyse, run
 
 
 @pytest.mark.parametrize(
@@ -128,10 +131,10 @@ def test_mismatched_collective(tmp_path):
     dumps = {r: dump([entry(1, "0", 1, "all_gather" if r == 1 else "all_reduce")], WORLD) for r in range(4)}
     report = judge(tmp_path, dumps)
     assert report.mismatches[0].variants.keys() == {
-        "all_gather [[4]] ['Float']",
-        "all_reduce [[4]] ['Float']",
+        "all_gather [4] Float",
+        "all_reduce [4] Float",
     }
-    assert "disagree at collective #1" in report.verdict
+    assert "operation mismatch at collective #1" in report.verdict
 
 
 def test_mismatched_sizes(tmp_path):
@@ -229,3 +232,55 @@ def test_bad_dumps(tmp_path):
 def test_by_the_command(tmp_path, shared):
     text = run([shared / "flight_recorder/lock_gil_1st"])
     assert text.startswith("What is wrong\n  1. rank 9 never arrived (host stopped), rank 14 never arrived")
+
+
+@pytest.mark.parametrize(
+    ("odd", "what", "advice"),
+    [
+        ({"input_sizes": [[5]]}, "size", "uneven"),
+        ({"input_dtypes": ["BFloat16"]}, "dtype", "autocast"),
+        ({"profiling_name": "nccl:all_gather"}, "operation", "same collectives"),
+    ],
+)
+@pytest.mark.parametrize("culprit", [0, 3])
+def test_a_mismatch_is_explained_with_its_line_and_its_own_advice(tmp_path, odd, what, advice, culprit):
+    line = [{"filename": "/me/train.py", "line": 42, "name": "step"}]
+    dumps = {r: dump([entry(1, "0", 1, frames=line) | (odd if r == culprit else {})], WORLD) for r in range(4)}
+    report = judge(tmp_path, dumps)
+    assert report.verdict.startswith(f"{what} mismatch at collective #1 of group 0 (desc 0): rank {culprit}: ")
+    assert report.verdict.count("at /me/train.py:42 in step") == 2
+    (verdict,) = analyse([tmp_path]).verdicts
+    assert advice in verdict.advice
+    assert "others only wait" not in verdict.advice
+
+
+def test_what_finished_everywhere_is_no_mismatch(tmp_path):
+    dumps = {r: dump([entry(1, "0", 1, sizes=((4 + r,),), done=True)], WORLD) for r in range(4)}
+    assert judge(tmp_path, dumps).mismatches == []
+
+
+@pytest.mark.parametrize(("name", "rank"), [("send 0->1", 0), ("recv 1<-0", 1), ("recv 0->1", 1), ("send 1->0", 1)])
+def test_the_peer_is_the_other_rank(tmp_path, name, rank):
+    groups = {"0": [4, 7]}
+    path = tmp_path / "dump_0"
+    content = dump([entry(1, "0", 1, name, p2p=True)], groups) | {"rank": groups["0"][rank]}
+    (operation,) = parse_dump(path, content, Counter()).operations
+    assert operation.peer == groups["0"][1 - rank]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("f01_hostnames", "rank 2 never arrived"),
+        ("f02_missing_dump", "rank 1 left no dump"),
+        ("f03_completed_unretired", "no hang in a collective"),
+        ("f04_size_mismatch", "rank 3: all_reduce [1025]"),
+        ("f06_a2a", "rank 0 never arrived"),
+        ("f07_dtype", "rank 1: all_reduce [1024] Float"),
+    ],
+)
+def test_cases(case, words):
+    folder = Path(__file__).resolve().parents[2] / "../shared/data/cases/traces" / case
+    if not folder.is_dir():
+        pytest.skip("../shared/data/cases is not here")
+    assert words in analyse_dumps(sorted(folder.iterdir())).verdict

@@ -18,8 +18,6 @@ from trainsys.profiler.trace.classify import (
     axis_of,
     classify,
     comm_op,
-    is_comm_name,
-    is_matmul_name,
 )
 from trainsys.profiler.trace.columns import Activities, CommMeta, RankTrace
 from trainsys.profiler.trace.commlist import list_communications
@@ -150,50 +148,6 @@ def test_terms_are_those_of_brute_force(raw):
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ncclDevKernel_AllGather_RING_LL",
-        "void deep_ep::intranode::dispatch<4, 768>(void*)",
-        "multimem_all_reduce_kernel",
-        "nvshmemi_transfer_rma",
-        "two_shot_all_reduce_kernel_inplace",
-        "one_shot_all_reduce_out",
-        "rcclKernel",
-        "void vllm::cross_device_reduce_1stage<half, 8>",
-        "userbuffers_fp16_sum_inplace_gpu_rr_rs_oop",
-        "mscclKernel_Sum_half",
-        "void deep_ep::internode_ll::combine<7168>",
-    ],
-)
-def test_communication_by_name(name):
-    assert is_comm_name(name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["Memcpy PtoP (Device -> Device)", "void at::native::reduce_kernel<512, 1>", "softmax", "fused_dropout"],
-)
-def test_not_communication(name):
-    assert not is_comm_name(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "yes"),
-    [
-        ("nvjet_hsh_128x256_64x4", True),
-        ("Cijk_Ailk_Bljk_BBS_BH", True),
-        ("triton_tem_fused_mm_3", True),
-        ("flash_fwd_kernel", True),
-        ("void at::native::convert_half", False),
-        ("batched_transpose_16x32_half", False),
-        ("layer_norm_kernel", False),
-    ],
-)
-def test_matrix_products_by_name(name, yes):
-    assert is_matmul_name(name) is yes
-
-
 def test_metadata_beats_names_and_streams_come_last():
     trace = RankTrace(None, 0, 1, names=["custom_exchange", "sm90_gemm", "nccl_x", "mystery"])  # type: ignore[arg-type]
     trace.comm_meta = [CommMeta(op="allreduce", group="3", group_desc="mesh_tp")]
@@ -241,7 +195,7 @@ def test_gloo_runs_are_read_from_the_host(shared):
     totals = []
     for rank in range(3):
         trace = read_trace(folder / f"kg_rank{rank}.json")
-        comms = list_communications(trace, classify(trace))
+        comms = list_communications(trace, classify(trace), link_launches(trace))
         totals.append(round((comms.end - comms.start).sum() / 1e6))
     assert totals == [152, 191, 51]
     report = analyse([folder / f"kg_rank{r}.json" for r in range(3)])

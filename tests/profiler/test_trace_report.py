@@ -181,13 +181,13 @@ def test_results_do_not_depend_on_the_number_of_workers(slow_job):
     assert to_json(one) == to_json(two)
 
 
-def test_files_with_the_same_rank_are_numbered(tmp_path):
+def test_a_capture_given_twice_counts_once(tmp_path):
     write_job(Job(ranks=1), tmp_path)
     text = (tmp_path / "rank00000.json").read_bytes()
     (tmp_path / "other.json").write_bytes(text)
     report = analyse([tmp_path])
-    assert [r.rank for r in report.ranks] == [0, 1]
-    assert any("same rank" in k for r in report.ranks for k in r.said)
+    assert [r.rank for r in report.ranks] == [0]
+    assert ["counted once" in u.why for u in report.unread] == [True]
 
 
 def test_nothing_imports_torch():

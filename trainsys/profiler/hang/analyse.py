@@ -162,16 +162,45 @@ def _root(rank: int, wait: Wait, on: dict[int, list[int]], finished: list[int]) 
 
 
 def _mismatches(dumps: dict[int, Dump], wait: Wait) -> list[Mismatch]:
-    seen: dict[tuple[str, int], dict[str, list[int]]] = {}
+    """Of what is not known to have finished everywhere: what has was no obstacle."""
+    seen: dict[tuple[str, int], dict[int, Operation]] = {}
     for rank, dump in sorted(dumps.items()):
         for o in dump.operations:
-            if o.p2p or len(wait.groups.get(o.group, ("", ()))[1]) < 2:
-                continue
-            loose = _SIZES_MAY_DIFFER.search(o.name)
-            text = o.name.split(":", 1)[-1] + ("" if loose else f" {o.shape}")
-            seen.setdefault((o.group, o.sequence), {}).setdefault(text, []).append(rank)
-    found = [Mismatch(g, s, v) for (g, s), v in sorted(seen.items()) if len(v) > 1]
+            if not o.p2p and len(wait.groups.get(o.group, ("", ()))[1]) > 1:
+                seen.setdefault((o.group, o.sequence), {})[rank] = o
+    found = []
+    for (group, sequence), by_rank in sorted(seen.items()):
+        what = _difference(list(by_rank.values()))
+        if what and any(o.pending for o in by_rank.values()):
+            variants: dict[str, list[int]] = {}
+            where: dict[str, str] = {}
+            for rank, o in by_rank.items():
+                variants.setdefault(_issued(o), []).append(rank)
+                where.setdefault(_issued(o), o.where)
+            found.append(Mismatch(group, sequence, what, variants, where))
     return found[:20]
+
+
+def _issued(o: Operation) -> str:
+    return " ".join(filter(None, (o.name.split(":", 1)[-1], o.sizes, o.dtypes)))
+
+
+def _difference(operations: list[Operation]) -> str:
+    if len({o.name for o in operations}) > 1:
+        return "operation"
+    if len({o.dtypes for o in operations}) > 1:
+        return "dtype"
+    loose = _SIZES_MAY_DIFFER.search(operations[0].name)
+    return "size" if not loose and len({o.sizes for o in operations}) > 1 else ""
+
+
+def explain_mismatch(m: Mismatch) -> str:
+    """Who issued what, the few first, with the recorded line of code."""
+    ways = []
+    for variant, ranks in sorted(m.variants.items(), key=lambda v: len(v[1])):
+        line = f" at {m.where[variant]}" if m.where.get(variant) else ""
+        ways.append(f"rank{'s' * (len(ranks) > 1)} {_few(ranks)}: {variant}{line}")
+    return "; ".join(ways)
 
 
 def _together(wait: Wait, on: dict[int, list[int]], roots: set[int]) -> list[str]:
@@ -200,8 +229,11 @@ def _cycles(on: dict[int, list[int]]) -> list[list[int]]:
 def _verdict(report: HangReport, wait: Wait) -> str:
     if report.mismatches and not any(r.kind == "device_stalled" for r in report.roots):
         m = report.mismatches[0]
-        ways = "; ".join(f"ranks {_few(r)}: {v}" for v, r in m.variants.items())
-        return f"ranks of group {m.group} disagree at collective #{m.sequence}: {ways}"
+        label = wait.groups.get(m.group, ("", ()))[0]
+        return (
+            f"{m.what} mismatch at collective #{m.sequence} of group {m.group}{f' ({label})' if label else ''}: "
+            f"{explain_mismatch(m)}"
+        )
     if report.roots:
         words = {
             "never_arrived": "never arrived (host stopped)",

@@ -30,7 +30,8 @@ class Operation:
     p2p: bool
     peer: int | None
     """The other rank (global) of a send or receive; None for a collective."""
-    shape: str
+    sizes: str
+    dtypes: str
     pending: bool
     device: bool
     """Its completion was observed on a device; gloo reports none."""
@@ -86,7 +87,10 @@ def load_content(path: Path) -> Any:
 
 
 def rank_in_name(path: Path) -> int | None:
-    """The last number in the name: ``_dump_12``, ``nccl_trace_rank_12``, ``rank12.json``."""
+    """``rank12.json``, ``nccl_trace_rank_12_node3``; else the last number in the name: ``_dump_12``, ``node3_12``."""
+    said = re.findall(r"rank[-_ ]?(\d+)", path.name, re.I)
+    if said:
+        return int(said[-1])
     found = re.findall(r"\d+", path.stem if path.suffix in (".json", ".pickle", ".pkl", ".gz") else path.name)
     return int(found[-1]) if found else None
 
@@ -140,6 +144,11 @@ def _rank_list(value: Any) -> tuple[int, ...]:
     return tuple(r for r in value if isinstance(r, int)) if isinstance(value, list) else ()
 
 
+def _plain(value: Any) -> str:
+    """``[1024]`` of ``[[1024]]``: one tensor is the rule."""
+    return ", ".join(str(v) for v in value) if isinstance(value, list) else ""
+
+
 def _operation(entry: dict[str, Any], dump: Dump) -> tuple[Operation, str | None]:
     group = str(entry["process_group"][0])
     name = str(entry["profiling_name"])
@@ -147,10 +156,11 @@ def _operation(entry: dict[str, Any], dump: Dump) -> tuple[Operation, str | None
     peer = None
     found = _P2P.search(name)
     if found:
-        local = int(found[4])
         members = dump.groups.get(group, ("", ()))[1]
         # Numbers in the name are positions in the group; without its list they are taken for ranks.
-        peer = members[local] if local < len(members) else local
+        ends = [members[int(n)] if int(n) < len(members) else int(n) for n in (found[4], found[2])]
+        # Which end comes first differs between versions: the peer is the one that is not this rank.
+        peer = next((r for r in ends if r != dump.rank), ends[0])
     state = str(entry.get("state", ""))
     frames = [f for f in entry.get("frames") or [] if isinstance(f, dict)]
     own = next(
@@ -163,7 +173,8 @@ def _operation(entry: dict[str, Any], dump: Dump) -> tuple[Operation, str | None
         name=name,
         p2p=p2p,
         peer=peer,
-        shape=f"{entry.get('input_sizes')} {entry.get('input_dtypes')}",
+        sizes=_plain(entry.get("input_sizes")),
+        dtypes=_plain(entry.get("input_dtypes")),
         pending=state != "completed" and not entry.get("retired", False),
         device=not name.startswith(("gloo:", "mpi:", "ucc:")),
         where=f"{own.get('filename')}:{own.get('line')} in {own.get('name')}" if own else "",

@@ -33,11 +33,17 @@ class Waiter:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """One position of a group's sequence at which its members do different things."""
+    """One position of a group's sequence at which its members do different things.
+
+    ``what`` differs: ``operation``, ``dtype`` or ``size``. ``variants``: what the ranks issued, with their ranks.
+    ``where``: the line of code that issued each, where it was recorded.
+    """
 
     group: str
     sequence: int
+    what: str
     variants: dict[str, list[int]]
+    where: dict[str, str]
 
 
 @dataclass(slots=True)

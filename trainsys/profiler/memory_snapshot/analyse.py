@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 
 from trainsys.errors import UserError
+from trainsys.profiler.memory_snapshot.leaks import find_leaks
+from trainsys.profiler.memory_snapshot.pools import MAPPED, UNMAPPED, refusals, segments_of
 from trainsys.profiler.memory_snapshot.report import Holder, MemoryReport, OutOfMemory
 from trainsys.profiler.memory_snapshot.stacks import Stacks
 from trainsys.profiler.safe_pickle import load_plain
 
 POINTS = 600
-_ALLOC, _FREE, _MAP, _UNMAP = (
-    "alloc",
-    "free_completed",
-    ("segment_alloc", "segment_map"),
-    ("segment_free", "segment_unmap"),
-)
+_ALLOC, _FREE = "alloc", "free_completed"
+_PENDING = ("active_pending_free", "active_awaiting_free")
+_EACH = 128
 
 
 def is_snapshot(content: Any) -> bool:
@@ -87,9 +86,12 @@ def _device(path: Path, content: dict[str, Any], device: int) -> MemoryReport:
         by_part,
         by_module,
         _timeline(curve, held, times - first),
-        _failures(events, stacks),
+        _failures(events, segments, stacks),
         biggest,
         biggest <= max(free, default=0),
+        sum(int(b["size"]) for b in _blocks(segments) if b["state"] in _PENDING),
+        sum(s.size for s in segments_of(segments).values() if s.private),
+        find_leaks(events, stacks, peak),
         dict(said),
     )
 
@@ -108,7 +110,7 @@ def _curves(
         [_sign(e.get("action"), _ALLOC, _FREE) * int(e.get("size", 0)) for e in events], np.int64
     )
     mapped = np.array(
-        [_sign(e.get("action"), *(_MAP, _UNMAP)) * int(e.get("size", 0)) for e in events], np.int64
+        [_sign(e.get("action"), MAPPED, UNMAPPED) * int(e.get("size", 0)) for e in events], np.int64
     )
 
     def back(change: np.ndarray[Any, Any], last: int) -> np.ndarray[Any, Any]:
@@ -135,11 +137,14 @@ def _holders_at(
         elif action == _FREE:
             # Who allocated it is recorded at its own alloc event, if that is in the history.
             live[address] = (int(event["size"]), None)
-    for event in events[:top]:
+    born: dict[int, int] = {}
+    for i, event in enumerate(events[:top]):
         address = int(event.get("addr", 0))
         if event.get("action") == _ALLOC and address in live and int(event["size"]) == live[address][0]:
             live[address] = (live[address][0], event.get("frames"))
-    return [(size, stacks.name(frames)) for size, frames in live.values()]
+            born[address] = i
+    oldest_first = sorted(live, key=lambda address: (born.get(address, -1), address))
+    return [(live[address][0], stacks.name(live[address][1])) for address in oldest_first]
 
 
 def _group(
@@ -151,18 +156,16 @@ def _group(
     for size, (where, module, part) in holders:
         parts[part] += size
         modules[module] += size
-        row = rows.setdefault((where, module, part), [0, 0])
-        row[0] += size
-        row[1] += 1
+        rows.setdefault((where, module, part), []).append(size)
     gap = peak - sum(parts.values())
     if gap:
         parts["not attributed"] += gap
         said["bytes at the peak without a block in the history"] += abs(gap)
-    top = sorted(rows.items(), key=lambda r: -r[1][0])[:40]
+    top = sorted(rows.items(), key=lambda r: -sum(r[1]))[:40]
     return (
         dict(parts.most_common()),
         dict(modules.most_common(30)),
-        [Holder(w, m, p, size, n) for (w, m, p), (size, n) in top],
+        [Holder(w, m, p, sum(sizes), len(sizes), sizes[:_EACH]) for (w, m, p), sizes in top],
     )
 
 
@@ -177,57 +180,22 @@ def _timeline(
     return [(int(at[i]), int(active[i]), int(reserved[i])) for i in keep]
 
 
-def _failures(events: list[dict[str, Any]], stacks: Stacks) -> list[OutOfMemory]:
-    """Refused requests, against the free blocks at that moment, replayed from the events that name segments."""
+def _failures(events: list[dict[str, Any]], segments: list[dict[str, Any]], stacks: Stacks) -> list[OutOfMemory]:
+    """Refused requests, in order, against what was free at that moment."""
+    live = {int(b["address"]): int(b["size"]) for b in _blocks(segments) if b["state"] != "inactive"}
     out = []
-    segments: dict[int, int] = {}
-    live: dict[int, int] = {}
-    for event in events:
-        action, address, size = event.get("action"), int(event.get("addr", 0)), int(event.get("size", 0))
-        if action in _MAP:
-            segments[address] = size
-        elif action in _UNMAP:
-            segments.pop(address, None)
-        elif action == _ALLOC:
-            live[address] = size
-        elif action == _FREE:
-            live.pop(address, None)
-        elif action == "oom":
-            gaps = _gaps(segments, live)
-            free_on_device = int(event.get("device_free", 0))
-            total = sum(gaps)
-            out.append(
-                OutOfMemory(
-                    size,
-                    free_on_device,
-                    max(gaps, default=0),
-                    total,
-                    size <= total + free_on_device,
-                    stacks.name(event.get("frames"))[0],
-                )
+    for event, free in refusals(events, segments_of(segments), live):
+        size, on_device, total = int(event.get("size", 0)), int(event.get("device_free") or 0), sum(free.usable)
+        out.append(
+            OutOfMemory(
+                size,
+                on_device,
+                max(free.usable, default=0),
+                total,
+                size <= total + on_device,
+                stacks.name(event.get("frames"))[0],
+                free.elsewhere,
+                free.expandable,
             )
-    return out
-
-
-def _gaps(segments: dict[int, int], live: dict[int, int]) -> list[int]:
-    """Free stretches inside the mapped segments; neighbouring segments of an expandable one join."""
-    spans: list[list[int]] = []
-    for begin in sorted(segments):
-        if spans and spans[-1][1] == begin:
-            spans[-1][1] = begin + segments[begin]
-        else:
-            spans.append([begin, begin + segments[begin]])
-    blocks = sorted(live.items())
-    out, i = [], 0
-    for begin, end in spans:
-        while i < len(blocks) and blocks[i][0] < begin:
-            i += 1
-        at = begin
-        while i < len(blocks) and blocks[i][0] < end:
-            if blocks[i][0] > at:
-                out.append(blocks[i][0] - at)
-            at = blocks[i][0] + blocks[i][1]
-            i += 1
-        if end > at:
-            out.append(end - at)
-    return out
+        )
+    return out[::-1]

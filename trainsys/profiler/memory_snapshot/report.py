@@ -17,11 +17,28 @@ class Holder:
     part: str
     bytes: int
     blocks: int
+    each: list[int] = field(default_factory=list)
+    """Bytes of its blocks, oldest first: layers that share a line are told apart by their order. At most 128."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """A line of code whose allocations were never freed, throughout the history."""
+
+    where: str
+    bytes: int
+    blocks: int
 
 
 @dataclass(frozen=True, slots=True)
 class OutOfMemory:
-    """One refused request. ``fits_in_free``: the allocator's free blocks plus the device's own would hold it."""
+    """One refused request.
+
+    ``total_free``: the allocator's free bytes that the request could have used had they been in one block;
+    ``elsewhere_free``: those in CUDA graphs' private pools, of other streams, or in segments for small requests.
+    ``would_fit``: usable free bytes plus the device's own would hold it. ``expandable``: those lie in expandable
+    segments already.
+    """
 
     request: int
     device_free: int
@@ -29,6 +46,8 @@ class OutOfMemory:
     total_free: int
     would_fit: bool
     where: str
+    elsewhere_free: int = 0
+    expandable: bool = False
 
 
 @dataclass(slots=True)
@@ -62,4 +81,9 @@ class MemoryReport:
     """The largest allocation of the history: what ``would_fit`` is about where nothing failed."""
     would_fit: bool = True
     """Whether the largest request fits in one free block now."""
+    pending_free: int = 0
+    """Bytes freed by the program that wait for another stream's work before they can be used again."""
+    private: int = 0
+    """Bytes reserved by private pools (CUDA graphs)."""
+    leaks: list[Leak] = field(default_factory=list)
     said: dict[str, int] = field(default_factory=dict)

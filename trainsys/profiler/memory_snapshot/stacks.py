@@ -8,6 +8,7 @@ from typing import Any
 _LIBRARY = re.compile(
     r"site-packages|dist-packages|/torch/|<frozen|<string>|importlib|/usr/local/src/|/croot/|/lib/python3\.\d+/(?!site)"
 )
+_COMPILED = re.compile(r"torchinductor|/inductor_cache/|compiled_fx_graph|__compiled_fn")
 _BACKWARD = re.compile(r"(\w+)::apply")
 
 
@@ -32,10 +33,17 @@ class Stacks:
 def _name(frames: list[dict[str, Any]]) -> tuple[str, str, str]:
     files = [str(f.get("filename", "")) for f in frames]
     names = [str(f.get("name", "")) for f in frames]
-    own = next((i for i, f in enumerate(files) if f.endswith(".py") and not _LIBRARY.search(f)), None)
+    own = next((i for i, f in enumerate(files) if _is_own(f)), None)
     backward = next((m[1] for n in names if "Backward" in n and (m := _BACKWARD.search(n))), "")
     optimizer = any("/optim/" in f or "optimizer" in f.lower() for f in files)
-    if own is not None:
+    compiled = next((f for f in files if _COMPILED.search(f)), None)
+    if compiled is not None:
+        # Each buffer of generated code has a line of its own: its region is what a reader knows.
+        caller = next((i for i, f in enumerate(files) if i > files.index(compiled) and _is_own(f)), None)
+        where = f"compiled region {_short(compiled).rsplit('/', 1)[-1]}"
+        if caller is not None:
+            where += f", called at {_short(files[caller])}:{frames[caller].get('line')}"
+    elif own is not None:
         where = f"{_short(files[own])}:{frames[own].get('line')} in {names[own]}"
     elif backward:
         where = f"autograd: {backward}"
@@ -68,6 +76,10 @@ def _name(frames: list[dict[str, Any]]) -> tuple[str, str, str]:
     else:
         part = "unknown"
     return where, module or (f"backward of {backward}" if backward else "outside modules"), part
+
+
+def _is_own(path: str) -> bool:
+    return path.endswith(".py") and not _LIBRARY.search(path) and not _COMPILED.search(path)
 
 
 def _short(path: str) -> str:

@@ -32,6 +32,8 @@ _MEDIAN_ERROR = 1.2533
 """Standard error of a median against that of a mean, for normal noise: sqrt(pi/2)."""
 _ENOUGH_RANKS = 8
 """Below this many peers their spread says nothing of what is normal."""
+_RESOLUTION = 1e-3
+"""No spread is known to be smaller: work is compared to 0.1%."""
 SAMPLE = 1024
 """Peers that tell what is normal; the spread of so many is known to 3%."""
 
@@ -125,8 +127,7 @@ def find_stragglers(
     middle = np.median(ratio, axis=0)
     normal = np.concatenate([n.normal for n in near])
     sigma = np.maximum(_scatter_in_time(ratio, middle), _spread_between(middle, labels[columns], normal))
-    z = np.divide(middle, sigma, out=np.zeros(middle.size), where=np.isfinite(sigma) & (sigma > 0))
-    z[(sigma == 0) & (middle > 0)] = np.inf
+    z = np.divide(middle, np.maximum(sigma, _RESOLUTION), out=np.zeros(middle.size), where=np.isfinite(sigma))
     threshold = NormalDist().inv_cdf(1 - alpha / r)
     share = (ratio > floor / 2).mean(axis=0)
     chosen = np.flatnonzero((z > threshold) & (middle >= floor) & (share >= min_share))

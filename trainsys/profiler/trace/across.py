@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from trainsys.profiler.straggler import Straggler, find_stragglers
 from trainsys.profiler.trace.commlist import CommList
-from trainsys.profiler.trace.matching import SYNCHRONISING, Matched, align_clocks, match
+from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.matching import Matched, align_clocks, match
 
 if TYPE_CHECKING:
     from trainsys.hardware import Device
@@ -20,8 +22,8 @@ class RankInComms:
     """One rank over all matched collectives. ns.
 
     ``wait``: own duration minus the shortest one of the same collective: time spent waiting for others.
-    ``last``: collectives in which it arrived last (after clock alignment), of ``collectives``.
-    ``caused``: what all the others waited in those, beyond the second to last arrival.
+    ``last``: collectives in which it arrived last by more than the clocks' and the ends' noise, of ``collectives``.
+    ``caused``: what all the others waited in those, summed.
     """
 
     rank: int
@@ -81,6 +83,8 @@ class Across:
     """Largest difference of a synchronising collective's ends over its members, clocks aligned."""
     wait_map: dict[int, list[int]] = field(default_factory=dict)
     said: dict[str, int] = field(default_factory=dict)
+    withheld: list[str] = field(default_factory=list)
+    """Ranks that are not compared, and why: a pairing without evidence gives no verdict."""
 
 
 def bus_factor(op: str, n: int) -> float:
@@ -94,22 +98,40 @@ def bus_factor(op: str, n: int) -> float:
     return 1.0
 
 
-def compare_ranks(comms: dict[int, CommList], hosts: dict[int, str], device: Device | None = None) -> Across:
-    """Match, align clocks, and account for waiting. ``comms`` and ``hosts`` (empty: unknown) by rank."""
-    groups, said = match(comms)
-    out = Across(said=said)
+LEAST_LEAD_NS = 5_000
+"""Nobody is last by less: timestamps and a collective's own end differ by so much."""
+
+
+def compare_ranks(
+    windows: Sequence[Mapping[int, CommList]], hosts: Mapping[int, str], device: Device | None = None
+) -> Across:
+    """Match, align clocks, and account for waiting. ``hosts`` (empty: unknown) by rank.
+
+    ``windows``: the ranks' communications in each captured stretch of time; collectives are matched within one.
+    """
+    out = Across()
+    groups: list[Matched] = []
+    offsets: dict[int, int] = {}
+    residuals = []
+    for comms in windows:
+        found = match(comms, hosts)
+        for what, n in found.said.items():
+            out.said[what] = out.said.get(what, 0) + n
+        out.withheld += [w for w in found.withheld if w not in out.withheld]
+        if found.groups:
+            # Clocks drift from one capture to the next; the first one's offsets are those shown.
+            own, residual = align_clocks(found.groups, hosts)
+            offsets = own | offsets
+            residuals += [residual] if residual is not None else []
+            groups += found.groups
     if not groups:
         return out
-    offsets, out.clock_residual_ns = align_clocks(groups, hosts)
+    out.clock_residual_ns = max(residuals, default=None)
     tally: dict[int, list[int]] = {r: [0, 0, 0, 0, 0] for g in groups for r in g.ranks}
     for g in groups:
-        shift = np.array([offsets[r] for r in g.ranks], np.int64)
-        start, end = g.start - shift, g.end - shift
         length = g.end - g.start
         wait = length - length.min(axis=1, keepdims=True)
-        last = np.argmax(start, axis=1)
-        order = np.sort(start, axis=1)
-        lead = order[:, -1] - order[:, -2]
+        last = last_arrivals(g)
         for j, r in enumerate(g.ranks):
             mine = last == j
             row = tally[r]
@@ -117,10 +139,9 @@ def compare_ranks(comms: dict[int, CommList], hosts: dict[int, str], device: Dev
             row[1] += int(length[:, j].sum())
             row[2] += int(wait[:, j].sum())
             row[3] += int(mine.sum())
-            row[4] += int(lead[mine].sum()) * (len(g.ranks) - 1)
-        sync = np.array([op in SYNCHRONISING for op in g.op], bool)
-        if sync.any():
-            out.end_spread_ns = max(out.end_spread_ns, int(np.ptp(end[sync], axis=1).max()))
+            row[4] += int(wait[mine].sum() - wait[mine, j].sum())
+        if g.sync.any():
+            out.end_spread_ns = max(out.end_spread_ns, int(g.end_spread.max()))
         out.matched += length.shape[0]
         out.bandwidth += _bandwidth(g, device)
         out.stragglers += _stragglers(g)
@@ -134,14 +155,35 @@ def compare_ranks(comms: dict[int, CommList], hosts: dict[int, str], device: Dev
     return out
 
 
-def waits_by_start(comms: dict[int, CommList]) -> dict[int, dict[int, int]]:
+def last_arrivals(g: Matched) -> Ints:
+    """Which member arrived last in each collective, -1 where nobody did by more than noise. [N]
+
+    Two witnesses must agree: the latest start by aligned clocks, and the shortest stay. A tie names nobody.
+    """
+    out = np.full(g.start.shape[0], -1, np.int64)
+    start, length = g.start - g.ahead, g.end - g.start
+    order = np.sort(start, axis=1)
+    latest = np.argmax(start, axis=1)
+    spread = np.zeros(out.size, np.int64)
+    spread[g.sync] = g.end_spread
+    noise = np.maximum(spread, max(LEAST_LEAD_NS, 2 * int(np.median(g.end_spread)) if g.sync.any() else 0))
+    own = np.take_along_axis(length, latest[:, None], axis=1)[:, 0]
+    named = g.sync & (order[:, -1] - order[:, -2] > noise) & (own - length.min(axis=1) <= noise)
+    out[named] = latest[named]
+    return out
+
+
+def waits_by_start(
+    windows: Sequence[Mapping[int, CommList]], hosts: Mapping[int, str]
+) -> dict[int, dict[int, int]]:
     """For each rank: ns waited in the communication that began at an instant (the rank's own clock)."""
     out: dict[int, dict[int, int]] = {}
-    for g in match(comms)[0]:
-        length = g.end - g.start
-        wait = length - length.min(axis=1, keepdims=True)
-        for j, r in enumerate(g.ranks):
-            out.setdefault(r, {}).update(zip(g.start[:, j].tolist(), wait[:, j].tolist(), strict=True))
+    for comms in windows:
+        for g in match(comms, hosts).groups:
+            length = g.end - g.start
+            wait = length - length.min(axis=1, keepdims=True)
+            for j, r in enumerate(g.ranks):
+                out.setdefault(r, {}).update(zip(g.start[:, j].tolist(), wait[:, j].tolist(), strict=True))
     return out
 
 
@@ -187,6 +229,10 @@ def work_between(g: Matched) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.fl
     noise. Returns (work, collectives summed into a row).
     """
     work = (g.start[1:] - g.end[:-1]) / 1e9
+    # Where a collective between them has no partner, its time and its waiting would count as work.
+    adjacent = (np.diff(g.place, axis=0) == 1).all(axis=1)
+    if not adjacent.all():
+        return np.maximum(work[adjacent], 0), 1
     period = _period(list(zip(g.op, g.size.tolist(), strict=True)))
     rows = work.shape[0] // period
     return np.maximum(work[: rows * period], 0).reshape(rows, period, -1).sum(axis=1), period

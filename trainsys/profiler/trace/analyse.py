@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from trainsys.profiler.trace.breakdown import break_down
 from trainsys.profiler.trace.classify import COMM, classify
-from trainsys.profiler.trace.columns import RankTrace
+from trainsys.profiler.trace.columns import Activities, RankTrace
 from trainsys.profiler.trace.commlist import CommList, list_communications
 from trainsys.profiler.trace.hostside import break_down_host
 from trainsys.profiler.trace.intervals import Ints
 from trainsys.profiler.trace.kernels import kernel_rows, launch_stats
-from trainsys.profiler.trace.link import Launches, link_launches
-from trainsys.profiler.trace.reader import read_trace
+from trainsys.profiler.trace.link import Launches, host_steps, link_launches
+from trainsys.profiler.trace.reader import name_device, read_trace
 from trainsys.profiler.trace.report import RankReport
 from trainsys.profiler.trace.roofline import products
 from trainsys.profiler.trace.source import Limits
@@ -36,6 +36,12 @@ class Analysed:
     report: RankReport
     comms: CommList
     device_memory: int
+    stated: bool
+    """The rank is the file's own word."""
+    span: tuple[int, int]
+    steps: list[int]
+    lanes: list[RankReport] = field(default_factory=list)
+    """The file's further devices: lanes of their own, busiest first."""
 
 
 @dataclass(slots=True)
@@ -47,16 +53,50 @@ class Loaded:
     launches: Launches
 
 
-def load(path: Path, options: Options) -> Loaded:
+def load(path: Path, options: Options, device: int | None = None) -> Loaded:
+    """``device``: of a file with several, the one whose activities are kept; None: the busiest."""
     trace = read_trace(path, limits=options.limits, keep_truncated=options.keep_truncated)
+    found = _devices(trace)
+    return _loaded(trace if len(found) < 2 else _only(trace, found[0] if device is None else device))
+
+
+def _loaded(trace: RankTrace) -> Loaded:
     return Loaded(trace, classify(trace), link_launches(trace))
+
+
+def _devices(trace: RankTrace) -> list[int]:
+    """The devices with activities, busiest first."""
+    device = trace.device
+    found = np.unique(device.device).tolist()
+    if len(found) < 2:
+        return found
+    busy = {d: int((device.end - device.start)[device.device == d].sum()) for d in found}
+    return sorted(found, key=lambda d: (-busy[d], d))
+
+
+def _only(trace: RankTrace, device: int) -> RankTrace:
+    chosen = trace.device.device == device
+    columns = [getattr(trace.device, f.name)[chosen] for f in fields(Activities)]
+    out = replace(trace, device=Activities(*columns))
+    name_device(out)
+    return out
 
 
 def analyse_file(path: Path, options: Options) -> Analysed:
     """Raises UserError for what :func:`read_trace` refuses."""
-    loaded = load(path, options)
-    trace, kinds, launches = loaded.trace, loaded.kinds, loaded.launches
-    comms = list_communications(trace, kinds)
+    trace = read_trace(path, limits=options.limits, keep_truncated=options.keep_truncated)
+    found = _devices(trace)
+    if len(found) < 2:
+        return _analysed(path, trace, None)
+    out, *others = [_analysed(path, _only(trace, d), d) for d in found]
+    out.lanes = [o.report for o in others]
+    return out
+
+
+def _analysed(path: Path, trace: RankTrace, device: int | None) -> Analysed:
+    loaded = _loaded(trace)
+    kinds, launches = loaded.kinds, loaded.launches
+    comms = list_communications(trace, kinds, launches)
     breakdown = break_down(trace, kinds, launches) or break_down_host(trace, comms)
     rows, work = products(trace, kinds, launches)
     if launches.unlinked:
@@ -64,27 +104,26 @@ def analyse_file(path: Path, options: Options) -> Analysed:
     unsized = int((comms.size < 0).sum())
     if unsized:
         trace.said["unknown: communications without a message size"] += unsized
-    return Analysed(
-        RankReport(
-            str(path),
-            trace.rank,
-            trace.world,
-            trace.device_name,
-            trace.host,
-            trace.n_events,
-            trace.size_bytes,
-            breakdown,
-            kernel_rows(trace, kinds),
-            launch_stats(trace, launches),
-            rows,
-            work,
-            None,
-            "",
-            dict(trace.said),
-        ),
-        comms,
-        trace.device_memory,
+    report = RankReport(
+        str(path),
+        trace.rank,
+        trace.world,
+        trace.device_name,
+        trace.host,
+        trace.n_events,
+        trace.size_bytes,
+        breakdown,
+        kernel_rows(trace, kinds),
+        launch_stats(trace, launches),
+        rows,
+        work,
+        None,
+        "",
+        dict(trace.said),
+        lane=device,
     )
+    steps = [n for _, _, n in host_steps(trace)]
+    return Analysed(report, comms, trace.device_memory, trace.stated, trace.span, steps)
 
 
 def waits_of(loaded: Loaded, wait_by_start: dict[int, int]) -> Ints:

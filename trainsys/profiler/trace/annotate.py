@@ -44,7 +44,7 @@ def write_annotated(report: Report, path: Path, options: Options) -> None:
             first = True
             low = min((r.breakdown.whole.start for r in report.ranks if r.breakdown is not None), default=0)
             for rank in report.ranks:
-                loaded = load(Path(rank.path), options)
+                loaded = load(Path(rank.path), options, rank.lane)
                 for event in _rank_events(loaded, rank.rank, report, low):
                     file.write(("" if first else ",\n") + event)
                     first = False

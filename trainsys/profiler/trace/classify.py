@@ -1,9 +1,9 @@
 """What a device activity is: matrix product, other compute, communication or copy.
 
-Communication is recognised by what the event says of itself (collective name, process group), then by
-kernel name (NCCL, RCCL, MSCCL, DeepEP, multimem, NVSHMEM, one- and two-shot all-reduce, Transformer
-Engine's user buffers, vLLM's and TensorRT-LLM's own), then by stream: a kernel of no known compute
-library on a stream that does nothing but communicate. The last is counted in ``said``.
+Communication is recognised by what the event says of itself (collective name, process group), then by kernel name
+(``kernel_names``), then by stream: a kernel of no known library on a stream that does nothing but communicate. Copies
+between devices may be communication (symmetric memory, pipelines in one process) and are counted as such. The last
+two are counted in ``said``.
 """
 
 from __future__ import annotations
@@ -14,33 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from trainsys.profiler.trace.columns import KERNEL, RankTrace
+from trainsys.profiler.trace.kernel_names import CLASS_NAMES, COMM, COMPUTE, COPY, MATMUL, class_of_kernel
 
-MATMUL, COMPUTE, COMM, COPY = 0, 1, 2, 3
-CLASS_NAMES = ("matmul", "other_compute", "communication", "memcpy")
+_PEER = re.compile(r"^Memcpy PtoP|^CopyPeer", re.I)
 
-_COMM = re.compile(
-    r"nccl|rccl|msccl|deep_?ep(?:::|_)|multimem|nvshmem|oneccl|hccl|one_?shot|two_?shot|cross_device_reduce"
-    r"|quick_?reduce|userbuffers|symm_?mem|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all"
-    r"|(?:intra|inter)node::(?:dispatch|combine|notify|cached_notify)",
-    re.I,
-)
-# Tensor contractions, with the split-K reductions and epilogues that belong to them. ``nvjet``: cuBLAS on
-# Hopper and Blackwell; ``Cijk``: Tensile; ``ck_tile``/``igemm``: ROCm; ``triton_tem``: Inductor templates.
-_MATMUL = re.compile(
-    r"gemm|gemv|cutlass|xmma|nvjet|cijk|conv(?!ert)|scudnn|splitk|wgrad|dgrad|fprop|winograd|epilogue::impl"
-    r"|flash|fmha|attention|attn_(?:fwd|bwd)|fused_mha|_mha_|matmul|triton_tem|\bdot_kernel",
-    re.I,
-)
-_COMPUTE = re.compile(
-    r"at::|at_cuda|triton|cub::|thrust|elementwise|reduce_kernel|cudnn|fbgemm|vectorized|norm|softmax|embedding"
-    r"|void c10::|transpose|optimizer|adam|dropout|flashinfer|vllm::|apex|transformer_engine",
-    re.I,
-)
+__all__ = ["CLASS_NAMES", "COMM", "COMPUTE", "COPY", "MATMUL", "axis_of", "classify", "comm_op"]
+
 _OPS = (
     ("all_reduce", re.compile(r"all_?reduce|cross_device_reduce|quick_?reduce|(?:one|two)_?shot", re.I)),
     ("all_gather", re.compile(r"all_?gather", re.I)),
     ("reduce_scatter", re.compile(r"reduce_?scatter", re.I)),
     ("all_to_all", re.compile(r"all_?to_?all|deep_?ep|::dispatch|::combine", re.I)),
+    ("peer_copy", re.compile(r"PtoP", re.I)),
     ("send_recv", re.compile(r"send_?recv|\bsend\b|\brecv\b|_p2p", re.I)),
     ("broadcast", re.compile(r"broadcast", re.I)),
     ("reduce", re.compile(r"reduce", re.I)),
@@ -57,14 +42,6 @@ _AXES = (
 )
 # Groups that span tensor and data axes together serve gradient norms and the like, not one axis.
 _MANY_AXES = re.compile(r"^(?:tensor_and|expert_tensor|model_parallel_group|default_pg)", re.I)
-
-
-def is_comm_name(name: str) -> bool:
-    return _COMM.search(name) is not None and not name.startswith(("Memcpy", "Memset"))
-
-
-def is_matmul_name(name: str) -> bool:
-    return _MATMUL.search(name) is not None
 
 
 def comm_op(name: str) -> str:
@@ -93,14 +70,14 @@ def classify(trace: RankTrace) -> npt.NDArray[np.int64]:
     by_name = np.full(len(trace.names), COMPUTE, np.int64)
     known = np.zeros(len(trace.names), bool)
     for i in np.unique(device.name):
-        name = trace.names[i]
-        if is_comm_name(name):
-            by_name[i] = COMM
-        elif is_matmul_name(name):
-            by_name[i], known[i] = MATMUL, True
-        else:
-            known[i] = _COMPUTE.search(name) is not None
+        by_name[i], why = class_of_kernel(trace.names[i])
+        known[i] = bool(why) and by_name[i] != COMM
     kinds = np.where(device.kind == KERNEL, by_name[device.name], COPY)
+    peers = np.array([_PEER.search(n) is not None for n in trace.names], bool)
+    between = peers[device.name] & (device.kind != KERNEL)
+    if between.any():
+        kinds[between] = COMM
+        trace.said["assumed: copies between devices communicate"] += int(between.sum())
     kinds[device.comm >= 0] = COMM
     _by_stream(trace, kinds, known)
     return kinds

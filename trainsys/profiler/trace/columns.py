@@ -84,6 +84,10 @@ class RankTrace:
     path: Path
     rank: int
     world: int
+    stated: bool = False
+    """The file itself says its rank; else its name does, or nothing (-1)."""
+    devices: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """Name and bytes of memory of the devices that the file describes."""
     device_name: str = ""
     device_memory: int = 0
     backend: str = ""

@@ -10,6 +10,7 @@ from trainsys.profiler.trace.breakdown import comm_group
 from trainsys.profiler.trace.classify import COMM, axis_of, comm_op
 from trainsys.profiler.trace.columns import CommMeta, RankTrace
 from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.link import Launches, steps_at
 from trainsys.profiler.trace.opflops import ELEMENT_BYTES
 
 HOST_PREFIXES = ("gloo:", "mpi:", "ucc:")
@@ -27,7 +28,7 @@ class GroupKey:
 
 @dataclass(slots=True)
 class CommList:
-    """In order of start. ``key``, ``op`` index ``keys``, ``ops``; ``size`` in bytes, -1 unknown; ``seq`` -1 unknown.
+    """In order of start. ``key``, ``op`` index ``keys``, ``ops``; ``size`` in bytes, ``seq``, ``step`` -1 unknown.
 
     ``size`` is the full message as bus bandwidth counts it: the input of all_reduce and reduce_scatter, the
     output of all_gather.
@@ -39,6 +40,8 @@ class CommList:
     op: Ints
     size: Ints
     seq: Ints
+    step: Ints
+    """The profiler step it was launched in."""
     keys: list[GroupKey]
     ops: list[str]
     on_host: bool
@@ -47,7 +50,7 @@ class CommList:
         return int(self.start.size)
 
 
-def list_communications(trace: RankTrace, kinds: Ints) -> CommList:
+def list_communications(trace: RankTrace, kinds: Ints, launches: Launches) -> CommList:
     """Device communications; for a run without a device, the host's (gloo, MPI)."""
     chosen = np.flatnonzero(kinds == COMM) if len(trace.device) else np.zeros(0, np.int64)
     on_host = not len(trace.device)
@@ -81,6 +84,7 @@ def list_communications(trace: RankTrace, kinds: Ints) -> CommList:
         columns[:, 1],
         columns[:, 2],
         columns[:, 3],
+        steps_at(trace, source.start[chosen] if on_host else launches.start[chosen]),
         list(keys),
         list(ops),
         on_host,

@@ -61,6 +61,25 @@ class Step:
     end: int
 
 
+def host_steps(trace: RankTrace) -> list[tuple[int, int, int]]:
+    """(start, end, number) of each ``ProfilerStep#n`` on the host, in order."""
+    number = np.array([int(m.group(1)) if (m := STEP.match(n)) else -1 for n in trace.names], np.int64)
+    notes = trace.notes
+    chosen = np.flatnonzero(number[notes.name] >= 0) if len(notes) else np.zeros(0, np.int64)
+    columns = (notes.start[chosen], notes.end[chosen], number[notes.name[chosen]])
+    return sorted(set(zip(*(c.tolist() for c in columns), strict=True)))
+
+
+def steps_at(trace: RankTrace, at: Ints) -> Ints:
+    """The number of the profiler step the host was in at each instant, -1 outside of any."""
+    marks = host_steps(trace)
+    if not marks:
+        return np.full(at.size, -1, np.int64)
+    begin, end, number = (np.array(column, np.int64) for column in zip(*marks, strict=True))
+    i = np.searchsorted(begin, at, "right") - 1
+    return np.where((i >= 0) & (at < end[np.maximum(i, 0)]), number[np.maximum(i, 0)], -1)
+
+
 def find_steps(trace: RankTrace, launches: Launches) -> list[Step]:
     """The device's stretch of each ``ProfilerStep#n``.
 
@@ -68,12 +87,7 @@ def find_steps(trace: RankTrace, launches: Launches) -> list[Step]:
     the next begins; the last one ends with the device's last activity. So the steps are disjoint and a
     kernel that outlives its host step is not lost. Without launch records host times are used as they are.
     """
-    marks: list[tuple[int, int, int]] = []
-    for i in range(len(trace.notes)):
-        found = STEP.match(trace.names[trace.notes.name[i]])
-        if found:
-            marks.append((int(trace.notes.start[i]), int(trace.notes.end[i]), int(found.group(1))))
-    marks = sorted(set(marks))
+    marks = host_steps(trace)
     if not marks:
         return []
     linked = launches.index >= 0

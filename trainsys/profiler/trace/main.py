@@ -19,6 +19,7 @@ from trainsys.profiler.trace.report import Report, Unread, to_json
 from trainsys.profiler.trace.source import Limits
 from trainsys.profiler.trace.text import render
 from trainsys.profiler.trace.verdicts import judge
+from trainsys.profiler.trace.windows import place
 
 if TYPE_CHECKING:
     from trainsys.config.model import ModelConfig
@@ -43,25 +44,28 @@ def analyse(
     options = options or Options()
     inputs = sort_inputs(paths)
     report = Report(unread=[Unread(str(p), why) for p, why in inputs.unread])
-    comms: dict[int, CommList] = {}
-    memory: dict[int, int] = {}
+    found: list[Analysed] = []
     for result in _each(inputs.traces, options, workers):
         if isinstance(result, Unread):
             report.unread.append(result)
-            continue
-        rank = _free_rank(result, set(comms))
-        comms[rank], memory[rank] = result.comms, result.device_memory
-        report.ranks.append(result.report)
-    report.ranks.sort(key=lambda r: r.rank)
+        else:
+            found.append(result)
+    placed = place(found)
+    report.unread += placed.unread
     # The catalogue is imported after the workers are done: it would be copied into each of them.
     from trainsys.profiler.trace.rates import add_model_mfu, add_peaks, common_device
 
-    for r in report.ranks:
-        add_peaks(r, memory[r.rank], device)
-    if len(comms) > 1:
-        report.across = compare_ranks(comms, {r.rank: r.host for r in report.ranks}, common_device(report))
+    for capture in placed.captures:
+        for r in (capture.report, *capture.lanes):
+            r.rank, r.window = capture.report.rank, capture.report.window
+            add_peaks(r, capture.device_memory, device)
+            report.ranks.append(r)
+    windows = _windows(placed.captures)
+    hosts = {c.report.rank: c.report.host for c in placed.captures}
+    if len(hosts) > 1:
+        report.across = compare_ranks(windows, hosts, common_device(report))
     if critical and report.ranks:
-        _critical(report, options, waits_by_start(comms) if len(comms) > 1 else {})
+        _critical(report, options, waits_by_start(windows, hosts) if len(hosts) > 1 else {})
     _others(inputs, report)
     if not (report.ranks or report.hang or report.memory):
         raise UserError(_nothing(paths, report))
@@ -168,15 +172,12 @@ def _each(traces: list[Path], options: Options, workers: int | None) -> Iterator
         yield from pool.map(_one, jobs)
 
 
-def _free_rank(result: Analysed, taken: set[int]) -> int:
-    """The file's own rank; the next free number where it says none, or one that another file has."""
-    rank = result.report.rank
-    if rank < 0 or rank in taken:
-        if rank in taken:
-            result.report.said["assumed: another file has the same rank; numbered by order"] = 1
-        rank = next(r for r in range(len(taken) + 1) if r not in taken)
-        result.report.rank = rank
-    return rank
+def _windows(captures: list[Analysed]) -> list[dict[int, CommList]]:
+    """The ranks' communications by captured stretch of time."""
+    out: dict[int, dict[int, CommList]] = {}
+    for c in captures:
+        out.setdefault(c.report.window, {})[c.report.rank] = c.comms
+    return [out[w] for w in sorted(out)]
 
 
 def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]) -> None:
@@ -187,7 +188,7 @@ def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]
     slowest = max(
         timed, key=lambda r: r.breakdown.whole.span - r.breakdown.whole.comm_exposed if r.breakdown else 0
     )
-    loaded = load(Path(slowest.path), options)
+    loaded = load(Path(slowest.path), options, slowest.lane)
     report.critical = critical_path(
         loaded.trace, loaded.kinds, loaded.launches, waits_of(loaded, waits.get(slowest.rank, {}))
     )

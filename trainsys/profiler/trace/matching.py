@@ -1,23 +1,15 @@
-"""The same collective on several ranks: matched by (group, sequence), or by order where no sequence is given.
-
-Collectives of one communicator happen in one order on all its ranks, so order within the group is a
-sequence, up to where each rank's recording began. Where ranks recorded different numbers, each is shifted
-to where operations and sizes agree and ends coincide best.
-"""
+"""The same collective on several ranks: communicators of two or more recorded members, each pairing checked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from trainsys.profiler.trace.commlist import CommList, GroupKey
 from trainsys.profiler.trace.intervals import Ints
-
-SYNCHRONISING = frozenset(
-    {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "communication"}
-)
-"""Operations no rank can leave before all have come. A broadcast's root may."""
+from trainsys.profiler.trace.pairing import LOOSE, SYNCHRONISING, Column, Pairing, pair
 
 
 @dataclass(slots=True)
@@ -28,107 +20,143 @@ class Matched:
     ranks: list[int]
     start: Ints
     end: Ints
+    ahead: Ints
+    """What a member's clock is ahead of the first one's: subtract it to compare."""
+    place: Ints
+    """Each one's number among its rank's own: neighbours are neighbours where it grows by one."""
     op: list[str]
     size: Ints
     """Bytes of each, -1 unknown. [N]"""
     unmatched: int
     """Events of the members that found no partner."""
 
+    @property
+    def sync(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        return np.array([op in SYNCHRONISING for op in self.op], bool)
 
-def match(comms: dict[int, CommList]) -> tuple[list[Matched], dict[str, int]]:
-    """Match over ranks. Returns (communicators of two or more recorded members, what was left out by why)."""
+    @property
+    def end_spread(self) -> Ints:
+        """By how much the ends of each synchronising collective differ, clocks aligned. ns"""
+        return np.asarray(np.ptp((self.end - self.ahead)[self.sync], axis=1), np.int64)
+
+
+@dataclass(slots=True)
+class Matches:
+    """``said``: what was left out and how often. ``withheld``: pairings without evidence, in words."""
+
+    groups: list[Matched] = field(default_factory=list)
+    said: dict[str, int] = field(default_factory=dict)
+    withheld: list[str] = field(default_factory=list)
+
+
+def match(comms: Mapping[int, CommList], hosts: Mapping[int, str] | None = None) -> Matches:
+    """Match over ranks. ``hosts`` by rank, empty or absent where unknown: ranks of one host have one clock."""
+    hosts = hosts or {}
+    out = Matches()
     members: dict[tuple[str, tuple[int, ...]], list[tuple[int, int]]] = {}
     keys: dict[tuple[str, tuple[int, ...]], GroupKey] = {}
-    said: dict[str, int] = {}
     for rank, comm in sorted(comms.items()):
         for k, key in enumerate(comm.keys):
             # A group's name is the same on all its ranks; its list of ranks, if given, tells its twins apart.
             identity = (key.name, key.ranks)
             keys.setdefault(identity, key)
             members.setdefault(identity, []).append((rank, k))
-    out: list[Matched] = []
+
+    def count(what: str, n: int) -> None:
+        if n:
+            out.said[what] = out.said.get(what, 0) + n
+
     for identity, present in members.items():
         if len(present) < 2:
             rank, k = present[0]
-            said["communication of groups with one recorded member"] = said.get(
-                "communication of groups with one recorded member", 0
-            ) + int((comms[rank].key == k).sum())
+            count("communication of groups with one recorded member", int((comms[rank].key == k).sum()))
             continue
-        out.append(_match_group(keys[identity], [(r, comms[r], k) for r, k in present]))
-    unmatched = sum(m.unmatched for m in out)
-    if unmatched:
-        said["communications without a partner on the other ranks"] = unmatched
-    return [m for m in out if m.start.size], said
-
-
-def _match_group(key: GroupKey, members: list[tuple[int, CommList, int]]) -> Matched:
-    picks = [np.flatnonzero(c.key == k) for _, c, k in members]
-    sequenced = all(
-        bool((c.seq[p] >= 0).all()) and p.size for (_, c, _), p in zip(members, picks, strict=True)
-    )
-    if sequenced and all(
-        np.unique(c.seq[p]).size == p.size for (_, c, _), p in zip(members, picks, strict=True)
-    ):
-        common = set(members[0][1].seq[picks[0]].tolist())
-        for (_, c, _), p in zip(members, picks, strict=True):
-            common &= set(c.seq[p].tolist())
-        wanted = np.array(sorted(common), np.int64)
-        chosen = []
-        for (_, c, _), p in zip(members, picks, strict=True):
-            order = p[np.argsort(c.seq[p], kind="stable")]
-            chosen.append(order[np.searchsorted(c.seq[order], wanted)])
-    else:
-        chosen = _by_order(members, picks)
-    n = chosen[0].size
-    first = members[0][1]
-    ops = [first.ops[o] for o in first.op[chosen[0]].tolist()]
-    return Matched(
-        key,
-        [r for r, _, _ in members],
-        np.stack([c.start[i] for (_, c, _), i in zip(members, chosen, strict=True)], axis=1).reshape(n, -1),
-        np.stack([c.end[i] for (_, c, _), i in zip(members, chosen, strict=True)], axis=1).reshape(n, -1),
-        ops,
-        np.max([c.size[i] for (_, c, _), i in zip(members, chosen, strict=True)], axis=0),
-        sum(p.size - n for p in picks),
-    )
-
-
-def _by_order(members: list[tuple[int, CommList, int]], picks: list[Ints]) -> list[Ints]:
-    shortest = int(np.argmin([p.size for p in picks]))
-    base_comm, base = members[shortest][1], picks[shortest]
-    signature = _signature(base_comm, base)
-    agree = np.ones(base.size, bool)
-    chosen: list[Ints] = []
-    for (_, comm, _), pick in zip(members, picks, strict=True):
-        sig = _signature(comm, pick)
-        best, best_score = 0, (-1, 0.0)
-        for shift in range(pick.size - base.size + 1):
-            same = int((sig[shift : shift + base.size] == signature).sum())
-            gap = comm.end[pick[shift : shift + base.size]] - base_comm.end[base]
-            score = (same, -float(np.ptp(gap)) if gap.size else 0.0)
-            if score > best_score:
-                best, best_score = shift, score
-        agree &= sig[best : best + base.size] == signature
-        chosen.append(pick[best : best + base.size])
-    return [c[agree] for c in chosen]
-
-
-def _signature(comm: CommList, pick: Ints) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
-    """Operation and size of each; sizes may differ over ranks in all_to_all and send_recv, so they are left out."""
-    loose = {"all_to_all", "send_recv", "communication"}
-    out = np.empty(pick.size, object)
-    for j, i in enumerate(pick.tolist()):
-        op = comm.ops[comm.op[i]]
-        out[j] = (op, -1 if op in loose else int(comm.size[i]))
+        found, withheld = _match_group(keys[identity], [(r, comms[r], k) for r, k in present], hosts)
+        out.withheld += withheld
+        if found is not None:
+            out.groups.append(found)
+    count("communications without a partner on the other ranks", sum(m.unmatched for m in out.groups))
     return out
 
 
-def align_clocks(groups: list[Matched], hosts: dict[int, str]) -> tuple[dict[int, int], int | None]:
+def _match_group(
+    key: GroupKey, members: list[tuple[int, CommList, int]], hosts: Mapping[int, str]
+) -> tuple[Matched | None, list[str]]:
+    """Every member is paired with the one that recorded most; those that cannot be are left out and said."""
+    numbers: dict[tuple[str, int], int] = {}
+    picks = {r: np.flatnonzero(c.key == k) for r, c, k in members}
+    columns = {r: _column(c, picks[r], numbers) for r, c, _ in members}
+    lists = {r: c for r, c, _ in members}
+    base = max(columns, key=lambda r: (len(columns[r]), -r))
+    pairings: dict[int, Pairing] = {}
+    withheld = []
+    for rank, column in columns.items():
+        if rank == base:
+            continue
+        one_clock = bool(hosts.get(rank)) and hosts.get(rank) == hosts.get(base)
+        found = pair(columns[base], column, one_clock)
+        if isinstance(found, str):
+            withheld.append(f"group {key.label}: rank {rank} is not compared with rank {base}: {found}")
+        else:
+            pairings[rank] = found
+    if not pairings:
+        return None, withheld
+    common = np.arange(len(columns[base]))
+    for p in pairings.values():
+        common = np.intersect1d(common, p.left)
+    if not common.size:
+        return None, [
+            *withheld,
+            f"group {key.label}: no collective was recorded by all of ranks {sorted(columns)}",
+        ]
+    ranks = sorted([base, *pairings])
+    chosen, ahead = [], []
+    for r in ranks:
+        if r == base:
+            chosen.append(common)
+            ahead.append(np.zeros(common.size, np.int64))
+        else:
+            at = np.searchsorted(pairings[r].left, common)
+            chosen.append(pairings[r].right[at])
+            ahead.append(pairings[r].ahead[at])
+    own = {r: picks[r][c] for r, c in zip(ranks, chosen, strict=True)}
+    clock = np.stack(ahead, axis=1)
+    sizes = np.max([lists[r].size[i] for r, i in own.items()], axis=0)
+    first = lists[ranks[0]]
+    return Matched(
+        key,
+        ranks,
+        np.stack([lists[r].start[i] for r, i in own.items()], axis=1),
+        np.stack([lists[r].end[i] for r, i in own.items()], axis=1),
+        clock - clock[:, :1],
+        np.stack(chosen, axis=1),
+        [first.ops[o] for o in first.op[own[ranks[0]]].tolist()],
+        sizes,
+        sum(len(columns[r]) - common.size for r in ranks),
+    ), withheld
+
+
+def _column(comm: CommList, pick: Ints, numbers: dict[tuple[str, int], int]) -> Column:
+    op = [comm.ops[o] for o in comm.op[pick].tolist()]
+    signature = [
+        (o, -1 if o in LOOSE else size) for o, size in zip(op, comm.size[pick].tolist(), strict=True)
+    ]
+    return Column(
+        comm.start[pick],
+        comm.end[pick],
+        np.array([o in SYNCHRONISING for o in op], bool),
+        np.array([numbers.setdefault(s, len(numbers)) for s in signature], np.int64),
+        comm.seq[pick],
+        comm.step[pick],
+        comm.on_host,
+    )
+
+
+def align_clocks(groups: list[Matched], hosts: Mapping[int, str]) -> tuple[dict[int, int], int | None]:
     """Offset of each rank's clock (ns, to subtract), from the ends of synchronising collectives.
 
-    All members leave such a collective together, so the ends' differences are the clocks'. A clock belongs
-    to a host: ranks of one host share their offset, and with a single host there is none to find. Within a
-    group each member's offset from the group's middle is the median over its collectives; over groups the
+    A clock belongs to a host: ranks of one host share their offset, and with a single host there is none to find.
+    Within a group each member's offset from the group's middle is the median over its collectives; over groups the
     offsets are joined by least squares. Offsets that explain less than half of the disagreement are not
     believed. Returns (offsets, median absolute residual after; None with nothing to go by).
     """
@@ -138,9 +166,9 @@ def align_clocks(groups: list[Matched], hosts: dict[int, str]) -> tuple[dict[int
     none = dict.fromkeys(ranks, 0)
     ends: list[tuple[list[int], np.ndarray[tuple[int, int], np.dtype[np.float64]]]] = []
     for g in groups:
-        keep = np.array([op in SYNCHRONISING for op in g.op], bool)
-        if keep.any():
-            away = (g.end[keep] - g.end[keep].min()).astype(float)
+        if g.sync.any():
+            end = g.end[g.sync]
+            away = (end - end.min()).astype(float)
             ends.append(([number[clock[r]] for r in g.ranks], away - np.median(away, axis=1, keepdims=True)))
     if not ends:
         return none, None

@@ -61,7 +61,7 @@ def add_model_mfu(report: Report, model: ModelConfig, seq_len: int, tokens_per_s
     flops = train_flops_per_token(model, seq_len) * tokens_per_step
     for rank in report.ranks:
         steps = rank.breakdown.steps if rank.breakdown is not None else []
-        world = max(rank.world, len(report.ranks))
+        world = report.world
         if not steps:
             raise UserError(
                 f"{rank.path}: no ProfilerStep in it, so no step time to take the model's FLOPs over"

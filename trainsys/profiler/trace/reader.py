@@ -73,20 +73,28 @@ def _header(trace: RankTrace, meta: Meta) -> None:
         if isinstance(group, dict) and isinstance(group.get("ranks"), list):
             ranks = tuple(r for r in group["ranks"] if isinstance(r, int))
             trace.groups[str(group.get("pg_name"))] = (str(group.get("pg_desc", "")), ranks)
-    if isinstance(rank, int):
-        trace.rank = rank
+    trace.stated = isinstance(rank, int) and rank >= 0
+    if trace.stated:
+        trace.rank = int(rank)
     else:
-        found = _RANK_IN_NAME.findall(trace.path.name)
+        found = _RANK_IN_NAME.findall(trace.path.name) or _RANK_IN_NAME.findall(trace.path.parent.name)
         trace.rank = int(found[-1]) if found else -1
         trace.said[
             "assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")
         ] += 1
     trace.world = world if isinstance(world, int) else 0
-    devices = [d for d in _value(meta, "deviceProperties", list, []) if isinstance(d, dict)]
-    used = {int(d) for d in trace.device.device[:1]}
-    for d in devices:
-        if d.get("id") in used or len(devices) == 1:
-            trace.device_name, trace.device_memory = str(d.get("name", "")), int(d.get("totalGlobalMem") or 0)
+    for d in _value(meta, "deviceProperties", list, []):
+        if isinstance(d, dict) and isinstance(d.get("id"), int):
+            memory = d.get("totalGlobalMem")
+            trace.devices[d["id"]] = (str(d.get("name", "")), memory if isinstance(memory, int) else 0)
+    name_device(trace)
+
+
+def name_device(trace: RankTrace) -> None:
+    """Name and memory of the device that the activities are of."""
+    used = int(trace.device.device[0]) if len(trace.device) else -1
+    only = next(iter(trace.devices.values())) if len(trace.devices) == 1 else ("", 0)
+    trace.device_name, trace.device_memory = trace.devices.get(used, only)
 
 
 T = TypeVar("T")

@@ -49,6 +49,10 @@ class RankReport:
     """The catalogue's name of the device, empty where the trace's name matches none."""
     said: dict[str, int]
     """What was repaired, dropped, assumed or could not be linked, and how often."""
+    window: int = 0
+    """Which of its rank's captures: 0 for the first stretch of time that was captured."""
+    lane: int | None = None
+    """The device of a file with several; each is a row of its own. None: the file has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,18 @@ class Report:
     verdicts: list[Verdict] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
     schema: str = SCHEMA
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job as far as the files tell: never fewer than were given."""
+        return max([r.world for r in self.ranks] + [len({r.rank for r in self.ranks})])
+
+    def label(self, r: RankReport) -> str:
+        """``3``; with the capture and the device where there are several."""
+        out = str(r.rank)
+        if any(o.window for o in self.ranks):
+            out += f" capture {r.window + 1}"
+        return out if r.lane is None else f"{out} device {r.lane}"
 
 
 def to_json(report: Report) -> bytes:

@@ -46,6 +46,31 @@ class Job:
     """Host operators written beside each launch, to give the files a real trace's bulk."""
     seed: int = 0
     elements: int = 1 << 20
+    drift_ppm: dict[int, float] = field(default_factory=dict)
+    """Host -> by how much its clock runs fast, parts per million."""
+    missing: float = 0.0
+    """Share of the all-reduces that a rank's recorder lost."""
+    sampled: int = 0
+    """Steps in a row that each rank recorded, from one of its own; 0: all."""
+    sequence: bool = False
+    """All-reduces carry their sequence number."""
+    marks: bool = True
+    """Steps are annotated."""
+    host_names: bool = True
+
+    def clock(self, rank: int, ns: int) -> int:
+        """What the clock of a rank's host shows at a true time, ns."""
+        host = rank // self.ranks_per_host
+        return ns + self.clock_ns.get(host, 0) + round(ns * self.drift_ppm.get(host, 0.0) * 1e-6)
+
+    def recorded(self, rank: int) -> range:
+        """The steps that a rank recorded."""
+        first = 0
+        if self.sampled:
+            first = int(
+                np.random.default_rng((self.seed, rank, 1)).integers(0, self.steps - self.sampled + 1)
+            )
+        return range(first, first + (self.sampled or self.steps))
 
     def members(self, rank: int) -> list[int]:
         size = self.group or self.ranks
@@ -132,7 +157,8 @@ class _Writer:
 
     def __init__(self, job: Job, rank: int) -> None:
         self.job, self.rank = job, rank
-        self.shift = job.clock_ns.get(rank // job.ranks_per_host, 0)
+        self.rank = rank
+        self.lost = np.random.default_rng((job.seed, rank, 2))
         self.correlation = 0
         members = job.members(rank)
         self.group = (
@@ -142,9 +168,10 @@ class _Writer:
         )
 
     def event(self, cat: str, name: str, pid: int, tid: int, start: int, end: int, args: str) -> str:
+        begin, finish = self.job.clock(self.rank, start), self.job.clock(self.rank, end)
         return (
             f'  {{\n    "ph": "X", "cat": "{cat}", "name": "{name}", "pid": {pid}, "tid": {tid},\n'
-            f'    "ts": {_us(start + self.shift)}, "dur": {_us(end - start)},\n    "args": {{\n      {args}\n    }}\n  }}'
+            f'    "ts": {_us(begin)}, "dur": {_us(finish - begin)},\n    "args": {{\n      {args}\n    }}\n  }}'
         )
 
     def activity(
@@ -190,7 +217,7 @@ class _Writer:
             )
         )
         out.append(
-            f'  {{\n    "ph": "s", "id": {c}, "pid": 4000, "tid": 4000, "ts": {_us(launched + self.shift)},\n'
+            f'  {{\n    "ph": "s", "id": {c}, "pid": 4000, "tid": 4000, "ts": {_us(self.job.clock(self.rank, launched))},\n'
             '    "cat": "ac2g", "name": "ac2g"\n  }'
         )
         return out
@@ -203,24 +230,27 @@ def write_rank(job: Job, timeline: Timeline, rank: int, path: Path) -> None:
         "schemaVersion": 1,
         "deviceProperties": [{"id": 0, "name": "NVIDIA H100 80GB HBM3", "totalGlobalMem": 85017886720}],
         "distributedInfo": {"backend": "nccl", "rank": rank, "world_size": job.ranks},
-        "host_name": f"host{rank // job.ranks_per_host}",
+        "host_name": f"host{rank // job.ranks_per_host}" if job.host_names else "",
         "displayTimeUnit": "ms",
         "baseTimeNanoseconds": BASE_NS,
     }
     zipped = path.suffix == ".gz"
     with igzip.open(path, "wt", compresslevel=1) if zipped else path.open("w") as file:  # type: ignore[no-untyped-call]
         file.write(json.dumps(head)[:-1] + ',\n"traceEvents": [\n')
-        for s in range(job.steps):
+        steps = job.recorded(rank)
+        for s in steps:
             file.write(
-                ",\n".join(_step(job, timeline, rank, s, writer)) + (",\n" if s < job.steps - 1 else "\n")
+                ",\n".join(_step(job, timeline, rank, s, writer)) + (",\n" if s != steps[-1] else "\n")
             )
         file.write('],\n"traceName": "synthetic"\n}\n')
 
 
 def _step(job: Job, t: Timeline, rank: int, s: int, writer: _Writer) -> list[str]:
     begin, finish = (int(x) for x in t.step[rank, s])
+    mark = f"ProfilerStep#{s}"
+    marks = [writer.event("user_annotation", mark, 4000, 4000, begin, finish, '"External id": 0')]
     out = [
-        writer.event("user_annotation", f"ProfilerStep#{s}", 4000, 4000, begin, finish, '"External id": 0'),
+        *(marks if job.marks else []),
         writer.event(
             "user_annotation",
             "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__",
@@ -236,6 +266,10 @@ def _step(job: Job, t: Timeline, rank: int, s: int, writer: _Writer) -> list[str
         for k, (name, stream, extra) in enumerate(
             ((PRODUCT, 7, ""), (ELEMENTWISE, 7, ""), (REDUCE, 20, ", " + writer.group), (ELEMENTWISE, 7, ""))
         ):
+            if k == 2:
+                if job.missing and writer.lost.random() < job.missing:
+                    continue
+                extra += f', "Seq": {s * job.layers + layer}' if job.sequence else ""
             out += writer.activity(
                 "kernel",
                 name,

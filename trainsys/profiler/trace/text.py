@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainsys.profiler.hang.analyse import explain_mismatch
 from trainsys.profiler.hang.report import HangReport
 from trainsys.profiler.memory_snapshot.report import MemoryReport
 from trainsys.profiler.trace.across import Across
@@ -42,9 +43,11 @@ def render(report: Report) -> str:
             out += [f"  {i}. {v.title}", f"     why: {v.evidence}", f"     try: {v.advice}"]
         out.append("")
     if report.ranks:
-        out += _ranks(report.ranks)
+        out += _ranks(report)
     if report.across is not None and report.across.ranks:
         out += _across(report.across)
+    elif report.across is not None:
+        out += ["Across ranks: nothing is compared, for want of evidence (see Notes)", ""]
     if report.critical is not None:
         c = report.critical
         out.append(f"Critical path of rank {report.critical_rank} ({ms(c.span_ns)} ms)")
@@ -66,19 +69,18 @@ def render(report: Report) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-def _ranks(ranks: list[RankReport]) -> list[str]:
+def _ranks(report: Report) -> list[str]:
+    ranks = report.ranks
     first = ranks[0]
     devices = sorted({r.device for r in ranks if r.device})
-    out = [
-        f"{len(ranks)} rank{'s' * (len(ranks) > 1)}, {', '.join(devices) or 'no device named'}; times in ms"
-    ]
+    out = [f"{count_ranks(report)}, {', '.join(devices) or 'no device named'}; times in ms"]
     head = ("rank", "span", "matmul", "other", "exposed comm", "exposed copy", "idle", "idle%", "comm hidden")
     rows = []
     for r in ranks[:MOST_RANKS]:
         if r.breakdown is None:
-            rows.append((str(r.rank), *["-"] * 8))
+            rows.append((report.label(r), *["-"] * 8))
             continue
-        rows.append((str(r.rank), *_terms(r.breakdown.whole)))
+        rows.append((report.label(r), *_terms(r.breakdown.whole)))
     out += table(head, rows)
     if len(ranks) > MOST_RANKS:
         out.append(f"  and {len(ranks) - MOST_RANKS} more (--json has all)")
@@ -124,6 +126,14 @@ def _ranks(ranks: list[RankReport]) -> list[str]:
             ],
         )
     return [*out, ""]
+
+
+def count_ranks(report: Report) -> str:
+    """``2 of 128 ranks, 3 captures``: what was given, of what there is."""
+    n = len({r.rank for r in report.ranks})
+    windows = len({r.window for r in report.ranks})
+    out = f"{n} of {report.world} ranks" if report.world > n else f"{n} rank{'s' * (n > 1)}"
+    return out + (f", {windows} captures" if windows > 1 else "")
 
 
 def _terms(t: Terms) -> tuple[str, ...]:
@@ -191,11 +201,14 @@ def _hang(h: HangReport) -> list[str]:
         f"  rank {r.rank} ({r.kind}): {r.evidence}" + (f"; at {r.where}" if r.where else "") for r in h.roots
     ]
     out += [
-        f"  rank {w.rank} waits in {w.operation}" + (f" for {w.on}" if w.on else "") for w in h.waiting[:8]
+        f"  rank {w.rank} waits in {w.operation}" + (f" for rank{'s' * (len(w.on) > 1)} {', '.join(map(str, w.on))}" if w.on else "") for w in h.waiting[:8]
     ]
     if len(h.waiting) > 8:
         out.append(f"  and {len(h.waiting) - 8} more wait")
-    out += [f"  collective #{m.sequence} of group {m.group} differs: {m.variants}" for m in h.mismatches[:5]]
+    out += [
+        f"  collective #{m.sequence} of group {m.group}, {m.what} mismatch: {explain_mismatch(m)}"
+        for m in h.mismatches[1:5]
+    ]
     if h.missing:
         out.append(f"  no dump from ranks {h.missing}")
     return [*out, ""]
@@ -209,16 +222,25 @@ def _memory(m: MemoryReport) -> list[str]:
         f"Memory of device {m.device}: {gib(m.reserved)} GiB reserved, {gib(m.active)} in use, peak {gib(m.peak)}; "
         f"largest free block {m.largest_free_block / 2**20:.0f} MiB, largest request {m.largest_request / 2**20:.0f} MiB"
     ]
+    if m.private or m.pending_free:
+        out.append(
+            f"  of it {gib(m.private)} GiB in private pools (CUDA graphs), {gib(m.pending_free)} freed and waiting for a stream"
+        )
     out.append("  peak by part: " + ", ".join(f"{k} {gib(v)}" for k, v in m.by_part.items()))
     out += table(
-        ("held at the peak by", "part", "blocks", "GiB"),
-        [(h.where[:70], h.part, str(h.blocks), gib(h.bytes)) for h in m.holders[:10]],
+        ("held at the peak by", "part", "blocks", "MiB each", "GiB"),
+        [(h.where[:70], h.part, str(h.blocks), _each(h.each), gib(h.bytes)) for h in m.holders[:10]],
     )
     out += [
         f"  out of memory: {o.request / 2**20:.0f} MiB asked at {o.where}; would have fitted: {o.would_fit}"
         for o in m.out_of_memory[:5]
     ]
     return [*out, ""]
+
+
+def _each(sizes: list[int]) -> str:
+    low, high = (f"{s / 2**20:.1f}" for s in (min(sizes), max(sizes)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _said(report: Report) -> list[str]:
@@ -231,5 +253,7 @@ def _said(report: Report) -> list[str]:
         for what, n in said.items():
             total[what] = total.get(what, 0) + n
     out = [f"  {what}: {n}" for what, n in sorted(total.items())]
+    if report.across is not None:
+        out += [f"  withheld: {why}" for why in report.across.withheld[:10]]
     out += [f"  not read: {u.why}" for u in report.unread[:10]]
     return ["Notes", *out] if out else []

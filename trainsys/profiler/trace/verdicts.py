@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from trainsys.profiler.hang.report import HangReport
+from trainsys.profiler.memory_snapshot.report import OutOfMemory
 from trainsys.profiler.trace.breakdown import Terms
 from trainsys.profiler.trace.report import RankReport, Report, Verdict
 
@@ -20,24 +22,33 @@ def judge(report: Report) -> list[Verdict]:
     """Findings, the costliest first."""
     out: list[Verdict] = []
     if report.hang is not None and (report.hang.roots or report.hang.mismatches or report.hang.cycles):
-        evidence = (
-            "; ".join(f"rank {r.rank} {r.evidence}" for r in report.hang.roots[:4]) or report.hang.verdict
-        )
-        out.append(
-            Verdict(
-                "hang",
-                report.hang.verdict,
-                evidence,
-                "look at these ranks' logs, host stacks and devices; the others only wait",
-                1.0,
-            )
-        )
+        out.append(_hang(report.hang))
     timed = [r for r in report.ranks if r.breakdown is not None and r.breakdown.whole.span > 0]
     if timed:
         out += _time(report, timed)
     out += _across(report, timed)
     out += _memory(report)
     return sorted(out, key=lambda v: -v.share)
+
+
+_MISMATCH_ADVICE = {
+    "size": "make the ranks' tensors equal before that line: uneven or last batches, unpadded sequences, parameters that "
+    "not all ranks have",
+    "dtype": "make the ranks' dtypes equal before that line: autocast, mixed precision or a cast differs between them",
+    "operation": "have all ranks issue the same collectives in the same order: a branch on rank or data, or an early exit, "
+    "is before that line",
+}
+
+
+def _hang(hang: HangReport) -> Verdict:
+    if hang.mismatches and "mismatch" in hang.verdict:
+        first = hang.mismatches[0]
+        evidence = f"what the ranks recorded; {len(hang.waiting)} ranks wait in it"
+        advice = _MISMATCH_ADVICE[first.what] + "; TORCH_DISTRIBUTED_DEBUG=DETAIL raises at the call"
+        return Verdict("hang", hang.verdict, evidence, advice, 1.0)
+    evidence = "; ".join(f"rank {r.rank}: {r.evidence}" for r in hang.roots[:4]) or hang.verdict
+    advice = "look at these ranks' logs, host stacks and devices; the others only wait"
+    return Verdict("hang", hang.verdict, evidence, advice, 1.0)
 
 
 def _mean(ranks: list[RankReport], part: str, key: str | None = None) -> float:
@@ -174,14 +185,20 @@ def _across(report: Report, timed: list[RankReport]) -> list[Verdict]:
             )
         )
     total = sum(r.caused_ns for r in across.ranks)
-    late = [r for r in across.ranks if r.rank not in named and r.caused_ns > max(0.5 * total, 0.02 * span)]
+    peers = len(across.ranks) - 1
+    late = [
+        r
+        for r in across.ranks
+        if r.rank not in named and r.caused_ns > max(0.5 * total, 0.02 * span * peers) and 2 * r.last > r.collectives
+    ]
+    among = f" of the {peers + 1} recorded ranks" if report.world > peers + 1 else ""
     return out + [
         Verdict(
             "late",
-            f"rank {r.rank} arrives last in {r.last} of {r.collectives} matched collectives",
-            f"the others waited {r.caused_ns / 1e6:.2f} ms in all for it; it waited {r.wait_ns / 1e6:.2f} ms",
+            f"rank {r.rank} arrives last{among} in {r.last} of {r.collectives} matched collectives",
+            f"the others waited {r.caused_ns / 1e6:.2f} ms for it, summed; it waited {r.wait_ns / 1e6:.2f} ms",
             "its work before those collectives is the one to shorten: compare its step with a peer's",
-            min(1.0, r.caused_ns / max(1, len(across.ranks) - 1) / span) if span else 0.0,
+            min(1.0, r.caused_ns / max(1, peers) / span) if span else 0.0,
         )
         for r in late
     ]
@@ -190,18 +207,27 @@ def _across(report: Report, timed: list[RankReport]) -> list[Verdict]:
 def _memory(report: Report) -> list[Verdict]:
     out: list[Verdict] = []
     for m in report.memory:
+        out += [_refused(m.device, o) for o in m.out_of_memory if o.would_fit or _fits_with_all(o)]
         out += [
             Verdict(
                 "memory",
-                f"device {m.device}: a request of {o.request / 2**20:.0f} MiB failed that would have fitted",
-                f"free in the allocator {o.total_free / 2**20:.0f} MiB (largest block "
-                f"{o.largest_free_block / 2**20:.0f}), on the device {o.device_free / 2**20:.0f} MiB",
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
-                0.5,
+                f"device {m.device}: {leak.where} keeps allocating and nothing frees it: {leak.bytes / 2**20:.0f} MiB so far",
+                f"{leak.blocks} blocks still in use, allocated throughout the history",
+                "a list of losses or outputs, or a graph kept alive: detach() or .item() what is kept, or drop it",
+                0.4,
             )
-            for o in m.out_of_memory
-            if o.would_fit
+            for leak in m.leaks
         ]
+        if m.reserved and m.pending_free / m.reserved > 0.05:
+            out.append(
+                Verdict(
+                    "memory",
+                    f"device {m.device}: {m.pending_free / 2**30:.2f} GiB are freed and not usable yet",
+                    "their blocks wait for work of another stream (record_stream)",
+                    "synchronise that stream before the peak, or avoid record_stream (TORCH_NCCL_AVOID_RECORD_STREAMS=1)",
+                    0.05,
+                )
+            )
         if m.reserved and m.inactive / m.reserved > 0.2:
             out.append(
                 Verdict(
@@ -213,3 +239,25 @@ def _memory(report: Report) -> list[Verdict]:
                 )
             )
     return out
+
+
+def _fits_with_all(o: OutOfMemory) -> bool:
+    return o.request <= o.total_free + o.elsewhere_free + o.device_free
+
+
+def _refused(device: int, o: OutOfMemory) -> Verdict:
+    evidence = (
+        f"free in the allocator {o.total_free / 2**20:.0f} MiB (largest block {o.largest_free_block / 2**20:.0f}), "
+        f"on the device {o.device_free / 2**20:.0f} MiB"
+    )
+    if o.elsewhere_free:
+        evidence += f"; {o.elsewhere_free / 2**20:.0f} MiB more are free in private pools or of other streams"
+    if not o.would_fit:
+        how = "that free memory of other pools would have held"
+        advice = "let CUDA graphs share one pool (graph_pool_handle), capture fewer shapes, or free them before this request"
+    elif o.expandable:
+        how = "that would have fitted"
+        advice = "segments are expandable already: allocate fewer different sizes, or torch.cuda.empty_cache() before it"
+    else:
+        how, advice = "that would have fitted", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+    return Verdict("memory", f"device {device}: a request of {o.request / 2**20:.0f} MiB failed {how}", evidence, advice, 0.5)

@@ -125,8 +125,8 @@ if (R.hang) {
   section("Hang", h.verdict,
     h.roots.map((r) => el("div", { class: "root" }, el("b", {}, `rank ${r.rank} · ${r.kind.replace("_", " ")}`), el("div", {}, r.evidence),
       r.where ? el("div", { class: "mono" }, r.where) : null)),
-    h.mismatches.map((m) => el("div", { class: "root" }, el("b", {}, `group ${m.group}, collective #${m.sequence} differs`),
-      Object.entries(m.variants).map(([v, ranks]) => el("div", { class: "mono" }, `${v}: ranks ${ranks.join(", ")}`)))),
+    h.mismatches.map((m) => el("div", { class: "root" }, el("b", {}, `group ${m.group}, collective #${m.sequence}: ${m.what} mismatch`),
+      Object.entries(m.variants).map(([v, ranks]) => el("div", { class: "mono" }, `${v}: ranks ${ranks.join(", ")}`, m.where[v] ? ` at ${m.where[v]}` : "")))),
     h.waiting.length ? table(["merely waiting", "in", "for"], h.waiting.map((w) => [`rank ${w.rank}`, w.operation, w.on.join(", ") || "—"]), { text: [0, 1, 2] }) : null,
     h.missing.length ? el("p", { class: "note" }, `No dump from ranks ${h.missing.join(", ")}.`) : null);
 }
