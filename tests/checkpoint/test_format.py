@@ -132,7 +132,7 @@ def test_a_newer_version_is_refused_by_name_and_a_newer_minor_is_read(tmp_path: 
     assert manifests.decode(newer, "m").schema == "1.9"
     manifest.schema = "2.0"
     manifests.write(manifest, tmp_path / name)
-    with pytest.raises(UserError, match=r"schema 2\.0 is newer than 1\.0"):
+    with pytest.raises(UserError, match=r"schema 2\.0 is newer than 1\.1"):
         manifests.read(tmp_path / name)
     with pytest.raises(UserError, match=r"schema 2\.0"):
         folder.read_all()
