@@ -42,6 +42,7 @@ class Progress:
     updates: int
     loss: float | None = None
     recent_losses: list[float] = field(default_factory=list)
+    samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ class Saver:
         manifest = Manifest(
             step=progress.step,
             data_step=progress.data_step,
+            samples=progress.samples,
             updates=progress.updates,
             loss=progress.loss if progress.loss is not None and abs(progress.loss) < float("inf") else None,
             recent_losses=progress.recent_losses,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from trainsys.telemetry.attempts import attempts_of
 from trainsys.telemetry.events import AnyEvent, RunEnd, RunStart, Stall, Step
 from trainsys.telemetry.reader import Damage, event_file, iter_events
 from trainsys.telemetry.run_data import WARMUP
@@ -35,8 +37,9 @@ class Goodput:
 
 
 def goodput_of(run_dir: str | Path, rank: int) -> Goodput:
-    """From one rank's file; every rank's wall time is the same but for milliseconds."""
-    return account(iter_events(event_file(run_dir, rank), Damage()))
+    """From one rank's file of each attempt; every rank's wall time is the same but for milliseconds."""
+    files = [event_file(attempt, rank) for attempt in attempts_of(run_dir)]
+    return account(chain.from_iterable(iter_events(file, Damage()) for file in files if file.exists()))
 
 
 @dataclass

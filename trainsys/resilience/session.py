@@ -10,19 +10,23 @@ from types import TracebackType
 from typing import Protocol
 
 from trainsys import __version__
+from trainsys.checkpoint.compare import changes
 from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.initial import load_weights, open_weights, refuse_unused
 from trainsys.checkpoint.peers import PeerMemory
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.checkpoint.resume import Found, find, load, refuse_other_run, rng_state
 from trainsys.checkpoint.saver import Progress, Saver
 from trainsys.config.run import RunConfig
 from trainsys.data import Source, StepData
+from trainsys.data.order import samples_seen
 from trainsys.engines.base import Engine, StepResult
-from trainsys.layout import PLACED
+from trainsys.layout import PLACED, Layout
 from trainsys.parallel.mesh import AXES, Mesh
 from trainsys.resilience.anomalies import Guard
 from trainsys.resilience.drain import Drain
 from trainsys.resilience.watchdog import Watchdog
+from trainsys.telemetry.attempts import Origin
 from trainsys.telemetry.recorder import Recorder
 
 
@@ -46,11 +50,14 @@ class Run(Protocol):
 
     def warn(self, text: str) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 class Session:
     """What the loop asks: ``step`` and ``data_step`` come next, ``over`` ends it, ``after`` each step.
 
-    Made before the engine: it looks for a checkpoint to go on from and checks it whole. All ranks act alike.
+    Made before the engine: it looks for a checkpoint to go on from, or for weights to begin with, checks them whole
+    and moves ``source`` to its place. All ranks act alike.
     """
 
     def __init__(self, cfg: RunConfig, source: Source, drain: Drain) -> None:
@@ -68,9 +75,14 @@ class Session:
             self.folder, cfg.checkpoint.resume, self.ranks, restarted=self.attempt > 0, memory=self._memory
         )
         self.step = self.data_step = 0
+        refuse_unused(cfg, self.found.manifest if self.found else None)
+        self.weights = open_weights(cfg, self.ranks) if cfg.train.init_from and self.found is None else None
         if self.found is not None:
             refuse_other_run(self.found, cfg, self.data)
-            self.step, self.data_step = self.found.manifest.step, self.found.manifest.data_step
+            was = self.found.manifest
+            self.step, self.data_step = was.step, was.data_step
+            source.go_on(was.data_step, samples_seen(was.config, was.samples, was.data_step, cfg))
+        self.origin = self._origin()
         self.first_step = self.step
         self.over = self.step >= cfg.train.steps
         self.stopped = ""
@@ -94,17 +106,16 @@ class Session:
         if self.ranks.rank == 0:
             self.folder.clean()
             self.guard.file = run_dir / "anomalies.jsonl"
-        lineage = self.ranks.from_first(self.folder.lineage() if self._saves and self.ranks.rank == 0 else "")
         self._saver = Saver(
             cfg.checkpoint,
             self.folder,
             self.ranks,
             lambda: [*engine.state(), *rng_state(self.ranks.rank)],
             {
-                "lineage": lineage,
+                "lineage": self.origin.lineage or run_dir.name,
                 "run_id": run_dir.name,
                 "attempt": self.attempt,
-                "resumed_from": str(self.found.path) if self.found else "",
+                "resumed_from": self.origin.source,
                 "engine": cfg.engine,
                 "layout": {axis: mesh.layout.size(axis) for axis in (*PLACED, "ep")},
                 "config": cfg.model_dump(mode="json"),
@@ -128,6 +139,35 @@ class Session:
         if self.found is not None:
             self._restore(self.found)
             self._saver.last_step = self.step
+        elif self.weights is not None:
+            with self._patient():
+                load_weights(self.weights, engine)
+            for note in self.weights.notes:
+                run.warn(note)
+        for line in self.origin.lines if self.ranks.rank == 0 else ():
+            run.say(line)
+
+    def _origin(self) -> Origin:
+        lineage = ""
+        if self.ranks.rank == 0 and (self._saves or self.found is not None):
+            lineage = self.folder.lineage(new=self.cfg.checkpoint.resume == "never" and self.attempt == 0)
+        lineage = self.ranks.from_first(lineage)
+        if self.weights is not None:
+            path = str(self.weights.path)
+            return Origin(lineage, path, (f"step 0 begins with the weights of {path}",))
+        if self.found is None:
+            return Origin(lineage)
+        was = self.found.manifest
+        by = f" of {was.run_id}" if was.run_id else ""
+        lines = [
+            f"resumed at step {was.step} from {self.found.where}{by}; batch {self.data_step}, sample "
+            f"{self.source.first_sample(self.data_step)} comes next"
+        ]
+        layout = Layout.resolve(self.cfg.parallel, self.ranks.world)
+        sizes = {axis: layout.size(axis) for axis in (*PLACED, "ep")}
+        if differs := changes(was, self.cfg, sizes, self.ranks.world):
+            lines.append(f"resumed with changes: {'; '.join(differs)}")
+        return Origin(lineage, str(self.found.path), tuple(lines))
 
     @property
     def _saves(self) -> bool:
@@ -193,8 +233,9 @@ class Session:
         memory = bool(memory_every and self.step % memory_every == 0 and not final)
         if disk or memory:
             progress = Progress(
-                self.step, self.data_step, self._engine.updates, loss, list(self.guard.losses)
-            )
+                self.step, self.data_step, self._engine.updates, loss, list(self.guard.losses),
+                self.source.first_sample(self.data_step),
+            )  # fmt: skip
             with self._pause("checkpoint"):
                 self._saver.save(progress, disk=disk, memory=memory)
         if final:
@@ -208,10 +249,7 @@ class Session:
             load(found, self._engine, self.ranks)
         self.guard.resume(found.manifest.recent_losses)
         for note in found.notes:
-            self._warn(f"passed over a damaged checkpoint: {note}")
-        where = "memory of the nodes" if found.memory else str(found.path)
-        if self.ranks.rank == 0:
-            self._recorder.message("info", f"resumed from step {found.manifest.step} in {where}")
+            self._warn(f"skipped a damaged checkpoint: {note}")
 
     @contextmanager
     def _pause(self, kind: str) -> Iterator[None]:
