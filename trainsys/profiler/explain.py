@@ -77,6 +77,8 @@ class Explanation:
     ranks: list[int]
     step_time: list[tuple[int, float]]
     loss: list[tuple[int, float]] = field(default_factory=list)
+    origin: list[str] = field(default_factory=list)
+    """What was said at the start about the checkpoint or the weights that it began with."""
     missing: list[str] = field(default_factory=list)
     schema: str = SCHEMA
 
@@ -122,7 +124,7 @@ def explain_table(run: RunData, table: StepTable) -> Explanation:
         if rows.size else {},
         ranks=table.ranks,
         step_time=[(int(table.steps[i]), float(np.nanmean(table.time[i]))) for i in _thin(len(table.steps), 400)],
-        missing=_missing(run, table),
+        origin=start.origin, missing=_missing(run, table),
     )  # fmt: skip
 
 

@@ -19,17 +19,21 @@ class Origin:
     lines: tuple[str, ...] = ()
     """What the user is told about that."""
 
-    def facts(self, attempt: int, first_step: int) -> dict[str, Any]:
-        return {**asdict(self), "attempt": attempt, "first_step": first_step}
+    def facts(self, attempt: int, first_step: int, steps: int) -> dict[str, Any]:
+        return {**asdict(self), "attempt": attempt, "first_step": first_step, "steps": steps}
+
+
+def facts_of(run_dir: Path) -> dict[str, Any]:
+    """What a run folder keeps as ``Origin.facts``; empty where it keeps nothing."""
+    try:
+        return dict(json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def lineage_of(run_dir: Path) -> str:
     """The name of a run folder's run; empty where it has none."""
-    try:
-        run = json.loads((run_dir / "environment.json").read_text(encoding="utf-8")).get("run", {})
-        return str(run.get("lineage", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+    return str(facts_of(run_dir).get("lineage", ""))
 
 
 def attempts_of(run_dir: str | Path) -> list[Path]:

@@ -126,7 +126,8 @@ class Reporter:
         self._desk: DeskLink | None = None
         if proc.rank == 0:
             write_config(self.run_dir, cfg)
-            write_environment(self.run_dir, {"data": dict(data), "run": origin.facts(attempt, first_step)})
+            facts = origin.facts(attempt, first_step, cfg.train.steps)
+            write_environment(self.run_dir, {"data": dict(data), "run": facts})
             shown = RunInfo(
                 name=cfg.name,
                 run_id=self.info.run_id,
