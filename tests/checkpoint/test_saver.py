@@ -86,7 +86,7 @@ def test_another_model_or_other_data_is_refused(tmp_path: Path) -> None:
     assert found is not None
     refuse_other_run(found, cfg, {})
     wider = cfg.model_copy(update={"model": cfg.model.model_copy(update={"d_ff": 128})})
-    with pytest.raises(UserError, match="d_ff=64, this run 128"):
+    with pytest.raises(UserError, match=r"model\.d_ff: checkpoint 64, run 128"):
         refuse_other_run(found, wider, {})
     seeded = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seed": 9})})
     with pytest.raises(UserError, match=r"train\.seed 0 -> 9"):

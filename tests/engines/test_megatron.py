@@ -61,7 +61,9 @@ BIASED = {
 }  # fmt: skip
 OTHER = {
     "n_layers": 2, "tied_embeddings": True, "qkv_bias": True, "ffn_kind": "gelu", "norm": "layernorm",
-    "sliding_window": 5, "qk_norm": False, "rope": {"scaling": "yarn", "factor": 4.0, "original_seq_len": 8},
+    "sliding_window": 5, "qk_norm": False, "rope": {
+        "scaling": "yarn", "factor": 4.0, "original_seq_len": 8, "attention_factor": 1.3, "beta_fast": 8.0,
+    },
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainsys.config.model import ModelConfig
-from trainsys.models.rope import attention_factor, inverse_frequencies
+from trainsys.models.rope import inverse_frequencies
 
 
 def decoder(
@@ -51,7 +51,7 @@ def _linear(layer, name, x):
 
 def _attention(layer, cfg, x, positions, docs):
     d, n, freqs = cfg.dim_per_head, len(x), inverse_frequencies(cfg.rope, cfg.dim_per_head)
-    turn = attention_factor(cfg.rope) * torch.exp(
+    turn = cfg.rope.temperature * torch.exp(
         1j * positions[:, None] * torch.tensor(freqs, dtype=torch.float64)
     )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainsys.config.model import RopeConfig
-from trainsys.models.rope import apply_rope, attention_factor, inverse_frequencies, rope_tables
+from trainsys.models.rope import apply_rope, inverse_frequencies, rope_tables
 
 SCALINGS = {
     "none": RopeConfig(),
@@ -24,7 +24,7 @@ def test_rotates_each_pair_by_position_times_frequency(rope):
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 0, 100, 3, 3]])
     got = apply_rope(x, *rope_tables(rope, 8, positions, torch.float64))
     freqs = torch.tensor(inverse_frequencies(rope, 8), dtype=torch.float64)
-    turn = torch.exp(1j * positions[..., None] * freqs)[:, :, None] * attention_factor(rope)
+    turn = torch.exp(1j * positions[..., None] * freqs)[:, :, None] * rope.temperature
     pairs = torch.complex(x[..., :4], x[..., 4:]) * turn
     torch.testing.assert_close(got, torch.cat((pairs.real, pairs.imag), -1))
 
@@ -83,5 +83,5 @@ def test_fast_frequencies_are_kept_and_slow_ones_divided(kind):
 
 
 def test_yarn_sharpens_attention_by_its_temperature():
-    assert attention_factor(SCALINGS["yarn"]) == pytest.approx(0.1 * math.log(4) + 1)
-    assert [attention_factor(SCALINGS[k]) for k in ("none", "linear", "llama3")] == [1.0, 1.0, 1.0]
+    assert SCALINGS["yarn"].temperature == pytest.approx(0.1 * math.log(4) + 1)
+    assert [SCALINGS[k].temperature for k in ("none", "linear", "llama3")] == [1.0, 1.0, 1.0]

@@ -40,9 +40,11 @@ if server == "halfdead":
 os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{port}"
 config = WandbConfig(mode=mode, project="proj", group="layouts", timeout_s=2.0)
 sinks = Sinks([WandbSink(config, lambda text: print("SAY", text, flush=True))], lambda t: print("WARN", t, flush=True))
-sinks.start(RunInfo("demo", "run1", Path(folder), 4, config={"parallel": {"tp": 2}}, tags=["tiny"]))
+first = int(os.environ.get("FIRST", 0))
+about = {"config": {"parallel": {"tp": 2}}, "tags": ["tiny"], "lineage": "abc123", "first_step": first}
+sinks.start(RunInfo("demo", f"run{first}", Path(folder), 4, **about))
 began = time.monotonic()
-for i in range(4):
+for i in range(first, first + 4):
     times = {"time/forward_s": 0.5, "comm/tp_s": 0.1}
     sinks.step(i, {"train/loss": 4.0 - i, "perf/mfu": 0.1 * i, "memory/peak_gib": i, **times})
 print("STEPS", time.monotonic() - began, flush=True)
@@ -51,13 +53,13 @@ print("DONE", flush=True)
 """
 
 
-def train(server: str, folder: Path) -> tuple[str, float]:
+def train(server: str, folder: Path, first: int = 0) -> tuple[str, float]:
     """Output and seconds, exit of the process included."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", RUN, server, str(folder)],
-        env={**keep, "WANDB_API_KEY": "0" * 40, "HOME": str(folder)},
+        env={**keep, "WANDB_API_KEY": "0" * 40, "HOME": str(folder), "FIRST": str(first)},
         capture_output=True,
         text=True,
         timeout=60,
@@ -86,6 +88,23 @@ def test_an_offline_run_holds_everything(tmp_path: Path) -> None:
         assert name in text
     for value in ("proj", "layouts", "tiny", "parallel", "demo"):
         assert value in text
+
+
+def test_attempts_are_one_run_of_their_lineage(tmp_path: Path) -> None:
+    """Read back from two offline files: the same id, and rows that do not lie over each other."""
+    rows: list[int] = []
+    for first in (0, 3):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        train("offline", folder, first)
+        (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+        assert path.name == "run-abc123.wandb"
+        records = read_back(folder)
+        (begun,) = [r["run"] for r in records if r["type"] == "run"]
+        assert (begun["run_id"], begun["resume"], begun["display_name"]) == ("abc123", True, "demo")
+        rows += [r["history"]["item"]["_step"] for r in records if r["type"] == "history"]
+    assert rows == sorted(set(rows))
+    assert len(rows) == 8
 
 
 @pytest.mark.parametrize("server", [pytest.param("refused", marks=pytest.mark.slow), "silent", "halfdead"])

@@ -141,11 +141,27 @@ def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(Sinks([TensorBoardSink()], pytest.fail), tmp_path)
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    run(Sinks([TensorBoardSink()], pytest.fail), tmp_path / "run")
+    board = EventAccumulator(str(next(tmp_path.glob("tensorboard/*"))))
     board.Reload()
     assert sorted(board.Tags()["scalars"]) == ["perf/mfu", "train/loss"]
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(0, 3.0), (1, 2.0), (2, 1.0)]
+
+
+def test_tensorboard_goes_on_with_the_curve_of_an_earlier_attempt(tmp_path: Path) -> None:
+    """Steps that were trained again are there once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for attempt, steps in enumerate((range(4), range(2, 6))):
+        sink = TensorBoardSink()
+        sink.start(RunInfo("n", f"n-{attempt}", tmp_path / f"n-{attempt}", 6, lineage="n1", first_step=steps[0]))
+        for step in steps:
+            sink.step(step, {"loss": 10.0 * attempt + step})
+        sink.finish({})
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "n1"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(0, 0), (1, 1), (2, 12), (3, 13), (4, 14), (5, 15)]
 
 
 def test_tensorboard_needs_no_torch(tmp_path: Path) -> None:

@@ -76,10 +76,14 @@ class AtomReader:
     def __contains__(self, name: str) -> bool:
         return name in self.manifest.atoms
 
-    def read_into(self, target: Tensor, name: str, box: Box) -> None:
-        """Fill ``target``, which is the box ``box`` of atom ``name``. UserError where the two do not fit."""
+    def read_into(self, target: Tensor, name: str, box: Box, *, cast: bool = False) -> None:
+        """Fill ``target``, which is the box ``box`` of atom ``name``. UserError where the two do not fit; ``cast``: of
+        another dtype it is converted instead."""
         atom = self.atom(name)
         if DTYPES[target.dtype] != atom.dtype:
+            if cast:
+                target.copy_(self.read(name, box))
+                return
             raise UserError(f"{self.folder}: {name} is {atom.dtype}, the run holds {DTYPES[target.dtype]}")
         assert tuple(target.shape) == shape_of(box), f"{name}: {tuple(target.shape)} for {box}"
         if not target.numel():

@@ -8,11 +8,10 @@ import torch
 
 from trainsys.checkpoint.atoms import AtomReader
 from trainsys.checkpoint.container import Entry, arrange, write_file
-from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.folder import Folder, new_folder
 from trainsys.checkpoint.inspect import open_checkpoint, resolve
 from trainsys.checkpoint.manifest import Atom, File, Part
 from trainsys.checkpoint.snapshot import LARGEST_FILE, key
-from trainsys.errors import UserError
 from trainsys.models.boxes import whole
 
 
@@ -52,8 +51,7 @@ def convert(source: str | Path, target: str | Path, *, to: str = "whole", weight
     reader = AtomReader(folder, manifest)
     names = [n for n in sorted(manifest.atoms) if not n.startswith("@") and not (weights_only and "@" in n)]
     target = Path(target)
-    if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} has files; convert into a new or empty folder")
+    new_folder(target)
     if to == "dcp":
         import torch.distributed.checkpoint as dcp
 
@@ -82,6 +80,7 @@ def convert(source: str | Path, target: str | Path, *, to: str = "whole", weight
         for name, entry in zip(group, placed, strict=True):
             atoms[name] = Atom(entry.dtype, entry.shape, [Part(number, entry.offset, whole(entry.shape))])
     manifest.files, manifest.atoms, manifest.world, manifest.layout = files, atoms, 1, {}
+    manifest.lineage = ""  # what trains on from here is another run
     return out.root / out.commit(saving, manifest)
 
 

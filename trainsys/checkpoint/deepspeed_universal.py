@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from trainsys.checkpoint.atoms import AtomReader
 from trainsys.checkpoint.container import Entry, arrange, write_file
 from trainsys.checkpoint.durable import sync_dir, write_durable
-from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.folder import new_folder, new_run
 from trainsys.checkpoint.hf import our_name
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.snapshot import key
@@ -37,7 +38,7 @@ _STATES = {"": "fp32", "@exp_avg": "exp_avg", "@exp_avg_sq": "exp_avg_sq"}
 """What follows a parameter's name in ours -> the file's name in theirs."""
 _GROUPS = 16
 """Their reader stops at the shorter of its parameter groups and the file's. Empty ones leave its settings alone."""
-_OURS = ("step", "data_step", "updates", "loss", "recent_losses", "config", "data", "lineage", "run_id")
+_OURS = ("step", "data_step", "samples", "updates", "loss", "recent_losses", "config", "data", "run_id")
 
 
 def export(checkpoint: Path, target: Path, *, weights_only: bool = False) -> Path:
@@ -49,8 +50,7 @@ def export(checkpoint: Path, target: Path, *, weights_only: bool = False) -> Pat
     from trainsys.checkpoint.inspect import open_checkpoint
 
     manifest = open_checkpoint(checkpoint)
-    if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} has files; convert into a new or empty folder")
+    new_folder(target)
     folder = target / f"global_step{manifest.step}"
     reader = AtomReader(checkpoint, manifest)
     step = torch.tensor(0.0 if weights_only else float(manifest.updates))
@@ -94,11 +94,11 @@ def _save(what: Any, path: Path) -> None:
 
 
 def import_(source: Path, folder: Path) -> Path:
-    """Make a universal checkpoint one of a run's checkpoint ``folder``; where it is.
+    """Make a universal checkpoint the first of a new run's checkpoint ``folder``; where it is.
 
     ``source``: the folder that has ``latest_universal``, or one tag's. Its step is the number of updates, and the
     batch to go on with the one of that number, unless trainsys wrote it and so said more. UserError where it is no
-    universal checkpoint, or a parameter has no counterpart.
+    universal checkpoint, a parameter has no counterpart, or ``folder`` is used.
     """
     tag = _tag(source)
     names = {n: _canonical(n) for n in sorted(p.parent.name for p in tag.glob("zero/*/fp32.pt"))}
@@ -113,6 +113,7 @@ def import_(source: Path, folder: Path) -> Path:
     manifest = Manifest(
         step=int(told.get("step", updates)),
         data_step=int(told.get("data_step", updates)),
+        samples=told.get("samples"),
         updates=updates,
         loss=told.get("loss"),
         recent_losses=list(told.get("recent_losses", ())),
@@ -125,18 +126,24 @@ def import_(source: Path, folder: Path) -> Path:
         files=[],
         atoms={},
     )
-    target = Folder(folder)
+    target = new_run(folder)
     saving = target.saving(manifest.step, f"import-{time.time_ns():x}")
-    for number, (theirs, ours) in enumerate(names.items()):
-        tensors = dict(_states(tag / "zero" / theirs, ours, shapes.get(theirs)))
-        entries = [Entry(key(name, whole(t.shape)), "F32", tuple(t.shape)) for name, t in tensors.items()]
-        head, placed = arrange(entries)
-        file = f"rank_00000_{number:05d}.safetensors"
-        sha256 = write_file(saving / file, head, (_raw(t) for t in tensors.values()))
-        manifest.files.append(File(file, (saving / file).stat().st_size, sha256))
-        for name, entry in zip(tensors, placed, strict=True):
-            manifest.atoms[name] = Atom("F32", entry.shape, [Part(number, entry.offset, whole(entry.shape))])
-    return target.root / target.commit(saving, manifest)
+    try:
+        for number, (theirs, ours) in enumerate(names.items()):
+            tensors = dict(_states(tag / "zero" / theirs, ours, shapes.get(theirs)))
+            entries = [Entry(key(name, whole(t.shape)), "F32", tuple(t.shape)) for name, t in tensors.items()]
+            head, placed = arrange(entries)
+            file = f"rank_00000_{number:05d}.safetensors"
+            sha256 = write_file(saving / file, head, (_raw(t) for t in tensors.values()))
+            manifest.files.append(File(file, (saving / file).stat().st_size, sha256))
+            for name, entry in zip(tensors, placed, strict=True):
+                manifest.atoms[name] = Atom(
+                    "F32", entry.shape, [Part(number, entry.offset, whole(entry.shape))]
+                )
+        return target.root / target.commit(saving, manifest)
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
 
 
 def is_one(source: Path) -> bool:

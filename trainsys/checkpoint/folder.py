@@ -19,8 +19,9 @@ from trainsys.checkpoint.container import Damaged, hash_file
 from trainsys.checkpoint.durable import make_dir, sync_dir, write_durable
 from trainsys.checkpoint.health import Health, health, mark
 from trainsys.checkpoint.manifest import Manifest
+from trainsys.errors import UserError
 
-LATEST = "latest"
+LATEST, LINEAGE = "latest", "lineage"
 _NAME = re.compile(r"^step_(\d+)(?:\.(\d+))?$")
 _SAVING, _DROPPED = ".saving-", ".dropped-"
 
@@ -59,13 +60,19 @@ class Folder:
     def health(self, name: str, manifest: Manifest) -> Health:
         return health(self.root / name, manifest)
 
-    def lineage(self) -> str:
-        """A name for the run that saves here over all its attempts, made at the first call. By one process."""
-        path = self.root / "lineage"
-        with suppress(OSError):
-            return path.read_text(encoding="utf-8").strip()
+    def lineage(self, *, new: bool = False) -> str:
+        """A name for the run that saves here over all its attempts, made at the first call. By one process.
+
+        ``new``: a run that starts over here gets another one.
+        """
+        path = self.root / LINEAGE
+        if not new:
+            with suppress(OSError):
+                return path.read_text(encoding="utf-8").strip()
         make_dir(self.root)
-        name = secrets.token_hex(8)
+        # A run that saved only when it was asked to stop left its name in its checkpoint alone.
+        known = [m.lineage for _, m in self.read_all()[0] if m.lineage]
+        name = known[0] if known else secrets.token_hex(8)
         write_durable(path, f"{name}\n".encode())
         return name
 
@@ -166,6 +173,31 @@ class Folder:
 
 def is_whole(checkpoint: Path, manifest: Manifest, *, hashes: bool = True) -> bool:
     return next(problems(checkpoint, manifest, hashes=hashes), None) is None
+
+
+def new_folder(path: Path) -> None:
+    """Make ``path`` for a command's output. UserError where it holds anything or cannot be made."""
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not an empty folder; name a new one")
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}") from None
+
+
+def new_run(root: Path) -> Folder:
+    """The folder ``root`` for the first checkpoint of a new run. UserError where anything of a run is there, which
+    that checkpoint would take the place of."""
+    used = [
+        p.name for p in _children(root) if p.name != LINEAGE and not p.name.startswith((_SAVING, _DROPPED))
+    ]
+    if used or (root.exists() and not root.is_dir()):
+        what = f"holds {sorted(used)[0]}" if used else "is no folder"
+        raise UserError(
+            f"{root} {what}: an import begins a new run, so name a new folder; or train.init_from=DIR starts a run from "
+            "weights that are not imported"
+        )
+    return Folder(root)
 
 
 def problems(checkpoint: Path, manifest: Manifest, *, hashes: bool = True) -> Iterator[str]:

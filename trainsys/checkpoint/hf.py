@@ -1,17 +1,17 @@
 """Hugging Face safetensors in and out, for the Llama, Mistral, Qwen2 and Qwen3 families; tensor by tensor.
 
 Nothing is transposed: both hold linear weights as [out, in] and rotary halves alike, so an exchange is a table
-of names and a table of config fields.
+of names and a table of config fields (``hf_config``).
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +19,18 @@ from torch import Tensor
 from trainsys.checkpoint.atoms import TORCH_DTYPES, AtomReader
 from trainsys.checkpoint.container import Damaged, Entry, TensorFile, arrange, write_file
 from trainsys.checkpoint.durable import sync_dir, write_durable
-from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.folder import new_folder, new_run
+from trainsys.checkpoint.hf_config import from_hf_config, to_hf_config
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.snapshot import key
-from trainsys.config.model import ModelConfig, RopeConfig
+from trainsys.config.model import ModelConfig
 from trainsys.errors import UserError
 from trainsys.models.boxes import whole
 
 SHARD_BYTES = 5 << 30
 """A file of an export; the size that the Hub's own tools cut at."""
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"^model-(\d+)-of-(\d+)\.safetensors$")
 _RENAME = (
     (r"^embed\.", "model.embed_tokens."),
     (r"^norm\.", "model.norm."),
@@ -85,9 +82,7 @@ def export(checkpoint: Path, target: Path, dtype: str = "BF16", shard_bytes: int
     manifest = open_checkpoint(checkpoint)
     cfg = ModelConfig.model_validate(manifest.config.get("model", {}))
     config = to_hf_config(cfg, dtype)
-    if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} has files; export into a new or empty folder")
-    target.mkdir(parents=True, exist_ok=True)
+    new_folder(target)
     reader = AtomReader(checkpoint, manifest)
     names = sorted(name for name in manifest.atoms if "@" not in name)
     groups: list[list[Entry]] = [[]]
@@ -120,175 +115,153 @@ def _bytes(tensor: Tensor, dtype: str) -> memoryview:
     return memoryview(tensor.to(TORCH_DTYPES[dtype]).contiguous().view(torch.uint8).numpy()).cast("B")
 
 
-def import_(source: Path, folder: Path, dtype: str = "F32") -> Path:
-    """Make a Hugging Face folder step 0 of a run's checkpoint ``folder``; where it is.
+def import_(
+    source: Path, folder: Path, dtype: str = "F32", say: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Make a Hugging Face folder step 0 of a new run's checkpoint ``folder``; where it is.
 
-    One file in, one file out, one tensor in memory at a time. ``dtype`` is that of the master weights. UserError
-    for another family, or a config field that the model cannot express.
+    One file in, one file out, one tensor in memory at a time. ``dtype`` is that of the master weights. ``say`` takes
+    a line about files that are not read. UserError as :func:`open_folder`, and for a ``folder`` that is used.
+    """
+    held, unread = open_folder(source)
+    if unread:
+        say(f"not read: {', '.join(unread)}")
+    target = new_run(folder)
+    saving = target.saving(0, f"import-{time.time_ns():x}")
+    manifest = Manifest(
+        step=0, data_step=0, samples=0, updates=0, world=1, created_s=time.time(), engine="import", files=[], atoms={},
+        config=held.config, resumed_from=str(source),
+    )  # fmt: skip
+    reader = AtomReader(source, held)
+    try:
+        for number in range(len(held.files)):
+            names = [n for n, atom in held.atoms.items() if atom.parts[0].file == number]
+            entries = [Entry(key(n, whole(held.atoms[n].shape)), dtype, held.atoms[n].shape) for n in names]
+            head, placed = arrange(entries)
+            file = saving / f"rank_00000_{number:03d}.safetensors"
+            sha256 = write_file(file, head, (_bytes(reader.read(n), dtype) for n in names))
+            manifest.files.append(File(file.name, file.stat().st_size, sha256))
+            for name, entry in zip(names, placed, strict=True):
+                part = Part(number, entry.offset, whole(entry.shape))
+                manifest.atoms[name] = Atom(dtype, entry.shape, [part])
+        return target.root / target.commit(saving, manifest)
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it looks like a Hugging Face model folder."""
+    return (path / "config.json").is_file()
+
+
+def open_folder(source: Path) -> tuple[Manifest, list[str]]:
+    """A Hugging Face folder as the checkpoint of step 0 that it is (files without hashes, atoms by canonical names),
+    and the names of safetensors files in it that are not the model's.
+
+    UserError for another family, a config value that the model cannot express, weights that are missing, or of
+    another shape than config.json says.
     """
     config_file = source / "config.json"
     try:
-        cfg = from_hf_config(json.loads(config_file.read_text(encoding="utf-8")))
+        config = json.loads(config_file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{config_file}: {error.strerror}; a Hugging Face model folder has one") from None
     except ValueError as error:
         raise UserError(f"{config_file}: {error}") from None
-    paths = sorted(source.glob("*.safetensors"))
-    if not paths:
-        raise UserError(f"{source}: no *.safetensors; save the model with safe_serialization=True")
-    target = Folder(folder)
-    saving = target.saving(0, f"import-{time.time_ns():x}")
+    if not isinstance(config, dict):
+        raise UserError(f"{config_file}: not a mapping")
+    try:
+        cfg = from_hf_config(config)
+    except UserError as error:
+        raise UserError(f"{source}/{error}") from None
+    names, where, unread = _weight_files(source)
     manifest = Manifest(
-        step=0, data_step=0, updates=0, world=1, created_s=time.time(), engine="import", files=[], atoms={},
-        config={"model": cfg.model_dump(mode="json")}, resumed_from=str(source),
+        step=0, data_step=0, samples=0, updates=0, world=1, engine="import", files=[], atoms={},
+        config={"model": cfg.model_dump(mode="json")},
     )  # fmt: skip
-    for number, path in enumerate(paths):
+    shapes = expected(cfg)
+    for number, name in enumerate(names):
         try:
-            file = TensorFile(path)
+            file = TensorFile(source / name)
         except Damaged as error:
             raise UserError(str(error)) from None
-        kept = [e for e in file.entries.values() if not _left_out(e.key, cfg)]
-        entries = [Entry(key(our_name(e.key), whole(e.shape)), dtype, e.shape) for e in kept]
-        head, placed = arrange(entries)
-        name = f"rank_00000_{number:03d}.safetensors"
-        sha256 = write_file(saving / name, head, (_bytes(_tensor(file, e), dtype) for e in kept))
-        manifest.files.append(File(name, (saving / name).stat().st_size, sha256))
-        for theirs, entry in zip(kept, placed, strict=True):
-            part = Part(number, entry.offset, whole(entry.shape))
-            manifest.atoms[our_name(theirs.key)] = Atom(dtype, entry.shape, [part])
-    missing = sorted(set(expected(cfg)) - manifest.atoms.keys())
-    if missing or (extra := sorted(manifest.atoms.keys() - set(expected(cfg)))):
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model does not"
-        raise UserError(f"{source} {what}: config.json and weights are not of one model")
-    return target.root / target.commit(saving, manifest)
+        except OSError as error:
+            raise UserError(f"{source / name}: {error.strerror}, but {INDEX} names it") from None
+        manifest.files.append(File(name, (source / name).stat().st_size, ""))
+        for e in file.entries.values():
+            if _left_out(e.key, cfg) or (where is not None and where.get(e.key) != name):
+                continue
+            ours = our_name(e.key)
+            if ours in manifest.atoms:
+                raise UserError(f"{source}: {e.key} is in {name} and in another file; remove the stale one")
+            _check(source / name, e, shapes.get(ours))
+            manifest.atoms[ours] = Atom(e.dtype, e.shape, [Part(number, e.offset, whole(e.shape))])
+    if missing := sorted(shapes.keys() - manifest.atoms.keys()):
+        raise UserError(
+            f"{source} lacks {their_name(missing[0])}: config.json and weights are not of one model, or a file is missing"
+        )
+    return manifest, unread
 
 
-def expected(cfg: ModelConfig) -> Iterator[str]:
-    """The canonical names of a model's parameters."""
+def _check(path: Path, e: Entry, shape: tuple[int, ...] | None) -> None:
+    if shape is None:
+        raise UserError(
+            f"{path} has {e.key}, which the model of config.json does not: they are not of one model"
+        )
+    if e.shape != shape:
+        raise UserError(
+            f"{path}: {e.key} is {list(e.shape)}, config.json says {list(shape)}: they are not of one model"
+        )
+    if e.dtype not in ("F64", "F32", "F16", "BF16"):
+        raise UserError(f"{path}: {e.key} is {e.dtype}; quantized weights are not supported")
+
+
+def _weight_files(source: Path) -> tuple[list[str], dict[str, str] | None, list[str]]:
+    """The files of the weights, what the index says about tensors (None: there is no index), and other files."""
+    there = sorted(p.name for p in source.glob("*.safetensors"))
+    if not there:
+        raise UserError(f"{source}: no *.safetensors; save the model with safe_serialization=True")
+    shards = [name for name in there if _SHARD.match(name)]
+    where: dict[str, str] | None = None
+    if (source / INDEX).is_file():
+        try:
+            where = dict(json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{source / INDEX}: not an index of weights ({error})") from None
+        if wrong := next((name for name in where.values() if Path(str(name)).name != name), None):
+            raise UserError(f"{source / INDEX}: {wrong} is no file of this folder")
+        names = sorted(set(where.values()))
+    elif "model.safetensors" in there and shards:
+        raise UserError(
+            f"{source}: model.safetensors and {shards[0]}, and no {INDEX} that says which; remove the stale ones"
+        )
+    elif "model.safetensors" in there:
+        names = ["model.safetensors"]
+    elif shards:
+        numbers, totals = zip(
+            *(match.groups() for name in shards if (match := _SHARD.match(name))), strict=True
+        )
+        if {int(n) for n in numbers} != set(range(1, int(totals[0]) + 1)) or len(set(totals)) > 1:
+            raise UserError(
+                f"{source}: {', '.join(shards)} are not one whole set of files, and there is no {INDEX}"
+            )
+        names = shards
+    elif len(there) == 1:
+        names = there
+    else:
+        raise UserError(f"{source}: {', '.join(there)}, and no {INDEX} that says which are the model's")
+    return names, where, [name for name in there if name not in names]
+
+
+def expected(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters, by canonical name."""
     from trainsys.models.decoder import Decoder
 
     with torch.device("meta"):
-        yield from dict(Decoder(cfg).named_parameters())
+        return {name: tuple(p.shape) for name, p in Decoder(cfg).named_parameters()}
 
 
 def _left_out(name: str, cfg: ModelConfig) -> bool:
     """A tied head that was saved all the same, and tables that older versions kept."""
     return name.endswith("rotary_emb.inv_freq") or (cfg.tied_embeddings and name == "lm_head.weight")
-
-
-def _tensor(file: TensorFile, entry: Entry) -> Tensor:
-    flat = torch.frombuffer(bytearray(file.data(entry.key)), dtype=TORCH_DTYPES[entry.dtype])
-    return flat.view(entry.shape)
-
-
-def family_of(cfg: ModelConfig) -> str:
-    """Which family holds such a model; UserError: none."""
-    no = [
-        f"{name}={value}"
-        for name, value, plain in (
-            ("ffn_kind", cfg.ffn_kind, "swiglu"), ("norm", cfg.norm, "rmsnorm"),
-            ("parallel_block", cfg.parallel_block, False), ("moe", cfg.moe, None),
-        )
-        if value != plain
-    ]  # fmt: skip
-    if cfg.qk_norm and cfg.qkv_bias:
-        no.append("qk_norm with qkv_bias")
-    if cfg.sliding_window is not None and (cfg.qk_norm or cfg.qkv_bias):
-        no.append("sliding_window with qk_norm or qkv_bias")
-    if no:
-        raise UserError(f"model.{no[0]}: none of the Llama, Mistral, Qwen2 and Qwen3 families has it")
-    if cfg.qk_norm:
-        return "qwen3"
-    if cfg.qkv_bias:
-        return "qwen2"
-    return "llama" if cfg.sliding_window is None else "mistral"
-
-
-def to_hf_config(cfg: ModelConfig, dtype: str = "BF16") -> dict[str, Any]:
-    """``config.json`` of the family that holds such a model."""
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    if dtype not in names:
-        raise UserError(f"dtype {dtype}: an export has {', '.join(names)}")
-    family = family_of(cfg)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": cfg.rope.theta}
-    if cfg.rope.scaling != "none":
-        rope |= {
-            "rope_type": cfg.rope.scaling,
-            "factor": cfg.rope.factor,
-            "original_max_position_embeddings": cfg.rope.original_seq_len,
-        }
-    if cfg.rope.scaling == "llama3":
-        rope |= {"low_freq_factor": cfg.rope.low_freq_factor, "high_freq_factor": cfg.rope.high_freq_factor}
-    out: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]],
-        "model_type": family,
-        "hidden_act": "silu",
-        "num_hidden_layers": cfg.n_layers,
-        "hidden_size": cfg.d_model,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.dim_per_head,
-        "intermediate_size": cfg.d_ff,
-        "vocab_size": cfg.vocab,
-        "max_position_embeddings": cfg.max_seq_len,
-        "rms_norm_eps": cfg.norm_eps,
-        "initializer_range": cfg.init_std,
-        "tie_word_embeddings": cfg.tied_embeddings,
-        "rope_theta": cfg.rope.theta,
-        "rope_parameters": rope,
-        "dtype": names[dtype],
-        "torch_dtype": names[dtype],
-    }
-    if cfg.rope.scaling != "none":
-        out["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if cfg.sliding_window is not None:
-        out["sliding_window"] = cfg.sliding_window
-    return out
-
-
-def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """The model that a ``config.json`` describes; UserError for what it cannot express."""
-    family = str(hf.get("model_type"))
-    if family not in _ARCHITECTURES:
-        raise UserError(f"model_type={family}: import knows {', '.join(_ARCHITECTURES)}")
-    for name, value in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if hf.get(name, value) != value:
-            raise UserError(f"config.json: {name}={hf[name]} is not supported, only {value}")
-    if hf.get("use_sliding_window") and family.startswith("qwen"):
-        raise UserError("config.json: use_sliding_window on some layers only is not supported")
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    fields: dict[str, Any] = {
-        "theta": float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
-        "scaling": "none" if kind == "default" else kind,
-    }
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(
-            f"config.json: rope_type={kind} is not supported; default, linear, llama3 and yarn are"
-        )
-    if kind != "default":
-        fields["factor"] = float(rope["factor"])
-        if "original_max_position_embeddings" in rope:
-            fields["original_seq_len"] = rope["original_max_position_embeddings"]
-    for name in ("low_freq_factor", "high_freq_factor"):
-        if kind == "llama3":
-            fields[name] = float(rope[name])
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
-    return ModelConfig(
-        name=str(hf.get("_name_or_path") or family),
-        n_layers=hf["num_hidden_layers"],
-        d_model=width,
-        n_heads=heads,
-        n_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or width // heads,
-        d_ff=hf["intermediate_size"],
-        vocab=hf["vocab_size"],
-        max_seq_len=hf.get("max_position_embeddings", 8192),
-        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        qk_norm=family == "qwen3",
-        qkv_bias=family == "qwen2",
-        sliding_window=hf.get("sliding_window") if family == "mistral" else None,
-        rope=RopeConfig(**fields),
-        init_std=float(hf.get("initializer_range", 0.02)),
-    )

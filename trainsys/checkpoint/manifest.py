@@ -52,6 +52,9 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Optimizer steps done; the 0-based number of the next one."""
     data_step: int
     """The global batch that comes next. Ahead of ``step`` where batches were skipped after a roll-back."""
+    samples: int | None = None
+    """Samples that the batches before ``data_step`` held, which is the place in the data whatever the batch was and
+    will be. None (schema 1.0): ``data_step`` times the batch of ``config``."""
     updates: int
     """Updates that the optimizer made: ``step`` less those that were skipped."""
     serial: int = 0

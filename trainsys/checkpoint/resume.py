@@ -12,6 +12,7 @@ import torch
 
 from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.atoms import AtomReader
+from trainsys.checkpoint.compare import model_differences
 from trainsys.checkpoint.container import Damaged
 from trainsys.checkpoint.folder import Folder, problems
 from trainsys.checkpoint.health import Health
@@ -19,15 +20,13 @@ from trainsys.checkpoint.manifest import File, Manifest
 from trainsys.checkpoint.peers import PeerMemory
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.config.run import RunConfig
+from trainsys.data import order
 from trainsys.engines.base import Engine, LocalTensor
 from trainsys.errors import UserError
 from trainsys.models.shards import ShardSpec
 
 _RNG = "@rng/"
-_SHAPE_FIELDS_FREE = {"name", "max_seq_len", "init_std"}
-"""Of a model's config: what may differ between a checkpoint and the run that reads it."""
 _SUSPECT = "the steps next to it were skipped, and no normal one has followed"
-_ORDER_FIELDS = ("seed", "seq_len", "global_batch")
 
 
 @dataclass(frozen=True)
@@ -42,37 +41,65 @@ class Found:
     """Where it lies in the memory of the nodes rather than in ``path`` alone."""
     health: Health = Health.UNPROVEN
 
+    @property
+    def where(self) -> str:
+        return "memory of the nodes" if self.memory else str(self.path)
+
 
 def find(
     folder: Folder, resume: str, ranks: Ranks, *, restarted: bool = False, memory: PeerMemory | None = None
 ) -> Found | None:
     """The checkpoint to go on from, the same on every rank; None: start at step 0.
 
-    ``resume``: "auto", "never", or the path of one checkpoint; a run that ``restarted`` goes on from its own
-    even with "never" or a path. A suspect one is taken only where there is no other, see docs/checkpoint.md. Every
-    file is read and checked first, shared out over the ranks. UserError:
-    the path is no good checkpoint; "auto" and all that is there is damaged; "never" and there is something.
+    ``resume``: "auto", "never", or the path of one checkpoint, which begins a run here or is the newest that it has;
+    a run that ``restarted``, and the same command once more, go on from their own. A suspect one is taken only where
+    there is no other, see docs/checkpoint.md. Every file is read and checked first, shared out over the ranks.
+    UserError: the path is no good checkpoint, or something newer is here; "auto" and all that is there is damaged;
+    "never" and there is something.
     """
     names = ranks.from_first(folder.names() if ranks.rank == 0 else [])
-    if resume not in ("auto", "never") and not (restarted and names):
-        return _only(Path(resume), ranks)
-    if resume == "never" and names and not restarted:
-        raise UserError(
-            f"{folder.root} holds checkpoints of an earlier run, which this one would mix with; set "
-            "checkpoint.resume=auto to go on from them, or another name or checkpoint.folder"
-        )
+    if resume == "never" and not restarted:
+        if names:
+            raise UserError(
+                f"{folder.root} holds checkpoints of an earlier run, which this one would mix with; set "
+                "checkpoint.resume=auto to go on from them, or another name or checkpoint.folder"
+            )
+        return None
     notes: list[str] = []
-    found = _newest_good(folder, ranks, notes) if names else None
-    if memory is not None and not (resume == "never" and not restarted):
-        kept = memory.newest(ranks.from_first(folder.lineage() if ranks.rank == 0 else ""), ranks)
-        if kept is not None and (found is None or _prefer(kept[0], kept[2], found)):
-            return Found(kept[1], kept[0], notes, memory, kept[2])
-    if found is None and names:
+    own = _own(folder, names, ranks, notes, memory)
+    if resume not in ("auto", "never") and not (own and (restarted or _began_with(own.manifest, resume))):
+        given = _only(Path(resume), ranks)
+        if own is not None and own.path.resolve() != given.path.resolve():
+            raise UserError(
+                f"checkpoint.resume={resume} is step {given.manifest.step}, and {own.where} is newer, at step "
+                f"{own.manifest.step}, which going on from there would in time delete; leave checkpoint.resume out to go "
+                f"on from step {own.manifest.step}, or choose another name to branch off"
+            )
+        return given
+    if own is None and names:
         raise UserError(
             f"{folder.root}: no checkpoint is good ({'; '.join(notes)}); "
             "name another folder or checkpoint.resume=PATH, or move these away to start anew"
         )
+    return own
+
+
+def _own(
+    folder: Folder, names: list[str], ranks: Ranks, notes: list[str], memory: PeerMemory | None
+) -> Found | None:
+    """The newest good checkpoint of the run that saves in ``folder``, on disk or in memory."""
+    found = _newest_good(folder, ranks, notes) if names else None
+    if memory is not None:
+        kept = memory.newest(ranks.from_first(folder.lineage() if ranks.rank == 0 else ""), ranks)
+        if kept is not None and (found is None or _prefer(kept[0], kept[2], found)):
+            return Found(kept[1], kept[0], notes, memory, kept[2])
     return found
+
+
+def _began_with(manifest: Manifest, resume: str) -> bool:
+    """Whether the run that saved ``manifest`` was itself told to go on from the path ``resume``."""
+    told = manifest.config.get("checkpoint", {}).get("resume", "")
+    return bool(told) and Path(told).resolve() == Path(resume).resolve()
 
 
 def _newest_good(folder: Folder, ranks: Ranks, notes: list[str]) -> Found | None:
@@ -118,7 +145,8 @@ def _only(path: Path, ranks: Ranks) -> Found:
         try:
             answer = manifests.read(path)
         except Damaged as error:
-            answer = UserError(f"checkpoint.resume={path} is not a good checkpoint: {error}")
+            hint = f"; train.init_from={path} starts a new run from weights" if path.is_dir() else ""
+            answer = UserError(f"checkpoint.resume={path} is not a good checkpoint: {error}{hint}")
         except UserError as error:
             answer = error
     answer = ranks.from_first(answer)
@@ -138,25 +166,27 @@ def check(checkpoint: Path, files: Sequence[File], ranks: Ranks) -> list[str]:
 
 
 def refuse_other_run(found: Found, cfg: RunConfig, data: dict[str, Any]) -> None:
-    """UserError where the checkpoint is of another model, or of other data than its cursor can go on in."""
-    old = found.manifest.config
-    for name, mine in cfg.model.model_dump(mode="json").items():
-        theirs = old.get("model", {}).get(name, mine)
-        if name not in _SHAPE_FIELDS_FREE and theirs != mine:
-            raise UserError(f"{found.path} has model.{name}={theirs}, this run {mine}: another model")
-    if cfg.checkpoint.changed_data or found.manifest.data_step == 0:
-        return
-    was = old.get("train", {})
-    differs = [
-        f"train.{name} {was[name]} -> {getattr(cfg.train, name)}"
-        for name in _ORDER_FIELDS
-        if name in was and was[name] != getattr(cfg.train, name)
-    ]
-    if (before := found.manifest.data.get("fingerprint")) != (now := data.get("fingerprint")):
-        differs.append(f"data {before} -> {now}")
-    if differs:
+    """UserError where the checkpoint is of another model, is no place in a run at all, is further than the run is to
+    go, or is of other data than its cursor can go on in."""
+    manifest = found.manifest
+    was = manifest.config.get("model")
+    if was is not None and (differs := model_differences(was, cfg.model)):
+        raise UserError(f"{found.path} is of another model: {'; '.join(line for _, line in differs)}")
+    if manifest.updates and not any("@" in name for name in manifest.atoms if not name.startswith("@")):
         raise UserError(
-            f"{found.path}: the order of the data is not this run's ({', '.join(differs)}), so its place in "
+            f"{found.path} holds weights without the optimizer's state, so a run cannot go on from it; "
+            f"train.init_from={found.path} starts a new one"
+        )
+    if manifest.step > cfg.train.steps:
+        raise UserError(
+            f"{found.path} is step {manifest.step}, but train.steps={cfg.train.steps}; set it to more than "
+            f"{manifest.step} to go on, or choose another name to start anew"
+        )
+    if cfg.checkpoint.changed_data or manifest.data_step == 0:
+        return
+    if other := order.differences(manifest.config, manifest.data, cfg, data):
+        raise UserError(
+            f"{found.path}: the order of the data is not this run's ({', '.join(other)}), so its place in "
             "it means nothing; set these back, or checkpoint.changed_data=true to go on all the same"
         )
 
@@ -172,14 +202,18 @@ def load(found: Found, engine: Engine, ranks: Ranks) -> None:
         found.memory.bring(manifest, needed, ranks)
     with torch.no_grad():
         for t in state:
-            if reader.atom(t.name).shape != t.place.full_shape:
-                raise UserError(
-                    f"{found.path}: {t.name} is {reader.atom(t.name).shape}, the run's is {t.place.full_shape}"
-                )
-            reader.read_into(t.data, t.name, t.place.bounds)
+            read_tensor(reader, t)
         if found.memory is None:
             _set_rng(reader, ranks)
     engine.resumed(manifest.updates)
+
+
+def read_tensor(reader: AtomReader, t: LocalTensor, *, cast: bool = False) -> None:
+    """Fill this rank's piece of a tensor. UserError where the checkpoint's has another shape; or, unless ``cast``,
+    another dtype."""
+    if (shape := reader.atom(t.name).shape) != t.place.full_shape:
+        raise UserError(f"{reader.folder}: {t.name} is {list(shape)}, the run's is {list(t.place.full_shape)}")
+    reader.read_into(t.data, t.name, t.place.bounds, cast=cast)
 
 
 def rng_state(rank: int) -> Iterator[LocalTensor]:

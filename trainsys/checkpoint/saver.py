@@ -45,6 +45,7 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
     skipped: int = 0
     """Steps in a row, up to this one, whose update was skipped."""
+    samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,7 @@ class Saver:
         manifest = Manifest(
             step=progress.step,
             data_step=progress.data_step,
+            samples=progress.samples,
             updates=progress.updates,
             loss=progress.loss if progress.loss is not None and abs(progress.loss) < float("inf") else None,
             recent_losses=progress.recent_losses,

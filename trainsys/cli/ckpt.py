@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from trainsys.cli.registry import arg, command
 
@@ -90,9 +91,9 @@ def _ckpt_export(args: argparse.Namespace) -> None:
 
 @command(
     "ckpt import",
-    "make a Hugging Face folder, or DeepSpeed's universal checkpoint, one of a run's checkpoints",
+    "make a Hugging Face folder, or DeepSpeed's universal checkpoint, the first checkpoint of a new run",
     arg("source", metavar="DIR"),
-    arg("folder", metavar="FOLDER", help="the run's checkpoint folder"),
+    arg("folder", metavar="FOLDER", help="the run's checkpoint folder, which must be new"),
 )
 def _ckpt_import(args: argparse.Namespace) -> None:
     from pathlib import Path
@@ -101,5 +102,8 @@ def _ckpt_import(args: argparse.Namespace) -> None:
     from trainsys.checkpoint.deepspeed_universal import is_one
     from trainsys.checkpoint.hf import import_
 
-    source = Path(args.source)
-    print((import_universal if is_one(source) else import_)(source, Path(args.folder)))
+    source, folder = Path(args.source), Path(args.folder)
+    if is_one(source):
+        print(import_universal(source, folder))
+    else:
+        print(import_(source, folder, say=lambda text: print(text, file=sys.stderr)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -18,6 +19,34 @@ class RopeConfig(Strict):
     low_freq_factor: PositiveFloat = 1.0
     high_freq_factor: PositiveFloat = 4.0
     original_seq_len: PositiveInt = 8192
+    beta_fast: PositiveFloat = Field(
+        default=32.0, description="yarn: rotations over the original length above which a frequency is kept"
+    )
+    beta_slow: PositiveFloat = Field(
+        default=1.0, description="yarn: rotations below which it is divided by factor"
+    )
+    truncate: bool = Field(
+        default=True, description="yarn: the ramp between the two starts and ends at whole i"
+    )
+    attention_factor: PositiveFloat | None = Field(
+        default=None, description="yarn: what cos and sin are multiplied by; None: 0.1 ln(factor) + 1"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeConfig:
+        for name in ("beta_fast", "beta_slow", "truncate", "attention_factor"):
+            if self.scaling != "yarn" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for scaling=yarn, not {self.scaling}; leave it out")
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}")
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """What cos and sin are multiplied by: YaRN's 0.1 ln(factor) + 1 (Peng et al. 2023, eq. 22), else 1."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" and self.factor > 1 else 1.0
 
 
 class MoEConfig(Strict):

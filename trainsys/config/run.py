@@ -202,6 +202,9 @@ class TrainConfig(Strict):
     global_batch: PositiveInt = Field(default=8, description="sequences per optimizer step over all ranks")
     micro_batch: PositiveInt = Field(default=1, description="sequences per forward on one data rank")
     seed: NonNegativeInt = 0
+    init_from: str | None = Field(
+        default=None, description="weights a new run starts from: a checkpoint, or a Hugging Face folder; None: seed"
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         default="bf16", description="compute dtype; master weights and reductions are fp32"
     )
@@ -272,10 +275,11 @@ class CheckpointConfig(Strict):
     )
     memory_dir: str = Field(default="/dev/shm", description="memory file system for these copies")
     resume: str = Field(
-        default="auto", description="auto: the newest good one in folder; never; or one checkpoint's path"
+        default="auto",
+        description="auto: the newest good one in folder; never; or the path of one, where folder has none newer",
     )
     changed_data: bool = Field(
-        default=False, description="go on although data, seed, length or batch are not the checkpoint's"
+        default=False, description="go on although the data or its order is not the checkpoint's"
     )
 
 
@@ -335,6 +339,11 @@ class RunConfig(Strict):
             raise ValueError(
                 f"train.seq_len={self.train.seq_len} is longer than "
                 f"model.max_seq_len={self.model.max_seq_len}"
+            )
+        if self.train.init_from is not None and self.checkpoint.resume not in ("auto", "never"):
+            raise ValueError(
+                f"train.init_from={self.train.init_from} starts a new run and checkpoint.resume={self.checkpoint.resume} "
+                "goes on with one; drop one of the two"
             )
         return self
 

@@ -24,9 +24,9 @@ from trainsys.errors import UserError
 class Source:
     """The global batches of a run.
 
-    Row r of step t is global sample number ``g = t * global_batch + r``. Epoch ``g // n_samples`` visits
-    every sample once, in an order that (seed, epoch) names (``data.permutation``) or, unshuffled, in corpus
-    order. Nothing depends on the number of ranks, and nothing is carried from step to step.
+    Row r of step t is global sample number ``g = t * global_batch + r``, unless :meth:`go_on` says otherwise. Epoch
+    ``g // n_samples`` visits every sample once, in an order that (seed, epoch) names (``data.permutation``) or,
+    unshuffled, in corpus order. Nothing depends on the number of ranks, and nothing is carried from step to step.
     """
 
     def __init__(
@@ -48,13 +48,24 @@ class Source:
         self._vocab = vocab
         self._seed = seed
         self._shuffle = shuffle
+        self._from = (0, 0)
+
+    def go_on(self, step: int, sample: int) -> None:
+        """Row 0 of ``step`` is sample number ``sample``, and later ones follow: for a run that had batches of another
+        size until then. Steps before it are no longer there."""
+        self._from = (step, sample)
+
+    def first_sample(self, step: int) -> int:
+        """The number of row 0 of ``step``, which is how many samples the steps before it held."""
+        first, sample = self._from
+        assert step >= first, f"step {step} is before {first}, where this source begins"
+        return sample + (step - first) * self.global_batch
 
     def samples(self, step: int, rows: Sequence[int]) -> NDArray[np.int64]:
         """Which samples (concat: windows; pad: documents) are ``rows`` of the global batch of ``step``."""
-        assert step >= 0
         index = np.array(rows, np.int64)
         assert index.size == 0 or (index.min() >= 0 and index.max() < self.global_batch)
-        number = step * self.global_batch + index
+        number = self.first_sample(step) + index
         if not self._shuffle:
             return number % self.n_samples
         epochs, within = np.divmod(number, self.n_samples)

@@ -14,6 +14,7 @@ from trainsys.errors import UserError
 from trainsys.launch import slurm
 from trainsys.launch.job import RECORD
 from trainsys.launch.tail import Tail
+from trainsys.telemetry.attempts import facts_of, lineage_of
 
 _STEP = re.compile(r"step\s+(\d+/\d+)\s")
 _MFU = re.compile(r"\bmfu (\d+(?:\.\d+)?%)")
@@ -22,7 +23,7 @@ _MFU = re.compile(r"\bmfu (\d+(?:\.\d+)?%)")
 def ls(folder: str | Path) -> str:
     """A table of the jobs in ``folder``/jobs and of the runs beside them, newest last."""
     root = _root(folder)
-    rows = [["job", "on", "name", "ranks", "state", "step", "mfu", "folder"]]
+    rows = [["job", "on", "name", "ranks", "state", "attempts", "step", "mfu", "folder"]]
     for path, job in _jobs(root):
         step, mfu = _progress(path)
         identity = str(job["id"])
@@ -33,15 +34,17 @@ def ls(folder: str | Path) -> str:
                 job["name"],
                 str(job["ranks"]),
                 _state(job),
+                str(_attempts(path)),
                 step,
                 mfu,
                 os.path.relpath(path),
             ]
         )
+    runs: dict[str, list[Path]] = {}
     for path in sorted(root.glob("*/config.yaml")):
-        if path.parent.is_symlink():
-            continue
-        rows.append(["-", "-", *_run_row(path.parent)])
+        if not path.parent.is_symlink():
+            runs.setdefault(lineage_of(path.parent) or path.parent.name, []).append(path.parent)
+    rows += [["-", "-", *_run_row(attempts)] for attempts in runs.values()]
     if len(rows) == 1:
         return f"{folder}: no jobs and no runs"
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
@@ -140,16 +143,44 @@ def _progress(folder: Path) -> tuple[str, str]:
     return "-", "-"
 
 
-def _run_row(run: Path) -> list[str]:
-    """name, ranks, state, step, mfu and folder of a run, from its summary or from how its events grow."""
-    ranks = len(list(run.glob("events/rank_*.jsonl")))
-    try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _attempts(folder: Path) -> int:
+    """How often a job was started, of its tasks the one that was most often."""
+    tasks = folder.glob("logs/task-*")
+    return max((len(list(task.glob("attempt-*"))) for task in tasks), default=0)
+
+
+def _run_row(attempts: list[Path]) -> list[str]:
+    """name, ranks, state, attempts, step, mfu and folder of a run, from its newest attempt's summary or from how its
+    events grow; the MFU is of the newest attempt that has one."""
+    run = attempts[-1]
+    summaries = [_summary(attempt) for attempt in attempts]
+    summary, facts = summaries[-1], facts_of(run)
+    if summary:
+        state = str(summary.get("status", "over"))
+    else:
         newest = max((p.stat().st_mtime for p in run.glob("events/*")), default=0.0)
         state = "running" if time.time() - newest < 60 else "died"
-        return [run.name, str(ranks), state, "-", "-", os.path.relpath(run)]
-    mfu = summary.get("mfu")
-    shown = f"{100 * mfu:.1f}%" if isinstance(mfu, int | float) else "-"
-    state = str(summary.get("status", "over"))
-    return [run.name, str(ranks), state, str(summary.get("steps", "-")), shown, os.path.relpath(run)]
+    mfu = next((s["mfu"] for s in reversed(summaries) if isinstance(s.get("mfu"), int | float)), None)
+    done = summary.get("last_step", summary.get("steps")) or _last_shown(run) or facts.get("first_step")
+    step = "-" if done is None else f"{done}/{facts['steps']}" if "steps" in facts else str(done)
+    ranks = len(list(run.glob("events/rank_*.jsonl")))
+    shown = "-" if mfu is None else f"{100 * mfu:.1f}%"
+    return [run.name, str(ranks), state, str(len(attempts)), step, shown, os.path.relpath(run)]
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _last_shown(run: Path) -> int | None:
+    """Steps done as of the last whole line of metrics; None: there is none."""
+    try:
+        with open(run / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = file.read().rsplit(b"\n", 2)
+        return int(json.loads(lines[-2])["step"]) + 1
+    except (OSError, ValueError, KeyError, IndexError):
+        return None

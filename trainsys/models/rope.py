@@ -14,11 +14,6 @@ from torch import Tensor
 
 from trainsys.config.model import RopeConfig
 
-# Rotations over the original context beyond which YaRN leaves a frequency alone, and below which it
-# interpolates fully: the paper's alpha and beta for Llama (Peng et al. 2023, section 3.2).
-_YARN_FAST_ROTATIONS = 32.0
-_YARN_SLOW_ROTATIONS = 1.0
-
 
 @lru_cache
 def inverse_frequencies(rope: RopeConfig, dim: int) -> tuple[float, ...]:
@@ -29,7 +24,8 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> tuple[float, ...]:
     - llama3: wavelengths beyond original/low_freq_factor divided by ``factor``, those below
       original/high_freq_factor kept, linear in between (Llama 3.1's reference code, ``apply_scaling``);
     - yarn: "NTK by parts" (Peng et al. 2023, YaRN, section 3.2) with a ramp that is linear in i, between the
-      frequencies that rotate 32 times and once over the original context.
+      frequencies that rotate ``beta_fast`` times and ``beta_slow`` times over the original context (for Llama 32
+      and 1, the paper's beta and alpha).
     """
     plain = [rope.theta ** (-2 * i / dim) for i in range(dim // 2)]
     if rope.scaling == "none":
@@ -39,15 +35,12 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> tuple[float, ...]:
     if rope.scaling == "llama3":
         return tuple(_mix(f, rope.factor, _llama3_keep(f, rope)) for f in plain)
     assert rope.scaling == "yarn"
-    fast = max(math.floor(_index_of_rotations(_YARN_FAST_ROTATIONS, rope, dim)), 0)
-    slow = min(math.ceil(_index_of_rotations(_YARN_SLOW_ROTATIONS, rope, dim)), dim - 1)
-    ramp = max(slow - fast, 1e-3)
+    fast, slow = (_index_of_rotations(turns, rope, dim) for turns in (rope.beta_fast, rope.beta_slow))
+    if rope.truncate:
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, dim - 1)
+    ramp = slow - fast or 1e-3
     return tuple(_mix(f, rope.factor, 1 - _clamp((i - fast) / ramp)) for i, f in enumerate(plain))
-
-
-def attention_factor(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by: YaRN's temperature 0.1 ln(factor) + 1 (eq. 22), else 1."""
-    return 0.1 * math.log(rope.factor) + 1 if rope.scaling == "yarn" and rope.factor > 1 else 1.0
 
 
 def _llama3_keep(freq: float, rope: RopeConfig) -> float:
@@ -75,7 +68,7 @@ def rope_tables(rope: RopeConfig, dim: int, positions: Tensor, dtype: torch.dtyp
     """
     freqs = torch.tensor(inverse_frequencies(rope, dim), dtype=dtype, device=positions.device)
     angles = positions.to(dtype).unsqueeze(-1) * freqs
-    scale = attention_factor(rope)
+    scale = rope.temperature
     cos, sin = angles.cos() * scale, angles.sin() * scale
     return torch.cat((cos, cos), dim=-1).unsqueeze(-2), torch.cat((-sin, sin), dim=-1).unsqueeze(-2)
 

@@ -77,6 +77,8 @@ class Explanation:
     ranks: list[int]
     step_time: list[tuple[int, float]]
     loss: list[tuple[int, float]] = field(default_factory=list)
+    origin: list[str] = field(default_factory=list)
+    """What was said at the start about the checkpoint or the weights that it began with."""
     missing: list[str] = field(default_factory=list)
     schema: str = SCHEMA
 
@@ -121,7 +123,8 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
         memory=memory, fit=fit, heat=seen.heat.result(), pipeline=pipe,
         what_if=[] if fall is None else what_if(fall, pipe, seen.saved.most(steps.ranks)),
         phases={name: values[0].tolist() for name, values in sorted(usual.phases.items()) if usual.work.any()},
-        ranks=steps.ranks, step_time=seen.step_time(), missing=_missing(run, steps, seen.clock_spread_s()),
+        ranks=steps.ranks, step_time=seen.step_time(), origin=start.origin,
+        missing=_missing(run, steps, seen.clock_spread_s()),
     )  # fmt: skip
 
 

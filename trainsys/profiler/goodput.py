@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainsys.telemetry.attempts import attempts_of
 from trainsys.telemetry.events import RunEnd, Stall
 from trainsys.telemetry.reader import Damage, event_file, iter_parts
 from trainsys.telemetry.records import Floats, Ints, Records
@@ -37,8 +38,9 @@ class Goodput:
 
 
 def goodput_of(run_dir: str | Path, rank: int) -> Goodput:
-    """From one rank's file; every rank's wall time is the same but for milliseconds."""
-    return account(records for records, _ in iter_parts(event_file(run_dir, rank), Damage()))
+    """From one rank's file of each attempt; every rank's wall time is the same but for milliseconds."""
+    files = [event_file(attempt, rank) for attempt in attempts_of(run_dir)]
+    return account(records for file in files for records, _ in iter_parts(file, Damage()))
 
 
 @dataclass

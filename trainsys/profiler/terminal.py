@@ -126,8 +126,9 @@ class _Page:
         lost = ", ".join(f"{k} {say.duration(s)}" for k, s in good.lost.items() if s >= 0.001 * good.wall_s)
         told = f"{100 * good.share:.1f}% of {say.duration(good.wall_s)}"
         self.head("Goodput", told + (f"; lost: {lost}" if lost else ""))
-        if good.lost_steps:
-            self.line(f"{good.lost_steps} steps were trained again after {good.attempts - 1} restarts")
+        if good.attempts > 1:
+            again = f", {good.lost_steps} of which were trained again" if good.lost_steps else ""
+            self.line(f"over {good.attempts} attempts and {good.steps + good.lost_steps} steps{again}")
         m = e.memory
         if m is None:
             return

@@ -11,21 +11,25 @@ from types import TracebackType
 from typing import Protocol
 
 from trainsys import __version__
+from trainsys.checkpoint.compare import changes
 from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.initial import load_weights, open_weights, refuse_unused
 from trainsys.checkpoint.peers import PeerMemory
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.checkpoint.resume import Found, find, load, refuse_other_run, rng_state
 from trainsys.checkpoint.saver import Progress, Saver
 from trainsys.config.run import RunConfig
 from trainsys.data import Source, StepData
+from trainsys.data.order import samples_seen
 from trainsys.engines.base import SAVE, STOP, Engine, StepResult
 from trainsys.errors import UserError
-from trainsys.layout import PLACED
+from trainsys.layout import PLACED, Layout
 from trainsys.parallel.mesh import AXES, Mesh
 from trainsys.resilience.anomalies import Guard
 from trainsys.resilience.drain import Drain
 from trainsys.resilience.lease import Lease
 from trainsys.resilience.watchdog import Watchdog
+from trainsys.telemetry.attempts import Origin
 from trainsys.telemetry.recorder import Recorder
 
 
@@ -49,11 +53,14 @@ class Run(Protocol):
 
     def warn(self, text: str) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 class Session:
     """What the loop asks: ``step`` and ``data_step`` come next, ``over`` ends it, ``after`` each step.
 
-    Made before the engine: it looks for a checkpoint to go on from and checks it whole. All ranks act alike.
+    Made before the engine: it looks for a checkpoint to go on from, or for weights to begin with, checks them whole
+    and moves ``source`` to its place. All ranks act alike.
     ``lease``: held on the checkpoint folder. ``clock``: seconds, for ``checkpoint.every_minutes``; rank 0's counts.
     """
 
@@ -80,9 +87,14 @@ class Session:
             self.folder, cfg.checkpoint.resume, self.ranks, restarted=self.attempt > 0, memory=self._memory
         )
         self.step = self.data_step = 0
+        refuse_unused(cfg, self.found.manifest if self.found else None)
+        self.weights = open_weights(cfg, self.ranks) if cfg.train.init_from and self.found is None else None
         if self.found is not None:
             refuse_other_run(self.found, cfg, self.data)
-            self.step, self.data_step = self.found.manifest.step, self.found.manifest.data_step
+            was = self.found.manifest
+            self.step, self.data_step = was.step, was.data_step
+            source.go_on(was.data_step, samples_seen(was.config, was.samples, was.data_step, cfg))
+        self.origin = self._origin()
         self.first_step = self.step
         self.over = self.step >= cfg.train.steps
         self.stopped = ""
@@ -111,11 +123,6 @@ class Session:
             self.lease.named(run_dir.name)
             for note in self.lease.notes:
                 run.warn(note)
-        lineage = self.ranks.from_first(
-            self.folder.lineage()
-            if (cfg.saves or cfg.checkpoint.memory_every) and self.ranks.rank == 0
-            else ""
-        )
         if not cfg.saves:
             run.warn(
                 "SAVING IS OFF (checkpoint.every=0 and every_minutes=0): this run leaves no weights behind, and what "
@@ -127,10 +134,10 @@ class Session:
             self.ranks,
             lambda: [*engine.state(), *rng_state(self.ranks.rank)],
             {
-                "lineage": lineage,
+                "lineage": self.origin.lineage or run_dir.name,
                 "run_id": run_dir.name,
                 "attempt": self.attempt,
-                "resumed_from": str(self.found.path) if self.found else "",
+                "resumed_from": self.origin.source,
                 "engine": cfg.engine,
                 "layout": {axis: mesh.layout.size(axis) for axis in (*PLACED, "ep")},
                 "config": cfg.model_dump(mode="json"),
@@ -154,7 +161,37 @@ class Session:
             self._dog.start()
         if self.found is not None:
             self._restore(self.found)
+            self._saver.last_step = self.step
+        elif self.weights is not None:
+            with self._patient():
+                load_weights(self.weights, engine)
+            for note in self.weights.notes:
+                run.warn(note)
+        for line in self.origin.lines if self.ranks.rank == 0 else ():
+            run.say(line)
         self._saved_at = self._clock()
+
+    def _origin(self) -> Origin:
+        lineage = ""
+        if self.ranks.rank == 0 and (self.cfg.saves or self.cfg.checkpoint.memory_every or self.found is not None):
+            lineage = self.folder.lineage(new=self.cfg.checkpoint.resume == "never" and self.attempt == 0)
+        lineage = self.ranks.from_first(lineage)
+        if self.weights is not None:
+            path = str(self.weights.path)
+            return Origin(lineage, path, (f"step 0 begins with the weights of {path}",))
+        if self.found is None:
+            return Origin(lineage)
+        was = self.found.manifest
+        by = f" of {was.run_id}" if was.run_id else ""
+        lines = [
+            f"resumed at step {was.step} from {self.found.where}{by}; batch {self.data_step}, sample "
+            f"{self.source.first_sample(self.data_step)} comes next"
+        ]
+        layout = Layout.resolve(self.cfg.parallel, self.ranks.world)
+        sizes = {axis: layout.size(axis) for axis in (*PLACED, "ep")}
+        if differs := changes(was, self.cfg, sizes, self.ranks.world):
+            lines.append(f"resumed with changes: {'; '.join(differs)}")
+        return Origin(lineage, str(self.found.path), tuple(lines))
 
     @property
     def asks(self) -> float:
@@ -239,13 +276,9 @@ class Session:
             self._saved_at = self._clock()
         if disk or memory:
             progress = Progress(
-                self.step,
-                self.data_step,
-                self._engine.updates,
-                loss,
-                list(self.guard.losses),
-                self._skipped,
-            )
+                self.step, self.data_step, self._engine.updates, loss, list(self.guard.losses), self._skipped,
+                self.source.first_sample(self.data_step),
+            )  # fmt: skip
             with self._pause("checkpoint"):
                 self._saver.save(progress, disk=disk, memory=memory)
         if final:
@@ -263,9 +296,6 @@ class Session:
         self._skipped = 0
         for note in found.notes:
             self._warn(note)
-        where = "memory of the nodes" if found.memory else str(found.path)
-        if self.ranks.rank == 0:
-            self._recorder.message("info", f"resumed from step {found.manifest.step} in {where}")
 
     @contextmanager
     def _pause(self, kind: str) -> Iterator[None]:

@@ -70,6 +70,8 @@ class RunStart(Event):
     dtype: str = ""
     steps: int | None = None
     first_step: int = 0
+    origin: list[str] = []
+    """What was said at the start about the checkpoint or the weights that it begins with."""
     seq_len: int | None = None
     global_batch: int | None = None
     micro_batch: int | None = None

@@ -63,6 +63,10 @@ def summarize(run: RunData) -> dict[str, Any]:
         "status": run.status,
         "reason": run.reason,
         "steps": lead.steps,
+        "first_step": run.start.first_step,
+        "last_step": lead.last_step + 1,
+        "steps_wanted": run.start.steps,
+        "origin": run.start.origin,
         "loss_first": lead.first_loss,
         "loss_last": lead.last_loss if lead.last_loss is None or math.isfinite(lead.last_loss) else None,
         "loss_best": lead.best_loss,
@@ -153,11 +157,15 @@ class _Page:
         ended = (
             f"{run.status} after {lead.steps:,} steps in {say.duration(max(0.0, lead.seen_s - lead.began_s))}"
         )
+        if start.first_step and lead.steps:
+            ended += f", at step {lead.last_step + 1:,}" + (f" of {start.steps:,}" if start.steps else "")
         self._print(Text())
         name = Text(f" {start.name or start.run_id} ", style="bold cyan")
         self._print(Rule(name, align="left", characters="━" if self._fancy else "=", style="cyan"))
         self._print(Text(self._text("  " + "  ·  ".join(facts)), style="dim"))
         self._print(Text("  " + ended, style=STATUS[run.status]))
+        for line in start.origin:
+            self._print(Padding(Text(self._text(line)), (0, 0, 0, 2)))
         if run.reason:
             self._print(Padding(Text(self._text(run.reason), style=STATUS[run.status]), (0, 0, 0, 2)))
         self._print(Text())

@@ -65,7 +65,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> str:
     eviction = Eviction(cfg.launch, session.ranks.to_all(this_node()), drain)
     with (
         Reporter(
-            cfg, proc, layout, started, session.data, session.first_step, session.attempt, eviction
+            cfg, proc, layout, started, session.data, session.first_step, session.attempt, eviction, session.origin
         ) as reporter,
         session,
         Loader(

@@ -24,6 +24,7 @@ from trainsys.profiler.run_steps import read_run
 from trainsys.profiler.terminal import print_explanation
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.aggregate import Floats
+from trainsys.telemetry.attempts import Origin
 from trainsys.telemetry.events import RunStart, Step
 from trainsys.telemetry.flops_meter import FlopsMeter
 from trainsys.telemetry.recorder import Recorder
@@ -51,6 +52,7 @@ class Reporter:
     ``started``: (monotonic, wall) clocks at the start of the process's work, so that set-up is accounted for.
     ``first_step``: where a resumed run goes on; ``attempt``: how often the job was started before.
     ``data``: what the source says of itself, for the run's record. ``blame``: told of each live verdict (rank 0).
+    ``origin``: what the attempt begins with.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Reporter:
         first_step: int = 0,
         attempt: int = 0,
         blame: Callable[[Verdict], None] = lambda verdict: None,
+        origin: Origin | None = None,
     ) -> None:
+        origin = origin or Origin()
         if proc.rank == 0:
             refuse_missing(cfg.telemetry)
         self.cfg, self.proc, self.layout = cfg, proc, layout
@@ -94,6 +98,7 @@ class Reporter:
             steps=cfg.train.steps,
             first_step=first_step,
             attempt=attempt,
+            origin=list(origin.lines),
             seq_len=cfg.train.seq_len,
             global_batch=cfg.train.global_batch,
             micro_batch=cfg.train.micro_batch,
@@ -120,12 +125,15 @@ class Reporter:
         self._desk: DeskLink | None = None
         if proc.rank == 0:
             write_config(self.run_dir, cfg)
-            write_environment(self.run_dir, {"data": dict(data)})
+            facts = origin.facts(attempt, first_step, cfg.train.steps)
+            write_environment(self.run_dir, {"data": dict(data), "run": facts})
             shown = RunInfo(
                 name=cfg.name,
                 run_id=self.info.run_id,
+                lineage=origin.lineage or self.info.run_id,
                 run_dir=self.run_dir,
                 steps=cfg.train.steps,
+                first_step=first_step,
                 world=proc.world,
                 layout=layout.describe(cfg.parallel),
                 model=cfg.model.name,

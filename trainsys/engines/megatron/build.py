@@ -30,6 +30,7 @@ from trainsys.config.model import ModelConfig, MoEConfig
 from trainsys.config.run import RunConfig
 from trainsys.context.balance import ContextPlan
 from trainsys.engines.megatron.modules import HeadNorm, Norm, Rotary, core_for
+from trainsys.errors import UserError
 from trainsys.flops.gemms import is_moe_layer
 from trainsys.layout import Layout
 from trainsys.models.attention import CoreAttention
@@ -161,9 +162,14 @@ def transformer_config(cfg: RunConfig, layout: Layout, device: torch.device) -> 
         recompute_num_layers=1 if full else None,
         **(_experts(m, m.moe, cfg, layout) if m.moe is not None else {}),
     )
-    if m.rope.scaling == "yarn" and m.rope.factor > 1:
-        # The frequencies are ours; these make its attention multiply cos and sin by YaRN's temperature.
-        made.yarn_rotary_scaling_factor, made.yarn_mscale, made.yarn_mscale_all_dim = m.rope.factor, 1.0, 0.0
+    if m.rope.temperature != 1.0:
+        if m.rope.factor <= 1:
+            raise UserError(
+                "engine=megatron: model.rope.attention_factor needs model.rope.factor above 1; use engine=native"
+            )
+        # The frequencies are ours; these make its attention multiply cos and sin by 0.1 mscale ln(factor) + 1.
+        made.yarn_rotary_scaling_factor, made.yarn_mscale_all_dim = m.rope.factor, 0.0
+        made.yarn_mscale = (m.rope.temperature - 1.0) / (0.1 * math.log(m.rope.factor))
     return made
 
 

@@ -77,6 +77,7 @@ out.append(h("div", { class: "tiles" },
   tile(share(E.goodput_share), `goodput of ${span(E.goodput.wall_s)}`),
   E.memory ? tile(bytes(E.memory.peak), E.memory.capacity ? `peak memory, ${share(E.memory.peak / E.memory.capacity, 0)} of the device` : "peak memory, rank " + E.memory.rank) : null,
   tile(String(E.verdicts.length), E.verdicts.length === 1 ? "verdict" : "verdicts", E.verdicts.length ? "alarm" : "")));
+E.origin.forEach((line) => out.append(h("p", {}, line)));
 E.missing.forEach((m) => out.append(h("p", { class: "warn" }, m)));
 
 /* waterfall: from the whole step down to the useful time */

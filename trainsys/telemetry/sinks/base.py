@@ -23,8 +23,11 @@ class RunInfo:
 
     name: str
     run_id: str
+    """This attempt's."""
     run_dir: Path
     steps: int
+    lineage: str = ""
+    """The run's over all attempts: what a sink that can go on with an earlier attempt's record goes by."""
     first_step: int = 0
     world: int = 1
     layout: str = ""

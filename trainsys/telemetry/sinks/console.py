@@ -97,6 +97,8 @@ class ConsoleSink:
 
     def message(self, level: str, text: str) -> None:
         style = {"warning": "yellow", "error": "bold red"}.get(level, "dim")
+        if not self._console.encoding.startswith("utf"):
+            text = say.ascii_only(text)
         self._console.print(
             Text(text if level == "info" else f"{level}: {text}", style=style), soft_wrap=True
         )

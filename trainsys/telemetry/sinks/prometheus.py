@@ -27,7 +27,7 @@ class PrometheusSink:
         self._server: ThreadingHTTPServer | None = None
 
     def start(self, info: RunInfo) -> None:
-        self._labels = f'{{run="{_escape(info.run_id)}",name="{_escape(info.name)}"}}'
+        self._labels = f'{{run="{_escape(info.lineage or info.run_id)}",name="{_escape(info.name)}"}}'
         sink = self
 
         class Handler(BaseHTTPRequestHandler):

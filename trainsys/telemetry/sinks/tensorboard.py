@@ -11,7 +11,7 @@ from trainsys.telemetry.sinks.base import RunInfo
 
 
 class TensorBoardSink:
-    """Scalars under ``RUN/tensorboard``."""
+    """Scalars under ``OUT/tensorboard/LINEAGE``, beside the run's folder: one curve over all attempts."""
 
     name = "tensorboard"
 
@@ -24,7 +24,12 @@ class TensorBoardSink:
         self._event = import_module("tensorboard.compat.proto.event_pb2").Event
         self._summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
         writers = import_module("tensorboard.summary.writer.event_file_writer")
-        self._writer = writers.EventFileWriter(str(info.run_dir / "tensorboard"), flush_secs=5)
+        folder = info.run_dir.parent / "tensorboard" / (info.lineage or info.run_id)
+        self._writer = writers.EventFileWriter(str(folder), flush_secs=5)
+        # Readers leave out what an earlier attempt wrote of the steps that follow: they are trained again.
+        log = import_module("tensorboard.compat.proto.event_pb2").SessionLog
+        begin = self._event(wall_time=time.time(), step=info.first_step, session_log=log(status=log.START))
+        self._writer.add_event(begin)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         value = self._summary.Value

@@ -29,8 +29,13 @@ TABLES = ("waterfall", "verdicts")
 """Keys of the summary that are rows, and become tables."""
 
 
+ROWS_A_STEP = 4
+"""W&B's own count of rows, at which an offline attempt begins so many times its first step: past those of the attempts
+before, which log a row a step and few others, so that sent one after the other none lies over another."""
+
+
 class WandbSink:
-    """One W&B run, for rank 0.
+    """One W&B run, for rank 0: over all attempts of ours, which share its id.
 
     ``init`` and ``finish`` each wait for the server no longer than ``config.timeout_s``; a run that cannot be
     opened online is opened offline in the run's folder and can be sent later with ``wandb sync``.
@@ -43,6 +48,7 @@ class WandbSink:
         self._say = say or (lambda text: None)
         self._wandb: Any = None
         self._run: Any = None
+        self._row: int | None = None
 
     def start(self, info: RunInfo) -> None:
         # W&B's own error reporting waits for the server when the process ends, offline runs included: 10 s
@@ -59,6 +65,7 @@ class WandbSink:
         if self._run is None:
             self._run = self._open(info, "offline")
         if self._run.offline:
+            self._row = ROWS_A_STEP * info.first_step
             self._say(f"wandb: offline run; send it later with: wandb sync {os.path.dirname(self._run.dir)}")
         self._run.define_metric("step", hidden=True)
         for section in (*SECTIONS, "waterfall"):
@@ -96,8 +103,8 @@ class WandbSink:
             entity=self._config.entity,
             group=self._config.group,
             name=info.name,
-            id=info.run_id if mode == "online" else None,
-            resume="allow" if mode == "online" else None,
+            id=info.lineage or info.run_id,
+            resume="allow",
             config=dict(info.config),
             tags=list(info.tags) or None,
             dir=str(info.run_dir),
@@ -106,7 +113,8 @@ class WandbSink:
         )
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **metrics})
+        row, self._row = self._row, None
+        self._run.log({"step": step, **metrics}, step=row, commit=True)
 
     def message(self, level: str, text: str) -> None:
         """Messages are in the event file; a W&B alert would send mail."""
