@@ -165,20 +165,18 @@ class _Groups:
 
     def __init__(self) -> None:
         self._real = dist.new_group
-        self._made: dict[tuple[tuple[int, ...], int], Any] = {}
-        self._asked: Counter[tuple[int, ...]] = Counter()
+        self._made: dict[tuple[Any, int], Any] = {}
+        self._asked: Counter[Any] = Counter()
 
     def begin(self) -> None:
         self._asked.clear()
 
-    def __call__(self, ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
-        if ranks is None or args or kwargs:
-            return self._real(ranks, *args, **kwargs)
-        key = tuple(ranks)
+    def __call__(self, ranks: list[int] | None = None, **how: Any) -> Any:
+        key = None if ranks is None else tuple(ranks), tuple(sorted(how.items()))
         self._asked[key] += 1
         place = key, self._asked[key]
         if place not in self._made:
-            self._made[place] = self._real(ranks)
+            self._made[place] = self._real(ranks, **how)
         return self._made[place]
 
 

@@ -15,7 +15,6 @@ import socket
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.container import Damaged, hash_file
@@ -23,8 +22,6 @@ from trainsys.checkpoint.durable import naming
 from trainsys.checkpoint.manifest import Manifest
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.errors import UserError
-
-_CHUNK = 64 << 20
 
 
 def peer_of(rank: int, nodes: list[str]) -> int | None:
@@ -108,17 +105,25 @@ class PeerMemory:
     def newest(self, lineage: str, ranks: Ranks) -> tuple[Manifest, Path] | None:
         """The newest copy of run ``lineage`` whose every file is whole on some node, and where this node has its
         part of it; the same answer on every rank. All ranks call it."""
-        here: dict[bytes, list[str]] = {}
+        own: dict[str, bytes] = {}
+        here: dict[str, _Held] = {}
         if self.leads and self.root.is_dir():
             for path in self.root.iterdir():
-                here |= _inventory(path, lineage)
+                if (copy := _inventory(path, lineage)) is not None:
+                    data, held = copy
+                    digest = hashlib.sha256(data).hexdigest()
+                    own[digest], here[digest] = data, held
         everywhere = ranks.to_all(here)
-        found = {data: manifests.decode(data, "memory") for held in everywhere for data in held}
-        for data, manifest in sorted(found.items(), key=lambda item: -item[1].step):
-            names = {name for held in everywhere for name in held.get(data, ())}
-            if names >= {f.name for f in manifest.files}:
-                folder = self._kept(manifest.step)
-                self._found = [set(held.get(data, ())) for held in everywhere]
+        copies = {digest: held for node in everywhere for digest, held in node.items()}
+        for digest, (step, files, _) in sorted(copies.items(), key=lambda item: -item[1][0]):
+            found = [set(node[digest][2]) if digest in node else set() for node in everywhere]
+            if len(set().union(*found)) == files:
+                # It lists every file of every rank, so one node alone sends it.
+                holder = next(rank for rank, node in enumerate(everywhere) if digest in node)
+                sent = ranks.to_first(own[digest] if self.rank == holder else b"")
+                manifest = manifests.decode(ranks.from_first(b"".join(sent)), "memory")
+                folder = self._kept(step)
+                self._found = found
                 if self.leads and not (folder / manifests.NAME).is_file():
                     folder.mkdir(parents=True, exist_ok=True)
                     manifests.write(manifest, folder)
@@ -143,12 +148,12 @@ class PeerMemory:
     def _send(self, path: Path, size: int, source: int, target: int, ranks: Ranks) -> None:
         if self.rank == source:
             data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            for start in range(0, size, _CHUNK):
-                dist.send(data[start : start + _CHUNK], target, group=ranks.group)
+            with ranks.calling(target) as peer:
+                peer.send(b"file", 0, memoryview(data.numpy()))
         elif self.rank == target:
             data = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-            for start in range(0, size, _CHUNK):
-                dist.recv(data[start : start + _CHUNK], source, group=ranks.group)
+            with ranks.answering(source) as peer:
+                peer.receive_into(b"file", 0, memoryview(data.numpy()))
 
     def _saving(self, step: int) -> Path:
         return self.root / f".saving-{step:010d}"
@@ -157,17 +162,21 @@ class PeerMemory:
         return self.root / f"step_{step:010d}"
 
 
-def _inventory(folder: Path, lineage: str) -> dict[bytes, list[str]]:
-    """{manifest as bytes: names of its files that are whole here} of one copy; empty if it is of another run."""
+_Held = tuple[int, int, list[str]]
+"""step of a copy, how many files it has on all nodes, the names of those that are whole on this one"""
+
+
+def _inventory(folder: Path, lineage: str) -> tuple[bytes, _Held] | None:
+    """The manifest of one copy, and what is here of it; None if it is of another run."""
     try:
         manifest = manifests.read(folder)
     except (Damaged, UserError):
-        return {}
+        return None
     if manifest.lineage != lineage or folder.name.startswith("."):
-        return {}
+        return None
     held = []
     for file in manifest.files:
         path = folder / file.name
         if path.is_file() and path.stat().st_size == file.bytes and hash_file(path) == file.sha256:
             held.append(file.name)
-    return {manifests.encode(manifest): held}
+    return manifests.encode(manifest), (manifest.step, len(manifest.files), held)

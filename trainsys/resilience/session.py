@@ -53,9 +53,8 @@ class Session:
     Made before the engine: it looks for a checkpoint to go on from and checks it whole. All ranks act alike.
     """
 
-    def __init__(self, cfg: RunConfig, source: Source, drain: Drain) -> None:
-        self.cfg, self.drain, self.source = cfg, drain, source
-        self.ranks = Ranks()
+    def __init__(self, cfg: RunConfig, source: Source, drain: Drain, ranks: Ranks) -> None:
+        self.cfg, self.drain, self.source, self.ranks = cfg, drain, source, ranks
         self.folder = Folder(cfg.checkpoint_folder)
         self.attempt = attempt()
         self.data = source.describe()
@@ -120,7 +119,7 @@ class Session:
                 "checkpoint.memory_every: there is one node only, so copies in memory survive processes, not it"
             )
         if cfg.resilience.hang_timeout_s:
-            groups = {axis: mesh[axis].ranks for axis in AXES}
+            groups = {axis: mesh.ranks(axis) for axis in AXES}
             limits = cfg.resilience.hang_timeout_s, cfg.resilience.setup_timeout_s
             self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits)
             mesh.ledger.recorder = self._dog.watch(run.recorder)

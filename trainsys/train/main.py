@@ -49,11 +49,11 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
     refuse_unable(cfg, layout)
     warnings = layout.validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
     source = build_source(cfg)
-    session = Session(cfg, source, drain)
+    session = Session(cfg, source, drain, proc.ranks)
     if session.complete:
         return session.say_complete()
     mesh = Mesh(layout, proc.device)
-    eviction = Eviction(cfg.launch, session.ranks.to_all(this_node()), drain)
+    eviction = Eviction(cfg.launch, proc.ranks.to_first(this_node()), drain)
     with (
         Reporter(
             cfg, proc, layout, started, session.data, session.first_step, session.attempt, eviction
