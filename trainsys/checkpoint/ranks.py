@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ TIMEOUT_S = 600.0
 _SQUEEZED = 4096
 """Bytes from which a message is compressed: what ranks tell is mostly names, the same again and again."""
 
+_numbers = itertools.count()
+
 
 class Ranks:
     """Object exchange of all ranks over sockets of its own, never over a process group; from one thread at a time:
@@ -32,7 +35,8 @@ class Ranks:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if up else (0, 1)
         self.tree: Tree | None = None
         if self.world > 1:
-            self._wire = Wire(dist.distributed_c10d._get_default_store(), self.rank, timeout_s)
+            store = dist.distributed_c10d._get_default_store()
+            self._wire = Wire(store, f"ranks{next(_numbers)}", self.rank, timeout_s)
             self.tree = Tree(self._wire, self.world)
 
     def beside(self, timeout_s: float = 3600.0) -> Ranks:

@@ -7,7 +7,6 @@ group: a gloo group of all ranks holds a socket to every other rank, and an NCCL
 from __future__ import annotations
 
 import ipaddress
-import itertools
 import os
 import secrets
 import socket
@@ -27,7 +26,6 @@ _HELLO = struct.Struct("!16sI")
 """the listener's token, the caller's rank"""
 _RETRY_S = 0.05
 _CONNECT_S = 10.0
-_numbers = itertools.count()
 
 
 class LostPeer(RuntimeError):
@@ -115,23 +113,23 @@ class Peer:
 
 
 class Wire:
-    """Connects this rank with others by number. Every rank makes its wires in the same order; each is used by one
-    thread at a time.
+    """Connects this rank with others by number; for one thread at a time. ``name``: the same on every rank, and
+    no other wire's.
 
     ``store`` holds each rank's address and token, and is used from the making thread and by `dial` alone. Whoever
     calls must know the token, so that nothing but a rank of this run is listened to.
     """
 
-    def __init__(self, store: dist.Store, rank: int, timeout_s: float) -> None:
+    def __init__(self, store: dist.Store, name: str, rank: int, timeout_s: float) -> None:
         self.rank, self.timeout_s = rank, timeout_s
-        self._store = dist.PrefixStore(f"trainsys/wire{next(_numbers)}", store)
+        self._store, self._key = store, f"trainsys/{name}"
         self._token = secrets.token_bytes(16)
         host = own_address()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server(("", 0), family=family, backlog=128)
         self._early: dict[int, Peer] = {}
         """Who called before this rank expected it."""
-        self._store.set(str(rank), f"{host} {self._listener.getsockname()[1]} {self._token.hex()}")
+        self._store.set(f"{self._key}/{rank}", f"{host} {self._listener.getsockname()[1]} {self._token.hex()}")
 
     def dial(self, rank: int) -> Peer:
         """Call ``rank``, which must `answer`. LostPeer where it does not within the time-out."""
@@ -167,8 +165,9 @@ class Wire:
 
     def _address(self, rank: int, deadline: float) -> tuple[str, int, bytes]:
         try:
-            self._store.wait([str(rank)], timedelta(seconds=max(1.0, deadline - time.monotonic())))
-            host, port, token = self._store.get(str(rank)).decode().split()
+            key = f"{self._key}/{rank}"
+            self._store.wait([key], timedelta(seconds=max(1.0, deadline - time.monotonic())))
+            host, port, token = self._store.get(key).decode().split()
         except dist.DistError as error:
             raise LostPeer(f"rank {rank} has not started within {self.timeout_s:g} s: {error}") from error
         return host, int(port), bytes.fromhex(token)
