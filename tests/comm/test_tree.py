@@ -95,7 +95,7 @@ def test_bytes_of_a_gather_are_those_of_its_messages_and_the_store_is_asked_thre
 
     store = CountedStore()
     sent = on_threads(64, body, fanout=8, store=store)
-    below = Counter({rank: 1 for rank in range(64)})
+    below = Counter(dict.fromkeys(range(64), 1))
     for rank in range(63, 0, -1):
         below[parent(rank, 8)] += below[rank]
     record = 100 + trees._RECORD.size

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.apart import apart
 from support.ranks import run_ranks
+from trainsys.comm.tree import FANOUT
 from trainsys.config.loader import load_run
 from trainsys.dryrun.world import as_on_cuda, rank_of, without_memory
 from trainsys.engines.native import NativeEngine
@@ -24,6 +27,7 @@ from trainsys.parallel import mesh as meshes
 from trainsys.parallel.mesh import GROUP_TIMEOUT_S, Mesh
 from trainsys.telemetry.events import RunStart
 from trainsys.telemetry.recorder import Recorder
+from trainsys.train.process import process
 
 WORLD = 16384
 BUDGET = 8
@@ -158,21 +162,6 @@ def test_on_gloo_groups_are_named_have_time_outs_and_sum_over_their_ranks() -> N
         assert got["loss"] == 4.0
 
 
-def of_process(world: int, rank: int, port: int) -> dict[str, int]:
-    """Sockets of a rank that has summed over the world and told all ranks something."""
-    from trainsys.train.process import process
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    before = len(os.listdir("/proc/self/fd"))
-    with process(load_run("train/demo").train, timeout_s=40.0) as proc:
-        x = torch.ones(1 << 16)
-        dist.all_reduce(x)
-        assert bool((x == world).all())
-        assert proc.ranks.to_all(rank) == list(range(world))
-        return {"opened": len(os.listdir("/proc/self/fd")) - before}
-
-
 def test_a_whole_engine_at_16384_ranks_stays_within_the_budget() -> None:
     """FSDP2, context parallelism and the pipeline make no groups behind the mesh's back."""
     sizes = {"pp": 2, "dp_replicate": 64, "dp_shard": 16, "cp": 2, "tp": 4}
@@ -182,9 +171,31 @@ def test_a_whole_engine_at_16384_ranks_stays_within_the_budget() -> None:
     assert made.new == []
 
 
-def test_a_rank_of_a_run_connects_with_those_it_speaks_to() -> None:
-    """gloo's default group holds a socket to every rank unless it connects lazily; a ring needs two."""
-    world, port = 12, free_port()
-    opened = apart_all(of_process, world, port)
-    # An eager mesh of 12 was measured to hold 8 + 12 of gloo's own, before the store and this tree.
-    assert max(opened) - (world - 1 if False else 0) < 24
+def in_a_run(world: int, rank: int, port: int) -> int:
+    """Descriptors of a rank that has summed over the world and told all ranks something."""
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    before = len(os.listdir("/proc/self/fd"))
+    with process(load_run("train/demo").train, timeout_s=60.0) as proc:
+        x = torch.ones(1 << 16)
+        dist.all_reduce(x)
+        assert bool((x == world).all())
+        assert proc.ranks.to_all(rank) == list(range(world))
+        return len(os.listdir("/proc/self/fd")) - before
+
+
+def test_a_run_of_gloo_does_not_connect_every_pair() -> None:
+    """A sum goes round a ring, so two connections serve it; the default group used to hold one to each other rank.
+
+    8 of gloo's, the store's client (and rank 0's server with a connection of each), a listener and the tree's.
+    """
+    world = 20
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(world) as pool:
+        opened = list(pool.map(lambda rank: apart(in_a_run, world, rank, port), range(world)))
+    leaf = opened[-1]
+    assert leaf < 18, "16 + 2N would be 56"
+    assert max(opened[1:]) < leaf + FANOUT

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -201,8 +202,9 @@ class Played:
         return dict(found)
 
 
-def play(cfg: RunConfig, world: int, rank: int, links: Sequence[float], steps: int = 2) -> list[Played]:
-    """The last of ``steps`` steps of ``rank`` for each link (bytes/s), in a process without a process group."""
+def play(cfg: RunConfig, world: int, rank: int, links: Sequence[float]) -> list[Played]:
+    """A step of ``rank`` for each link (bytes/s), after one in which what is made once is made; in a process without
+    a process group."""
     layout = Layout.resolve(cfg.parallel, world)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     names = ("Stream", "Event", "current_stream", "stream")
@@ -223,16 +225,13 @@ def play(cfg: RunConfig, world: int, rank: int, links: Sequence[float], steps: i
         axis_of = {name: axis for axis, name in group_of.items()}
         stack.enter_context(fake)
         stack.enter_context(_Kernels())
-        number = 0
-        for link in links:
+        recorder.begin()
+        for number, link in enumerate((links[0], *links)):
+            began, before = device.main.t, dict(device.waited)
+            device.marks.clear()
             with _collectives(axis_of, link):
-                recorder.begin()
-                for _ in range(steps):
-                    began, before = device.main.t, dict(device.waited)
-                    device.marks.clear()
-                    engine.train_step(number, data)
-                    recorder.end_step(number)
-                    number += 1
+                engine.train_step(number, data)
+            recorder.end_step(number)
             marks = device.marks
             assert recorder.last_device is not None
             played.append(
@@ -242,8 +241,8 @@ def play(cfg: RunConfig, world: int, rank: int, links: Sequence[float], steps: i
                     recorder.last_device,
                     sum(mark.stream is not device.main for mark in marks),
                     len(marks),
-                    sum(b.t < a.t for a, b in zip(marks, marks[1:], strict=False)),
+                    sum(b.t < a.t for a, b in pairwise(marks)),
                     {axis: axis_of[name] for axis, name in group_of.items()},
                 )
             )
-    return played
+    return played[1:]

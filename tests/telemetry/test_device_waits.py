@@ -11,7 +11,7 @@ from trainsys.config.loader import load_run
 LINKS = (20e9, 100e9, 400e9)
 """bytes/s: communication rules, is partly hidden, is mostly hidden"""
 BASE = [
-    "model.n_layers=4",
+    "model.n_layers=3",
     "train.seq_len=4096",
     "data.document_mask=false",
     "train.compile=false",
@@ -22,7 +22,7 @@ CASES = {
     "fsdp": (8, {"dp_shard": 8}, ()),
     "hsdp": (8, {"dp_replicate": 2, "dp_shard": 4}, ()),
     "tp": (8, {"dp_shard": 2, "tp": 4}, ("parallel.sequence_parallel=true",)),
-    "cp": (8, {"dp_shard": 2, "cp": 4}, ()),
+    "cp": (4, {"dp_shard": 2, "cp": 2}, ()),
     "pp": (8, {"pp": 2, "dp_shard": 4}, ()),
     "replicas": (8, {"dp_replicate": 8, "dp_shard": 1}, ()),
 }
@@ -32,7 +32,7 @@ def played(name: str) -> list[Played]:
     world, sizes, more = CASES[name]
     axes = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1} | sizes
     layout = [f"parallel.{axis}={size}" for axis, size in axes.items()]
-    cfg = load_run("train/llama3-8b", [*BASE, "train.global_batch=16", *layout, *more])
+    cfg = load_run("train/llama3-8b", [*BASE, "train.global_batch=8", *layout, *more])
     return play(cfg, world, 0, LINKS)
 
 
