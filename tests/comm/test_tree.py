@@ -138,9 +138,14 @@ def test_ranks_that_do_different_things_are_told_apart() -> None:
     def body(tree: Tree) -> None:
         if tree.rank == 1:
             tree.gather(b"x")
-        tree.broadcast(b"")
+        try:
+            tree.broadcast(b"")
+        finally:
+            # A closed connection would be seen first.
+            seen.set() if tree.rank else seen.wait(20)
 
-    got = on_threads(2, body, timeout_s=5.0)
+    seen = threading.Event()
+    got = on_threads(2, body, timeout_s=20.0)
     assert "rank 0 is at bcst 1 of the ranks' exchanges, this one at bcst 2" in str(got[1])
 
 
