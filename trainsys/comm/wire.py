@@ -25,6 +25,7 @@ _HEAD = struct.Struct("!4sIQ")
 _HELLO = struct.Struct("!16sI")
 """the listener's token, the caller's rank"""
 _RETRY_S = 0.05
+_CHUNK = 64 << 20
 _CONNECT_S = 10.0
 
 
@@ -45,12 +46,14 @@ class Peer:
         for option, value in (("TCP_KEEPIDLE", 120), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
             to.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
-    def send(self, op: bytes, number: int, *parts: bytes | memoryview) -> None:
+    def send(self, op: bytes, number: int, *parts: bytes | bytearray | memoryview) -> None:
         """One message of four letters ``op``; ``parts`` are joined."""
         with self._blaming():
             self._socket.sendall(_HEAD.pack(op, number, sum(len(p) for p in parts)))
-            for part in parts:
-                self._socket.sendall(part)
+            for view in map(memoryview, parts):
+                # A socket's time-out is that of a whole sendall.
+                for start in range(0, len(view), _CHUNK):
+                    self._socket.sendall(view[start : start + _CHUNK])
 
     def receive(self, op: bytes, number: int) -> bytearray:
         """What the peer's ``send`` of the same ``op`` and ``number`` sent."""
