@@ -179,30 +179,22 @@ def _work(rank: int, world: int, folder: str, pipe: Connection) -> None:
 class _Groups:
     """In place of ``dist.new_group``: what an earlier task had made for the same ranks, for each group keeps threads
     that poll, and hundreds of tasks would leave thousands of them. Within a task every call gets a group of its own.
-    Groups with options of their own (Megatron's) go when the next task begins."""
+    Groups with options or names of their own are others."""
 
     def __init__(self) -> None:
         self._real = dist.new_group
-        self._made: dict[tuple[tuple[int, ...], int], Any] = {}
-        self._asked: Counter[tuple[int, ...]] = Counter()
-        self._own: list[dist.ProcessGroup] = []
+        self._made: dict[tuple[Any, int], Any] = {}
+        self._asked: Counter[Any] = Counter()
 
     def begin(self) -> None:
         self._asked.clear()
-        while self._own:
-            dist.destroy_process_group(self._own.pop())
 
-    def __call__(self, ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
-        if ranks is None or args or kwargs:
-            group = self._real(ranks, *args, **kwargs)
-            if isinstance(group, dist.ProcessGroup):  # or a mark of what this rank is not in
-                self._own.append(group)
-            return group
-        key = tuple(ranks)
+    def __call__(self, ranks: list[int] | None = None, **how: Any) -> Any:
+        key = None if ranks is None else tuple(ranks), tuple(sorted(how.items()))
         self._asked[key] += 1
         place = key, self._asked[key]
         if place not in self._made:
-            self._made[place] = self._real(ranks)
+            self._made[place] = self._real(ranks, **how)
         return self._made[place]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trainsys.checkpoint.ranks import Ranks
 from trainsys.config.run import RunConfig
 from trainsys.data import build_source
 from trainsys.data.loader import StepData
@@ -80,12 +81,14 @@ class ToyRun:
     def warn(self, text: str) -> None:
         self.said.append(text)
 
+    say = warn
+
     def go(self, until: Callable[[Session], bool] = lambda session: False) -> ToyRun:
         """Train to the end, or be gone, as if killed, once ``until`` says so after a step (what was being written
         is finished first, so that the test is of what a resume finds)."""
         mesh = Mesh(Layout.resolve(self.cfg.parallel, 1), torch.device("cpu"))
         with self.lease:
-            self.session = Session(self.cfg, build_source(self.cfg), self.drain, self.lease, **self._options)
+            self.session = Session(self.cfg, build_source(self.cfg), self.drain, self.lease, Ranks(), **self._options)
             killed = False
             try:
                 with self.session as session:

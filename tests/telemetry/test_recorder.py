@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -277,6 +278,9 @@ class LateTimer:
 
     def elapsed(self, first: int, last: int) -> float | None:
         return (last - first) / 1e9 if last <= self.reached else None
+
+    def marks(self, stream: Any) -> bool:
+        return stream is None
 
     def recycle(self, handles: list[int]) -> None:
         self.free += handles

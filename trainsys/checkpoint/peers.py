@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from trainsys.checkpoint import manifest as manifests
 from trainsys.checkpoint.container import Damaged, hash_file
@@ -25,8 +24,6 @@ from trainsys.checkpoint.health import Health, health, mark
 from trainsys.checkpoint.manifest import Manifest
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.errors import UserError
-
-_CHUNK = 64 << 20
 
 
 def peer_of(rank: int, nodes: list[str]) -> int | None:
@@ -134,23 +131,32 @@ class PeerMemory:
     def newest(self, lineage: str, ranks: Ranks) -> tuple[Manifest, Path, Health] | None:
         """The newest copy of run ``lineage`` whose every file is whole on some node, where this node has its part
         of it, and its health; a suspect one only where there is no other. The same on every rank; all call it."""
-        here: dict[bytes, _Held] = {}
+        own: dict[str, bytes] = {}
+        here: dict[str, _Held] = {}
         if self.leads and self.root.is_dir():
             for path in self._copies():
-                here |= _inventory(path, lineage)
+                if (copy := _inventory(path, lineage)) is not None:
+                    data, held = copy
+                    digest = hashlib.sha256(data).hexdigest()
+                    own[digest], here[digest] = data, held
         everywhere = ranks.to_all(here)
-        copies = []
-        for data in {data: None for held in everywhere for data in held}:
-            by_node = [held.get(data, _NOTHING) for held in everywhere]
-            known = {held.health for held in by_node}  # one node may not have come to write the last mark
+        copies: dict[str, tuple[int, int, Health]] = {}
+        for digest, any_held in {d: held for node in everywhere for d, held in node.items()}.items():
+            known = {node[digest].health for node in everywhere if digest in node}
+            # One node may not have come to write the last mark.
             state = next(s for s in (Health.HEALTHY, Health.SUSPECT, Health.UNPROVEN) if s in known)
-            copies.append((manifests.decode(data, "memory"), by_node, state))
-        for manifest, by_node, state in sorted(
-            copies, key=lambda copy: (copy[2] is Health.SUSPECT, -copy[0].step)
+            copies[digest] = any_held.step, any_held.files, state
+        for digest, (step, files, state) in sorted(
+            copies.items(), key=lambda item: (item[1][2] is Health.SUSPECT, -item[1][0])
         ):
-            if {name for held in by_node for name in held.names} >= {f.name for f in manifest.files}:
-                folder = self._kept(manifest.step)
-                self._found = [held.names for held in by_node]
+            found = [set(node[digest].names) if digest in node else set() for node in everywhere]
+            if len(set().union(*found)) == files:
+                # It lists every file of every rank, so one node alone sends it.
+                holder = next(rank for rank, node in enumerate(everywhere) if digest in node)
+                sent = ranks.to_first(own[digest] if self.rank == holder else b"")
+                manifest = manifests.decode(ranks.from_first(b"".join(sent)), "memory")
+                folder = self._kept(step)
+                self._found = found
                 if self.leads and not (folder / manifests.NAME).is_file():
                     folder.mkdir(parents=True, exist_ok=True)
                     manifests.write(manifest, folder)
@@ -175,12 +181,12 @@ class PeerMemory:
     def _send(self, path: Path, size: int, source: int, target: int, ranks: Ranks) -> None:
         if self.rank == source:
             data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            for start in range(0, size, _CHUNK):
-                dist.send(data[start : start + _CHUNK], target, group=ranks.group)
+            with ranks.calling(target) as peer:
+                peer.send(b"file", 0, memoryview(data.numpy()))
         elif self.rank == target:
             data = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-            for start in range(0, size, _CHUNK):
-                dist.recv(data[start : start + _CHUNK], source, group=ranks.group)
+            with ranks.answering(source) as peer:
+                peer.receive_into(b"file", 0, memoryview(data.numpy()))
 
     def _saving(self, step: int) -> Path:
         return self.root / f".saving-{step:010d}"
@@ -191,29 +197,30 @@ class PeerMemory:
 
 @dataclass(frozen=True)
 class _Held:
-    """What one node has of a copy: the names of the files that are whole, and what it knows of its health."""
+    """What one node has of a copy."""
 
-    names: set[str]
+    step: int
+    files: int
+    """of the copy, on all nodes"""
+    names: list[str]
+    """of the files that are whole on this one"""
     health: Health
 
 
-_NOTHING = _Held(set(), Health.UNPROVEN)
-
-
-def _inventory(folder: Path, lineage: str) -> dict[bytes, _Held]:
-    """{manifest as bytes: what is here of it} of one copy; empty if it is of another run."""
+def _inventory(folder: Path, lineage: str) -> tuple[bytes, _Held] | None:
+    """The manifest of one copy, and what is here of it; None if it is of another run."""
     try:
         manifest = manifests.read(folder)
     except (Damaged, UserError):
-        return {}
+        return None
     if manifest.lineage != lineage:
-        return {}
-    whole = set()
+        return None
+    whole = []
     for file in manifest.files:
         path = folder / file.name
         if path.is_file() and path.stat().st_size == file.bytes and hash_file(path) == file.sha256:
-            whole.add(file.name)
-    return {manifests.encode(manifest): _Held(whole, health(folder, manifest))}
+            whole.append(file.name)
+    return manifests.encode(manifest), _Held(manifest.step, len(manifest.files), whole, health(folder, manifest))
 
 
 def _health(folder: Path) -> Health:

@@ -178,6 +178,7 @@ class Saver:
         finally:
             self._writing.shutdown(wait=not abandon, cancel_futures=abandon)
             self._draining.shutdown(wait=not abandon, cancel_futures=abandon)
+            self._behind.close()
 
     # ---- the step's thread ----
 
@@ -195,14 +196,14 @@ class Saver:
                 self.saved.append(outcome)
 
     def _plan(self, state: Sequence[LocalTensor]) -> None:
-        """Once a run: every rank learns what all hold, and so which boxes are its to write."""
+        """Once a run: rank 0 learns what all hold, and every rank which boxes are its to write."""
         pieces: list[Piece] = [
             (t.name, DTYPES[t.data.dtype], t.place.full_shape, t.place.bounds) for t in state
         ]
-        by_rank = self.ranks.to_all(pieces)
-        if self.ranks.rank == 0:
+        by_rank = self.ranks.to_first(pieces)
+        if by_rank:
             check_tiling(by_rank)
-        self._mine = order(pieces, assign(by_rank)[self.ranks.rank])
+        self._mine = order(pieces, self.ranks.each(assign(by_rank)))
         mine = [pieces[i] for i in self._mine]
         size = sum(map(nbytes, mine))
         self._files = plan_files(mine, self.ranks.rank, self._file_bytes or file_bytes(size))
@@ -351,15 +352,17 @@ class Saver:
                 part.parts += [(piece, number, offset) for piece, offset in planned.parts]
         except OSError as error:
             part.error = _tell(error)
-        parts = self._behind.to_all(part)
-        if failed := [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]:
+        parts = self._behind.to_first(part)
+        failed = [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]
+        listed = [[(name, size) for name, size, _ in p.files] for p in parts]
+        manifest = self._manifest(parts, progress) if parts and not failed else None
+        failed, listed, manifest = self._behind.from_first((failed, listed, manifest))
+        if manifest is None:
             memory.discard(progress.step)
             self._warn(f"no copy in memory of step {progress.step}: {'; '.join(failed)}")
             return
-        memory.exchange(
-            progress.step, [[(name, size) for name, size, _ in p.files] for p in parts], self._behind
-        )
-        memory.commit(self._manifest(parts, progress), self._behind)
+        memory.exchange(progress.step, listed, self._behind)
+        memory.commit(manifest, self._behind)
 
 
 def copy_durable(source: Path, target: Path, sha256: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ class Traffic:
 class SpanRecorder(Protocol):
     def collective_span(self, axis: str, op: str, nbytes: int) -> AbstractContextManager[None]: ...
 
+    def waiting(self, axis: str, stream: Any) -> AbstractContextManager[None]: ...
+
 
 class _Span:
     """A plain class: a hundred of these a step must not be felt, and a generator would be."""
@@ -43,6 +45,7 @@ class _Span:
         self._entry.blocked_s += time.perf_counter() - self._began
 
 
+_NOTHING = nullcontext()
 MAX_CACHED = 4096
 """Distinct collectives kept; sizes that vary without end (uneven all-to-all) start the cache anew."""
 
@@ -75,6 +78,11 @@ class Ledger:
         entry.calls += 1
         entry.sent_bytes += sent_bytes
         return span
+
+    def waiting(self, axis: str, stream: Any) -> AbstractContextManager[None]:
+        """Around ``stream``'s wait for a collective that another stream runs: time of the axis, on the device alone,
+        if ``stream`` (None: the current one) is the compute stream. It counts no call."""
+        return _NOTHING if self._recorder is None else self._recorder.waiting(axis, stream)
 
     def _make(self, axis: str, op: str, sent_bytes: int) -> tuple[Traffic, AbstractContextManager[None]]:
         if len(self._spans) >= MAX_CACHED:

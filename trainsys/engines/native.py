@@ -42,7 +42,7 @@ class NativeEngine:
             self.model = parallelize(cfg, mesh)
         parts = list(self.model.parts.values()) if isinstance(self.model, PipelineModel) else [self.model]
         self._headed = next((part.module for part in parts if part.module.head is not None), None)
-        self.experts = ExpertBalance((part.module for part in parts), mesh["loss"])
+        self.experts = ExpertBalance((part.module for part in parts), mesh)
         self.optimizer = LocalAdamW(self.model.owned, cfg.optim)
         self._tokens_global = 0
 

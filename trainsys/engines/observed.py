@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainsys.comm.ops import nbytes
+from trainsys.layout import Axis
 from trainsys.parallel.mesh import Mesh
 
 # As which axis a group counts that is known by its ranks alone, where several axes have the same ranks.
-_PRIORITY = ("tp", "cp", "pp", "ep", "fsdp", "dp_replicate", "expert_fsdp", "loss", "world")
+_PRIORITY: tuple[Axis, ...] = ("tp", "cp", "pp", "ep", "fsdp", "dp_replicate", "expert_fsdp", "loss", "world")
 
 Sent = Callable[..., int]
 """(rank in the group, its size, *arguments of the method) -> bytes that this rank puts on the wire by a
@@ -129,7 +130,7 @@ class Observer:
 
     def __init__(self, mesh: Mesh, names: Mapping[str, str] | None = None) -> None:
         self._ledger, self._names = mesh.ledger, dict(names or {})
-        self._axis_of = {mesh[axis].ranks: axis for axis in reversed(_PRIORITY) if mesh[axis].size > 1}
+        self._axis_of = {mesh.ranks(a): a for a in reversed(_PRIORITY) if mesh.layout.size(a) > 1}
         self._known: dict[str, tuple[str, int, int]] = {}
         self._open: dict[str, list[tuple[str, int]]] = {}
         """Of groups that are collecting calls into one: what those were."""

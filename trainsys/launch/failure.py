@@ -36,7 +36,7 @@ _PEER_REPORT_S = 5.0
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused|was likely closed)|broken pipe|socket|timed? ?out|remote process", re.I
 )
-_DISTRIBUTED_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
+_DISTRIBUTED_ERRORS = ("LostPeer", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def logs(job: str, folder: str | Path, rank: int | None, follow: bool) -> int:
     """Print a job's logs, merged; with ``follow`` until it is over. The job's exit code, if it was awaited."""
     path, found = _find(job, folder)
     if follow and found["on"] == "slurm":
-        return slurm.follow(str(found["id"]), path)
+        return slurm.follow(str(found["id"]), path, rank)
     if found["on"] != "slurm":
         raise UserError(f"{job}: its logs are with the cluster: {_elsewhere(found, 'logs')}")
     Tail(path, rank).show()

@@ -177,9 +177,10 @@ def _from_accounting(identity: str) -> dict[str, tuple[str, str]]:
     return {i.partition("_")[2] or "0": (state.split()[0], nodes) for i, state, nodes in rows}
 
 
-def follow(identity: str, folder: Path) -> int:
-    """Print the logs of a job's attempts as they grow, and its changes of state, until it is over."""
-    logs = Tail(folder)
+def follow(identity: str, folder: Path, rank: int | None = None) -> int:
+    """Print the logs of a job's attempts as they grow, and its changes of state, until it is over. ``rank``: of
+    that one alone."""
+    logs = Tail(folder, rank)
     shown: dict[str, tuple[str, str]] = {}
     try:
         while True:

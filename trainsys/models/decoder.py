@@ -15,7 +15,7 @@ from trainsys.config.model import ModelConfig
 from trainsys.models.attention import Attention, Shared
 from trainsys.models.ffn import build_ffn
 from trainsys.models.layers import Embedding, LayerNorm, Linear, RMSNorm, TiedHead
-from trainsys.models.rope import rope_tables
+from trainsys.models.rope import frequencies, rope_tables
 
 
 class Block(nn.Module):
@@ -55,6 +55,8 @@ class Decoder(nn.Module):
         ids = range(cfg.n_layers) if layer_ids is None else layer_ids
         self.layers = nn.ModuleDict({str(i): Block(cfg, i) for i in ids})
         self.norm: nn.Module | None = build_norm(cfg)
+        self._freqs: Tensor | None = None
+        """of rope, made in the first forward: a buffer would be sharded and saved"""
         self.head: nn.Module | None = TiedHead() if cfg.tied_embeddings else Linear(cfg.d_model, cfg.vocab)
 
     def forward(self, tokens: Tensor, positions: Tensor, doc_ids: Tensor | None = None) -> Tensor:
@@ -93,7 +95,10 @@ class Decoder(nn.Module):
 
     def _shared(self, positions: Tensor, doc_ids: Tensor | None, dtype: torch.dtype) -> Shared:
         wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = rope_tables(self.cfg.rope, self.cfg.dim_per_head, positions, wide)
+        rope, dim, freqs = self.cfg.rope, self.cfg.dim_per_head, self._freqs
+        if freqs is None or freqs.device != positions.device or freqs.dtype != wide:
+            freqs = self._freqs = frequencies(rope, dim, positions.device, wide)
+        cos, sin = rope_tables(rope, dim, positions, wide, freqs)
         core = next(iter(self.layers.values())).attn.core
         return Shared(cos, sin, core.prepare(positions, doc_ids))
 

@@ -61,12 +61,21 @@ def _clamp(x: float) -> float:
     return min(max(x, 0.0), 1.0)
 
 
-def rope_tables(rope: RopeConfig, dim: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for ``positions [B, S]``, each ``[B, S, 1, Dh]`` in ``dtype`` (fp32 or more).
+def frequencies(rope: RopeConfig, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`inverse_frequencies` as ``[Dh/2]`` on ``device``, which waits for the host: once a model, not once a step."""
+    return torch.tensor(inverse_frequencies(rope, dim), dtype=dtype, device=device)
+
+
+def rope_tables(
+    rope: RopeConfig, dim: int, positions: Tensor, dtype: torch.dtype, freqs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin for ``positions [B, S]``, each ``[B, S, 1, Dh]`` in ``dtype`` (fp32 or more). ``freqs``: what
+    `frequencies` gives for all of these, where it is kept.
 
     The first half of sin is negated, so that ``apply_rope`` is one roll and one fused multiply-add.
     """
-    freqs = torch.tensor(inverse_frequencies(rope, dim), dtype=dtype, device=positions.device)
+    if freqs is None:
+        freqs = frequencies(rope, dim, positions.device, dtype)
     angles = positions.to(dtype).unsqueeze(-1) * freqs
     scale = rope.temperature
     cos, sin = angles.cos() * scale, angles.sin() * scale

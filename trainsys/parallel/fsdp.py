@@ -24,6 +24,7 @@ from trainsys.comm.group import AxisGroup
 from trainsys.config.run import FsdpConfig
 from trainsys.models.decoder import Decoder
 from trainsys.models.moe import MoE
+from trainsys.parallel.fsdp_waits import Waits, mark_waits
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.replicate import ShardSums
 
@@ -43,13 +44,14 @@ class _CountedWork(dist.Work):
 class _Counted:
     """FSDP2's communication seam: torch's collectives, counted in the ledger."""
 
-    def __init__(self, group: AxisGroup) -> None:
-        self.group = group
+    def __init__(self, group: AxisGroup, waits: Waits) -> None:
+        self.group, self.waits = group, waits
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def _run(self, op: str, shard: Tensor, start: Callable[[], dist.Work | None], async_op: bool) -> Any:
+        self.waits.axis = self.group.axis
         span = self.group.ledger.span(self.group.axis, op, ops.nbytes(shard) * (self.group.size - 1))
         if async_op:
             work = start()
@@ -118,10 +120,12 @@ def apply_fsdp(
         for block in model.layers.values()
     ]
     root = fully_shard(model, **options)
+    waits = Waits(mesh.ledger)
     for unit in (root, *blocks):
-        _count_and_sum(unit, mesh["fsdp"], sums)
+        _count_and_sum(unit, mesh["fsdp"], sums, waits)
     for unit in own.values():
-        _count_and_sum(unit, mesh["expert_fsdp"], sums)
+        _count_and_sum(unit, mesh["expert_fsdp"], sums, waits)
+    mark_waits(root, waits)
     for i, block in enumerate(blocks):
         # A block's own experts are needed before the next block, and in backward before its own attention.
         mine = [own[i]] if i in own else []
@@ -144,9 +148,9 @@ def _even(group: AxisGroup) -> Callable[[nn.Parameter], Shard | None]:
     return place
 
 
-def _count_and_sum(unit: FSDPModule, group: AxisGroup, sums: ShardSums | None) -> None:
-    unit.set_custom_all_gather(_CountedAllGather(group))
-    unit.set_custom_reduce_scatter(_CountedReduceScatter(group))
+def _count_and_sum(unit: FSDPModule, group: AxisGroup, sums: ShardSums | None, waits: Waits) -> None:
+    unit.set_custom_all_gather(_CountedAllGather(group, waits))
+    unit.set_custom_reduce_scatter(_CountedReduceScatter(group, waits))
     unit.set_gradient_divide_factor(1.0)
     # gloo has no PREMUL_SUM; a plain sum is what is wanted anyway.
     unit.set_force_sum_reduction_for_comms(True)

@@ -82,10 +82,16 @@ class Lease:
     """
 
     def __init__(
-        self, folder: str | Path, attempt: int = 0, beat_s: float = BEAT_S, stale_s: float = STALE_S
+        self,
+        folder: str | Path,
+        ranks: Ranks | None = None,
+        attempt: int = 0,
+        beat_s: float = BEAT_S,
+        stale_s: float = STALE_S,
     ) -> None:
         self.root, self.path = Path(folder), Path(folder) / NAME
         self.notes: list[str] = []
+        self._ranks = ranks or Ranks()
         self._attempt, self._beat_s, self._stale_s = attempt, beat_s, stale_s
         self._mine: Owner | None = None
         self._over = threading.Event()
@@ -106,7 +112,7 @@ class Lease:
             self._renew(run)
 
     def __enter__(self) -> Lease:
-        ranks = Ranks()
+        ranks = self._ranks
         error: Exception | None = None
         if ranks.rank == 0:
             try:

@@ -70,11 +70,11 @@ class Session:
         source: Source,
         drain: Drain,
         lease: Lease,
+        ranks: Ranks,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.cfg, self.drain, self.source, self.lease = cfg, drain, source, lease
+        self.cfg, self.drain, self.source, self.lease, self.ranks = cfg, drain, source, lease, ranks
         self._clock = clock
-        self.ranks = Ranks()
         self.folder = Folder(cfg.checkpoint_folder)
         self.attempt = attempt()
         self.data = source.describe()
@@ -154,7 +154,7 @@ class Session:
                 "checkpoint.memory_every: there is one node only, so copies in memory survive processes, not it"
             )
         if cfg.resilience.hang_timeout_s:
-            groups = {axis: mesh[axis].ranks for axis in AXES}
+            groups = {axis: mesh.ranks(axis) for axis in AXES}
             limits = cfg.resilience.hang_timeout_s, cfg.resilience.setup_timeout_s
             self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits)
             mesh.ledger.recorder = self._dog.watch(run.recorder)

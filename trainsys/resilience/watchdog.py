@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainsys.resilience.flight import dump_flight_recorder
 from trainsys.telemetry.recorder import Recorder
 
 EXIT_HUNG = 70
@@ -101,7 +102,10 @@ class Watchdog:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / f"rank_{self.rank:05d}.stacks.txt", "w", encoding="utf-8") as out:
                 faulthandler.dump_traceback(out, all_threads=True)
-            _dump_flight_recorder(self.folder / f"rank_{self.rank:05d}.flight.pickle")
+            device = dump_flight_recorder(self.folder / f"rank_{self.rank:05d}.flight.pickle")
+            if device is not None:
+                # The host launches and goes on: what it is in says nothing about its device.
+                state.doing, state.last, state.counts = device.doing, device.last, device.counts
             beside = self.folder / f".rank_{self.rank:05d}"
             beside.write_text(json.dumps(asdict(state)), encoding="utf-8")
             beside.replace(self.folder / f"rank_{self.rank:05d}.json")
@@ -129,6 +133,9 @@ class WatchedRecorder:
 
     def collective_span(self, axis: str, op: str, nbytes: int) -> AbstractContextManager[None]:
         return _Watched(self._state, axis, op, self._recorder.collective_span(axis, op, nbytes))
+
+    def waiting(self, axis: str, stream: Any) -> AbstractContextManager[None]:
+        return self._recorder.waiting(axis, stream)
 
 
 class _Watched:
@@ -197,10 +204,3 @@ def _where(thread: int | None) -> str:
     frame = sys._current_frames().get(thread or 0)
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else "?"
 
-
-def _dump_flight_recorder(path: Path) -> None:
-    """PyTorch's own record of recent collectives, empty unless TORCH_FR_BUFFER_SIZE was set from the start."""
-    with suppress(ImportError, RuntimeError, TypeError):
-        from torch._C._distributed_c10d import _dump_fr_trace
-
-        path.write_bytes(_dump_fr_trace())

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -129,6 +130,11 @@ class Recorder:
         axis must not be nested.
         """
         return self._clock.collective(axis, op, nbytes)
+
+    def waiting(self, axis: str, stream: Any) -> AbstractContextManager[None]:
+        """Around the wait of a device's ``stream`` for a collective of ``axis`` that runs on another stream: the
+        device's time, where ``stream`` is the compute stream. It counts no call, for the launch did."""
+        return self._clock.waiting(axis, stream)
 
     def collective(self, axis: str, op: str, nbytes: int, blocked_s: float) -> None:
         """The same after the fact: ``blocked_s`` seconds are taken from the phase under way.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainsys.telemetry.step_clock import Counts, StepClock
+    from trainsys.telemetry.timer import DeviceTrack
 
 STALL = "stall/"
 MAX_SAMPLES = 256
@@ -84,20 +85,39 @@ class Collective:
 
 
 class MarkedCollective(Collective):
-    """The same where a device is marked too."""
+    """The same where a device is marked too, if the collective is launched, or waited for, on its compute stream."""
 
-    __slots__ = ("_name",)
+    __slots__ = ("_device", "_marked", "_name")
 
-    def __init__(self, clock: StepClock, total: Total, nbytes: int, name: str) -> None:
+    def __init__(self, clock: StepClock, total: Total, nbytes: int, name: str, device: DeviceTrack) -> None:
         super().__init__(clock, total, nbytes)
-        self._name = name
+        self._name, self._device = name, device
+        self._marked = False
 
     def __enter__(self) -> None:
-        self._clock.enter_device(self._name)
+        self._marked = self._device.marks()
+        if self._marked:
+            self._clock.enter_device(self._name)
         super().__enter__()
 
     def __exit__(self, kind: object, error: object, tb: object) -> None:
         super().__exit__(kind, error, tb)
+        if self._marked:
+            self._clock.leave_device()
+
+
+class DeviceWait:
+    """The compute stream's wait for another stream: of the device alone, for the host does not wait."""
+
+    __slots__ = ("_clock", "_name")
+
+    def __init__(self, clock: StepClock, name: str) -> None:
+        self._clock, self._name = clock, name
+
+    def __enter__(self) -> None:
+        self._clock.enter_device(self._name)
+
+    def __exit__(self, kind: object, error: object, tb: object) -> None:
         self._clock.leave_device()
 
 

@@ -8,13 +8,16 @@ less claimed", and no totals have to be kept by nesting. What nobody claimed is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from trainsys.telemetry.events import COMM
-from trainsys.telemetry.spans import Collective, MarkedCollective, Phase, Total
+from trainsys.telemetry.spans import Collective, DeviceWait, MarkedCollective, Phase, Total
 from trainsys.telemetry.timer import DeviceTrack
 
 OTHER = "other"
+_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,13 @@ class StepClock:
         total = self.total(axis, op)
         if self.device is None:
             return Collective(self, total, nbytes)
-        return MarkedCollective(self, total, nbytes, COMM + axis)
+        return MarkedCollective(self, total, nbytes, COMM + axis, self.device)
+
+    def waiting(self, axis: str, stream: Any) -> AbstractContextManager[None]:
+        """Around ``stream``'s wait for another one that communicates on ``axis``."""
+        if self.device is None or not self.device.marks(stream):
+            return _NOTHING
+        return DeviceWait(self, COMM + axis)
 
     def total(self, axis: str, op: str) -> Total:
         found = self._totals.get((axis, op))

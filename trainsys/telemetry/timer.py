@@ -23,6 +23,11 @@ class Timer(Protocol):
         """These handles are done with and may be reused for later marks."""
         ...
 
+    def marks(self, stream: Any) -> bool:
+        """Whether ``stream`` (None: the current one) is the stream that is marked. What other streams are given to
+        do, or wait for, is no time of the step."""
+        ...
+
 
 class HostTimer:
     """The CPU's: nothing runs behind, so a mark is a time. It shows what a ``Timer`` must do, and tests use
@@ -36,6 +41,9 @@ class HostTimer:
 
     def recycle(self, handles: Sequence[int]) -> None:
         pass
+
+    def marks(self, stream: Any) -> bool:
+        return True
 
 
 class MarkedStep:
@@ -62,6 +70,10 @@ class DeviceTrack:
         self._depth = depth
         self._open = MarkedStep()
         self._pending: deque[MarkedStep] = deque()
+
+    def marks(self, stream: Any = None) -> bool:
+        """Whether ``stream`` (None: the current one) is the one that is marked."""
+        return self._timer.marks(stream)
 
     def mark(self, name: str) -> None:
         """From here on the stream works for ``name``."""

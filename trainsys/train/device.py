@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,21 +12,29 @@ from trainsys.telemetry.recorder import host_memory
 
 
 class CudaTimer:
-    """Marks are CUDA events on the current (compute) stream; see :class:`trainsys.telemetry.timer.Timer`."""
+    """Marks are CUDA events on the compute stream, whatever stream is current at the time: it is the one that is
+    current when this is made. See :class:`trainsys.telemetry.timer.Timer`.
 
-    def __init__(self) -> None:
-        self._free: list[torch.cuda.Event] = []
+    ``device``: ``torch.cuda``, or what has streams and events as it does.
+    """
 
-    def mark(self) -> torch.cuda.Event:
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
-        event.record()
+    def __init__(self, device: Any = torch.cuda) -> None:
+        self._device, self._stream = device, device.current_stream()
+        self._free: list[Any] = []
+
+    def mark(self) -> Any:
+        event = self._free.pop() if self._free else self._device.Event(enable_timing=True)
+        event.record(self._stream)
         return event
 
-    def elapsed(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float | None:
+    def elapsed(self, first: Any, last: Any) -> float | None:
         return first.elapsed_time(last) / 1e3 if last.query() else None
 
-    def recycle(self, handles: Sequence[torch.cuda.Event]) -> None:
+    def recycle(self, handles: Sequence[Any]) -> None:
         self._free.extend(handles)
+
+    def marks(self, stream: Any) -> bool:
+        return bool((self._device.current_stream() if stream is None else stream) == self._stream)
 
 
 def cuda_memory() -> Memory:

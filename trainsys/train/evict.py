@@ -13,7 +13,8 @@ _OF_A_NODE = ("rank", "node", "gc")
 
 
 class Eviction:
-    """Called with each verdict on rank 0. ``hosts[rank]`` is the scheduler's name of the rank's node."""
+    """Called with each verdict on rank 0. ``hosts[rank]`` is the scheduler's name of the rank's node;
+    others need none."""
 
     def __init__(self, cfg: LaunchConfig, hosts: Sequence[str], drain: Drain) -> None:
         self._cfg, self._hosts, self._drain = cfg, hosts, drain

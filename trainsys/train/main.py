@@ -38,7 +38,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
         cfg = replan(cfg, world)
     with Drain(cfg.checkpoint_folder, cfg.resilience.grace_s, rank) as drain:
         try:
-            with process(cfg.train) as proc, Lease(cfg.checkpoint_folder, attempt()) as lease:
+            with process(cfg.train) as proc, Lease(cfg.checkpoint_folder, proc.ranks, attempt()) as lease:
                 stopped = run(cfg, proc, drain, lease)
         except Exception as error:
             drain.lost_peer(error)
@@ -57,12 +57,12 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> str:
     refuse_unable(cfg, layout)
     warnings = layout.validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
     source = build_source(cfg)
-    session = Session(cfg, source, drain, lease)
+    session = Session(cfg, source, drain, lease, proc.ranks)
     if session.complete:
         session.say_complete()
         return ""
     mesh = Mesh(layout, proc.device)
-    eviction = Eviction(cfg.launch, session.ranks.to_all(this_node()), drain)
+    eviction = Eviction(cfg.launch, proc.ranks.to_first(this_node()), drain)
     with (
         Reporter(
             cfg, proc, layout, started, session.data, session.first_step, session.attempt, eviction, session.origin

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from trainsys.bench.matmul import ceiling_in_run
 from trainsys.config.run import RunConfig
@@ -32,8 +31,8 @@ def find_peak(cfg: RunConfig, proc: Process, device: Device | None) -> Peak | No
     measured = ceiling_in_run(
         cfg.train.dtype,
         proc.local_world,
-        barrier=_barrier,
-        total=_total,
+        barrier=proc.ranks.barrier,
+        total=lambda value: sum(proc.ranks.to_all(value)),
         device=proc.device,
         store=proc.rank == 0 and proc.world == proc.local_world,
     )
@@ -54,15 +53,3 @@ def raise_peak(dtype: DType, proc: Process, flops_per_s: float) -> bool:
     except OSError:
         return False
     return True
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
-
-
-def _total(value: float) -> float:
-    x = torch.tensor([value], dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return float(x)

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,18 +50,18 @@ def preflight(path: str, overrides: Sequence[str] = ()) -> int:
         report = measure(proc, Path(cfg.telemetry.out))
         right, rates = _all_reduce(mesh, axes)
         report = replace(report, axes=rates)
-        reports: list[Report] = [report] * proc.world
-        if proc.world > 1:
-            dist.all_gather_object(reports, report)
-        problems = judge(reports, expected(cluster, layout, axes) if cluster else None)
-        lines = [str(problem) for problem in problems]
-        if not right:
-            lines.append("an all-reduce gives a wrong sum")
+        reports = proc.ranks.to_first(report)
+        lines: list[str] = []
         if proc.rank == 0:
+            problems = judge(reports, expected(cluster, layout, axes) if cluster else None)
+            lines = [str(problem) for problem in problems]
+            if not right:
+                lines.append("an all-reduce gives a wrong sum")
             for problem in problems:
                 note(problem.host, f"pre-flight: {problem.text}", problem.sure)
             _tell(reports, lines)
-    return 1 if lines else 0
+        bad = proc.ranks.from_first(bool(lines))
+    return 1 if bad else 0
 
 
 def _tell(reports: Sequence[Report], lines: Sequence[str]) -> None:
@@ -132,13 +133,9 @@ def _rate(work: Callable[[], object], device: torch.device) -> float:
 
 def _clock(proc: Process) -> float:
     """This host's clock less that of rank 0, read after a barrier."""
-    if proc.world == 1:
-        return 0.0
-    dist.barrier()
-    own = torch.tensor([time.time()], dtype=torch.float64)
-    first = own.clone()
-    dist.broadcast(first, src=0)
-    return float(own - first)
+    proc.ranks.barrier()
+    own = time.time()
+    return own - proc.ranks.from_first(own)
 
 
 def _free(folder: Path) -> int:
@@ -151,22 +148,17 @@ def _free(folder: Path) -> int:
 
 def _shared(proc: Process, folder: Path) -> bool:
     """Whether a file that rank 0 writes is seen here."""
-    if proc.world == 1:
-        return True
-    name = [secrets.token_hex(8)]
-    dist.broadcast_object_list(name, src=0)
-    file = folder / f".preflight-{name[0]}"
-    try:
+    file = folder / f".preflight-{proc.ranks.from_first(secrets.token_hex(8))}"
+    with suppress(OSError):
         if proc.rank == 0:
             file.touch()
-        dist.barrier()
-        seen = file.exists()
-        dist.barrier()
+    proc.ranks.barrier()
+    seen = file.exists()
+    proc.ranks.barrier()
+    with suppress(OSError):
         if proc.rank == 0:
             file.unlink()
-        return seen
-    except OSError:
-        return False
+    return seen
 
 
 def _all_reduce(mesh: Mesh, axes: Sequence[Axis]) -> tuple[bool, tuple[AxisRate, ...]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from trainsys.checkpoint.ranks import TIMEOUT_S, Ranks
 from trainsys.config.run import TrainConfig
 from trainsys.errors import UserError
 from trainsys.hardware.machine import usable_cores
@@ -24,6 +26,8 @@ class Process:
     local_rank: int
     local_world: int
     device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+    """For what the main threads of all ranks tell each other on the host."""
 
 
 def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
@@ -60,8 +64,16 @@ def agent_store(rank: int, world: int) -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"trainsys/attempt{count}", store), "rank": rank, "world_size": world}
 
 
+def raise_file_limit() -> None:
+    """Open as many files as the hard limit lets: the soft one is 1,024 on most machines, and rank 0's process may
+    hold the store, with a connection of every rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 @contextmanager
-def process(cfg: TrainConfig, timeout_s: float = 600.0) -> Iterator[Process]:
+def process(cfg: TrainConfig, timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
     """Join the world that torchrun describes in the environment; one process needs none."""
     env = os.environ
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
@@ -74,14 +86,19 @@ def process(cfg: TrainConfig, timeout_s: float = 600.0) -> Iterator[Process]:
     if world > 1:
         # PyTorch's own record of collectives, which the watchdog dumps; it must be on before the first group.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        # gloo then connects two ranks when they first speak, not every pair of the world at once.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        raise_file_limit()
         dist.init_process_group(
-            # Telemetry gathers on the host even where training communicates on the device.
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            # No gloo beside NCCL: what ranks tell each other on the host goes by `Ranks`.
+            "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_s),
             **agent_store(rank, world),
             device_id=device if device.type == "cuda" else None,
         )
-    yield Process(rank, world, local_rank, local_world, device)
+    ranks = Ranks(timeout_s)
+    yield Process(rank, world, local_rank, local_world, device, ranks)
     # Not after an error: destroying the group would wait for peers, and make them fail first.
+    ranks.close()
     if world > 1:
         dist.destroy_process_group()

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from trainsys.config.run import RunConfig
 from trainsys.data import StepData
@@ -72,7 +71,7 @@ class Reporter:
             refuse_missing(cfg.telemetry)
         self.cfg, self.proc, self.layout = cfg, proc, layout
         self.run_dir = Path(
-            _from_rank0(str(create_run_dir(cfg.telemetry.out, cfg.name)) if proc.rank == 0 else "")
+            proc.ranks.from_first(str(create_run_dir(cfg.telemetry.out, cfg.name)) if proc.rank == 0 else "")
         )
         device = find_device(cfg, proc)
         peak = find_peak(cfg, proc, device)
@@ -115,7 +114,7 @@ class Reporter:
             timer=CudaTimer() if on_cuda else None,
             memory=cuda_memory if on_cuda else None,
         )
-        self._gather = WindowGather(proc.world)
+        self._gather = WindowGather(proc.ranks)
         self._shown: tuple[Step, int] | None = None
         """The last step of the window that is under way between ranks, and the tokens seen until then."""
         self._tokens_seen = 0
@@ -233,8 +232,11 @@ class Reporter:
         self, status: Literal["done", "stopped", "failed"], reason: str = "", wait: bool = True
     ) -> None:
         self.recorder.finish(status, reason)
-        if wait and dist.is_initialized():
-            dist.all_reduce(torch.zeros(1))  # every rank's file is whole before rank 0 reads them
+        if wait:
+            self._gather.last()
+        self._gather.close()
+        if wait:
+            self.proc.ranks.barrier()  # every rank's file is whole before rank 0 reads them
         if self._desk is None:
             return
         self._desk.settle(timeout_s=30.0 if wait else 5.0)
@@ -249,12 +251,3 @@ class Reporter:
         if wait:
             final_report(data)
             print_explanation(told)
-
-
-def _from_rank0(value: str) -> str:
-    """Rank 0's ``value`` on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

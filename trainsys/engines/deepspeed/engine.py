@@ -47,7 +47,7 @@ class DeepSpeedEngine:
         self.optimizer = self.built.optimizer
         self.optimizer.allowed = self._allowed
         self._cut = SequenceCut(cfg.parallel.context, mesh["cp"], cfg.train.seq_len)
-        self.experts = ExpertBalance([self.built.decoder], mesh["loss"])
+        self.experts = ExpertBalance([self.built.decoder], mesh)
         self._pending: tuple[Tensor, Judge | None, float] | None = None
         self._totals = torch.zeros(3)
         self._applied = True

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
 from trainsys.comm.group import AxisGroup
 from trainsys.parallel.mesh import Mesh
 
@@ -18,12 +16,10 @@ class Topology:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        alone = [[rank] for rank in range(mesh.layout.world)]
-        made = [dist.new_group(ranks) for ranks in alone]
-        self._alone = made[mesh.rank]
+        self._alone = mesh.alone()
         # The data ranks are either dp_replicate or dp_shard, never both.
-        self._data = mesh["dp_replicate" if mesh.layout.dp_replicate > 1 else "dp_shard"]
-        self._state = mesh["loss"] if mesh.layout.dp_replicate > 1 else mesh["fsdp"]
+        self._data = mesh["dp_replicate"] if mesh.layout.dp_replicate > 1 else mesh.join("dp_shard")
+        self._state = mesh.join("loss") if mesh.layout.dp_replicate > 1 else mesh["fsdp"]
 
     def _group(self, axis: AxisGroup) -> Any:
         return axis.group or self._alone

@@ -17,6 +17,7 @@ from trainsys.ops.attention import attention_mask
 from trainsys.ops.attention_kernels import Kernel, Visible, kernel_for
 from trainsys.ops.attention_partial import Partial, wide
 from trainsys.ops.attention_seam import Rule
+from trainsys.ops.host_copy import to_device
 
 
 def visible(rule: Rule, q: Span, k: Span) -> Visible | None:
@@ -91,7 +92,7 @@ def pairs(rule: Rule, q_at: Shard, k_at: Shard, device: torch.device) -> Iterato
         for ks in k_at:
             sees = visible(rule, qs, ks)
             if sees is not None:
-                yield qs, ks, sees.to(device) if isinstance(sees, Tensor) else sees
+                yield qs, ks, to_device(sees, device) if isinstance(sees, Tensor) else sees
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from trainsys.comm import ops
-from trainsys.comm.group import AxisGroup
 from trainsys.models.router import Router
 from trainsys.parallel.expert.apply import moe_layers
+from trainsys.parallel.mesh import Mesh
 
 
 class ExpertBalance:
-    """Of all mixtures that this rank has a part in. ``ranks``: those that hold different tokens (axis ``loss``)."""
+    """Of all mixtures that this rank has a part in, over the ranks that hold different tokens."""
 
-    def __init__(self, models: Iterable[nn.Module], ranks: AxisGroup) -> None:
+    def __init__(self, models: Iterable[nn.Module], mesh: Mesh) -> None:
         self._routers: dict[str, Router] = {
             f"{name}.router": moe.router for model in models for name, moe in moe_layers(model)
         }
-        self._ranks = ranks
+        # Sums of integers are exact, so two steps over groups that exist do what one over their product would.
+        self._axes = mesh["fsdp"], mesh["dp_replicate"]
 
     def begin_step(self) -> None:
         """Forget the load of the step before."""
@@ -30,11 +31,13 @@ class ExpertBalance:
     def load(self) -> dict[str, Tensor]:
         """Choices since ``begin_step``, by router: ``[E + 1] int64``, the last one those that capacity dropped.
 
-        Of the whole global batch, equal on every rank. One all-reduce, in which all of ``ranks`` take part.
+        Of the whole global batch, equal on every rank. All of those ranks must call it.
         """
         if not self._routers:
             return {}
-        total = ops.all_reduce_(torch.stack([r.load for r in self._routers.values()]), self._ranks)
+        total = torch.stack([r.load for r in self._routers.values()])
+        for axis in self._axes:
+            ops.all_reduce_(total, axis)
         return dict(zip(self._routers, total, strict=True))
 
     def update(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainsys.data.packing import Batch
+from trainsys.ops.host_copy import to_device
 from trainsys.parallel.parallelize import ParallelModel
 from trainsys.parallel.pipeline import weights
 from trainsys.parallel.pipeline.sharded import ShardedStage
@@ -29,7 +30,7 @@ class Inputs(NamedTuple):
         """A rank's part of a micro-batch, on its way to the device."""
         return cls(
             *(
-                None if a is None else torch.from_numpy(a).to(device, non_blocking=True)
+                None if a is None else to_device(torch.from_numpy(a), device)
                 for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
             )
         )
