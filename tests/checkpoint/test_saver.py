@@ -24,7 +24,7 @@ from trainsys.checkpoint.ranks import Ranks
 from trainsys.checkpoint.resume import find, load, refuse_other_run
 from trainsys.checkpoint.saver import Progress
 from trainsys.config.run import RunConfig
-from trainsys.errors import UserError
+from trainsys.errors import MachineFault, UserError
 
 
 def save_steps(cfg: RunConfig, root: str, steps: tuple[int, ...], **options: Any) -> Any:
@@ -113,7 +113,8 @@ def fail_on_rank_1(cfg: RunConfig, root: str) -> tuple[str, str, list[str]]:
         try:
             call()
             said.append("")
-        except UserError as error:
+        except MachineFault as error:
+            assert error.host == "", "a shared disk that is full is no node's fault"
             said.append(str(error))
     return said[0], said[1], sorted(os.listdir(root))
 

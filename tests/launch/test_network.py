@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trainsys.errors import UserError
+from trainsys.errors import MachineFault, UserError
 from trainsys.launch import network
 from trainsys.launch.rank import prepare
 
@@ -70,10 +70,36 @@ def test_what_the_user_has_set_stays() -> None:
     )
 
 
-def test_a_head_node_without_an_address_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"head node nowhere\.invalid: .* cannot resolve this name") as error:
-        prepare(slurm_variables(SLURM_JOB_NODELIST="nowhere.invalid"))
+def test_a_head_node_without_an_address_is_a_machines_fault_of_one_line() -> None:
+    with pytest.raises(
+        MachineFault, match=r"head node nowhere\.invalid: .* cannot resolve this name"
+    ) as error:
+        network.resolve("nowhere.invalid", patience_s=0.0)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_not_known_yet_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pod's name reaches the name service after the pod has started; so does that of a node just set up."""
+    asked: list[str] = []
+
+    def later(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        if len(asked) < 4:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET6, 1, 6, "", ("::7", 0)), (socket.AF_INET, 1, 6, "", ("10.0.0.7", 0))]
+
+    waits: list[float] = []
+    monkeypatch.setattr(network.socket, "getaddrinfo", later)
+    monkeypatch.setattr(network.time, "sleep", waits.append)
+    assert network.resolve("node-7") == "10.0.0.7"
+    assert asked == ["node-7"] * 4
+    assert len(waits) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2, "not a line for each try"
+    assert "cannot resolve this name (Name or service not known); trying again for 300 s" in said[0]
+    assert said[1] == "trainsys: head node node-7: its name resolves now"
 
 
 def test_outside_of_srun() -> None:
@@ -82,7 +108,7 @@ def test_outside_of_srun() -> None:
 
 
 def test_an_interface_that_is_not_there_names_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"interface ib7: .* it has .*lo \(127\.0\.0\.1\)"):
+    with pytest.raises(MachineFault, match=r"interface ib7: .* it has .*lo \(127\.0\.0\.1\)"):
         network.check("ib7", "127.0.0.1", 1)
 
 
@@ -165,7 +191,7 @@ def test_the_wrong_interface_is_an_error_and_not_a_hang(two_hosts: tuple[str, st
     agreed = str(tmp_path / "failure.json")
     with host(two_hosts[1], 1, TRAINSYS_INTERFACE="dead0", TRAINSYS_FAILURE_FILE=agreed) as rank:
         _, error = rank.communicate(timeout=120)
-    assert rank.returncode == 2
+    assert rank.returncode == 75
     assert "interface dead0 (10.88.0.2): no answer from the head node at 10.77.0.1:29611" in error
     assert "the route leads over right0" in error
     assert time.monotonic() - started < 60

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from trainsys.config.run import TrainConfig
-from trainsys.errors import UserError
+from trainsys.errors import MachineFault, UserError
+from trainsys.launch.blame import BLAME_FILE, Blame, read
 from trainsys.train.process import choose_device
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_GPUS_PER_TASK", "SLURM_STEP_GPUS", "SLURM_PROCID", "TRAINSYS_RUN"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -34,3 +43,34 @@ def test_a_node_with_fewer_gpus_than_processes_is_told(monkeypatch: pytest.Monke
     assert choose_device(TrainConfig(attention="flex"), 1) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="this node shows 2; start at most 2"):
         choose_device(TrainConfig(), 2)
+
+
+@pytest.mark.parametrize(("shown", "local_rank"), [(0, 0), (7, 7)])
+def test_in_a_job_a_node_that_lost_its_gpu_is_at_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: int, local_rank: int
+) -> None:
+    """The job asked for nodes with devices: it is started again without this one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: shown > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: shown)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMD_NODENAME", "n3")
+    monkeypatch.setenv(BLAME_FILE, str(tmp_path / "blamed.jsonl"))
+    says = f"{shown} CUDA devices visible to its 8 ranks"
+    with pytest.raises(MachineFault, match=f"^node n3: {says}$"):
+        choose_device(TrainConfig(device="cuda"), local_rank, 8)
+    assert read(tmp_path / "blamed.jsonl") == [Blame("n3", says, True, 0)]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_PROCID": "3", "SLURM_STEP_GPUS": "0,1,2,3"}],
+    ids=["--gpus-per-task", "--gpu-bind"],
+)
+def test_the_only_device_that_slurm_shows_a_rank_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"SLURM_JOB_ID": "7", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert choose_device(TrainConfig(), 3, 4) == torch.device("cuda", 0)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainsys.capabilities import refuse_unable
+from trainsys.checkpoint.durable import write_durable
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.data import Loader, build_source
 from trainsys.engines import build
 from trainsys.launch.blame import this_node
+from trainsys.launch.proof import DONE_FILE, content
 from trainsys.launch.replan import replan
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
@@ -26,7 +29,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
     """Train ``path`` with ``overrides`` on the ranks the environment describes; 0 once all steps are done, or
     once a run that was asked to stop is saved.
 
-    Raises UserError for what the config, the data or the machine cannot serve.
+    Raises UserError for what the config or the data cannot serve, MachineFault for what the machine cannot.
     """
     cfg = load_run(path, overrides)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -35,15 +38,17 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
     with Drain(cfg.checkpoint_folder, cfg.resilience.grace_s, rank) as drain:
         try:
             with process(cfg.train) as proc:
-                run(cfg, proc, drain)
+                step = run(cfg, proc, drain)
         except Exception as error:
             drain.lost_peer(error)
             raise
+    if rank == 0 and step >= cfg.train.steps and (named := os.environ.get(DONE_FILE)):
+        write_durable(Path(named), content(step))
     return 0
 
 
-def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
-    """Set up and loop. The same global batches and the same loss whatever the layout."""
+def run(cfg: RunConfig, proc: Process, drain: Drain) -> int:
+    """Set up and loop; the last step that was done. The same global batches and the same loss whatever the layout."""
     started = time.perf_counter(), time.time()
     layout = Layout.resolve(cfg.parallel, proc.world)
     refuse_unable(cfg, layout)
@@ -51,7 +56,8 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
     source = build_source(cfg)
     session = Session(cfg, source, drain)
     if session.complete:
-        return session.say_complete()
+        session.say_complete()
+        return session.step
     mesh = Mesh(layout, proc.device)
     eviction = Eviction(cfg.launch, session.ranks.to_all(this_node()), drain)
     with (
@@ -83,3 +89,4 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
             reporter.end_step(session.step, data, result)
             session.after(data, result)
         reporter.done(session.stopped)
+    return session.step

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from trainsys.config.run import TrainConfig
-from trainsys.errors import UserError
+from trainsys.errors import MachineFault, UserError
 from trainsys.hardware.machine import usable_cores
+from trainsys.launch.blame import note, this_node
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,14 @@ class Process:
     device: torch.device
 
 
-def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
-    """The device that ``train.device`` asks for; UserError where it is not there."""
+def choose_device(cfg: TrainConfig, local_rank: int, local_world: int = 1) -> torch.device:
+    """The device that ``train.device`` asks for, of this node's ``local_world`` ranks.
+
+    Where it is not there, a UserError; in a scheduler's job, which was given nodes with devices, a MachineFault.
+    """
     available = torch.cuda.is_available()
     if cfg.device == "cuda" and not available:
+        _blame_for_devices(0, local_world)
         raise UserError("train.device=cuda, but torch finds no CUDA device; use train.device=cpu or auto")
     if cfg.device == "cpu" or not available:
         if cfg.attention == "flex":
@@ -38,12 +43,31 @@ def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if _bound_by_task(count):
+        return torch.device("cuda", 0)
     if local_rank >= count:
+        _blame_for_devices(count, max(local_world, local_rank + 1))
         raise UserError(
             f"local rank {local_rank} has no CUDA device: this node shows {count}; "
             f"start at most {count} processes a node"
         )
     return torch.device("cuda", local_rank)
+
+
+def _bound_by_task(count: int) -> bool:
+    """Whether Slurm shows each rank its own devices only (--gpus-per-task, --gpu-bind): the first is the rank's."""
+    env = os.environ
+    return "SLURM_GPUS_PER_TASK" in env or (
+        count == 1 and "SLURM_PROCID" in env and len(env.get("SLURM_STEP_GPUS", "").split(",")) > 1
+    )
+
+
+def _blame_for_devices(count: int, ranks: int) -> None:
+    """In a job, which asked for nodes that have the devices: the node is at fault, and the job goes on without it."""
+    if "SLURM_JOB_ID" in os.environ or "TRAINSYS_RUN" in os.environ:
+        text = f"{count} CUDA devices visible to its {ranks} ranks"
+        note(this_node(), text, sure=True)
+        raise MachineFault(f"node {this_node()}: {text}")
 
 
 def agent_store(rank: int, world: int) -> dict[str, Any]:
@@ -62,11 +86,14 @@ def agent_store(rank: int, world: int) -> dict[str, Any]:
 
 @contextmanager
 def process(cfg: TrainConfig, timeout_s: float = 600.0) -> Iterator[Process]:
-    """Join the world that torchrun describes in the environment; one process needs none."""
+    """Join the world that torchrun or srun describes in the environment; one process needs none.
+
+    MachineFault where the ranks do not find each other.
+    """
     env = os.environ
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    device = choose_device(cfg, local_rank)
+    device = choose_device(cfg, local_rank, local_world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -74,13 +101,20 @@ def process(cfg: TrainConfig, timeout_s: float = 600.0) -> Iterator[Process]:
     if world > 1:
         # PyTorch's own record of collectives, which the watchdog dumps; it must be on before the first group.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        dist.init_process_group(
-            # Telemetry gathers on the host even where training communicates on the device.
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_s),
-            **agent_store(rank, world),
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                # Telemetry gathers on the host even where training communicates on the device.
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=timeout_s),
+                **agent_store(rank, world),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except dist.DistError as error:
+            meeting = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+            said = str(error).splitlines()[0]
+            raise MachineFault(
+                f"rank {rank} on {this_node()} does not meet the others at {meeting}: {said}"
+            ) from error
     yield Process(rank, world, local_rank, local_world, device)
     # Not after an error: destroying the group would wait for peers, and make them fail first.
     if world > 1:
