@@ -114,8 +114,7 @@ def fail_on_rank_1(cfg: RunConfig, root: str) -> tuple[str, str, list[str]]:
             call()
             said.append("")
         except MachineFault as error:
-            assert error.host == "", "a shared disk that is full is no node's fault"
-            said.append(str(error))
+            said.append(f"{error.host}{error}")  # a shared disk that is full is no node's fault
     return said[0], said[1], sorted(os.listdir(root))
 
 
@@ -125,7 +124,7 @@ def full_disk(target: Path, planned: Any) -> None:
 
 def test_a_save_that_failed_on_one_rank_is_told_on_every_rank(tmp_path: Path) -> None:
     for first, _, left in run_ranks(2, fail_on_rank_1, config("fsdp2"), str(tmp_path)):
-        assert "checkpoint of step 2 was not written (rank 1:" in first
+        assert first.startswith("checkpoint of step 2 was not written (rank 1:")
         assert "No space left on device" in first
         assert "the newest complete one is step_0000000001" in first
         assert left == ["latest", "step_0000000001"]

@@ -13,7 +13,7 @@ import pytest
 
 from trainsys.errors import MachineFault, UserError
 from trainsys.launch import network
-from trainsys.launch.rank import prepare
+from trainsys.launch.rank import adopt, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +47,57 @@ def test_a_rank_learns_its_place_from_slurm() -> None:
     last = slurm_variables(SLURM_NODEID="3", SLURM_PROCID="6", SLURM_LOCALID="0")
     prepare(last)
     assert last["LOCAL_WORLD_SIZE"] == "1"
+
+
+def test_a_step_of_fewer_tasks_than_its_job_is_a_world_of_its_own() -> None:
+    env = slurm_variables(
+        SLURM_PROCID="1",
+        SLURM_NODEID="0",
+        SLURM_STEP_ID="3",
+        SLURM_STEP_NUM_TASKS="2",
+        SLURM_STEP_TASKS_PER_NODE="2",
+        SLURM_STEP_NODELIST="127.0.0.13",
+    )
+    adopt(env)
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"]) == ("1", "2", "2")
+    assert env["MASTER_ADDR"] == "127.0.0.13"
+    other = slurm_variables(SLURM_STEP_ID="4", SLURM_STEP_NUM_TASKS="2")
+    adopt(other)
+    assert other["MASTER_PORT"] != env["MASTER_PORT"]
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script's own process
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {
+            "RANK": "3",
+            "WORLD_SIZE": "4",
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "2",
+        },  # torchrun by srun
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+    ],
+)
+def test_a_process_that_is_alone_or_has_its_place_is_left_as_it_is(env: dict[str, str]) -> None:
+    before = dict(env)
+    adopt(env)
+    assert env == before
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4, but RANK is not set"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE=2, but RANK is not set"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is not set"),
+    ],
+)
+def test_one_of_several_processes_without_a_place_is_refused(env: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        adopt(env)
 
 
 def test_each_attempt_meets_at_a_port_of_its_own() -> None:

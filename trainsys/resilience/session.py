@@ -18,6 +18,7 @@ from trainsys.checkpoint.saver import Progress, Saver
 from trainsys.config.run import RunConfig
 from trainsys.data import Source, StepData
 from trainsys.engines.base import Engine, StepResult
+from trainsys.launch.blame import this_node
 from trainsys.layout import PLACED
 from trainsys.parallel.mesh import AXES, Mesh
 from trainsys.resilience.anomalies import Guard
@@ -122,7 +123,8 @@ class Session:
         if cfg.resilience.hang_timeout_s:
             groups = {axis: mesh[axis].ranks for axis in AXES}
             limits = cfg.resilience.hang_timeout_s, cfg.resilience.setup_timeout_s
-            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits)
+            hosts = self.ranks.to_all(this_node())
+            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits, hosts)
             mesh.ledger.recorder = self._dog.watch(run.recorder)
             self._dog.start()
         if self.found is not None:

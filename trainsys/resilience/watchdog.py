@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainsys.launch.failure import Failure, agreed_file, claim
 from trainsys.telemetry.recorder import Recorder
 
 EXIT_HUNG = 70
@@ -45,12 +46,14 @@ class RankState:
 class Watchdog:
     """Ends this process when no ``beat`` comes for ``timeout_s`` seconds (``setup_s`` before the first).
 
-    ``groups``: axis -> the ranks of this rank's group on it.
+    ``groups``: axis -> the ranks of this rank's group on it. ``hosts``: each rank's node, for who blames nodes.
     """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, groups: dict[str, Sequence[int]], timeout_s: float, setup_s: float
+        self, folder: Path, rank: int, world: int, groups: dict[str, Sequence[int]], timeout_s: float, setup_s: float,
+        hosts: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        self.hosts = hosts
         self.folder, self.rank, self.world, self.groups = folder, rank, world, groups
         self.timeout_s = timeout_s
         self._limit = setup_s
@@ -119,6 +122,15 @@ class Watchdog:
             out.write(text + "\n")
             sys.stderr.write(f"trainsys: hang: {text}\n")
             sys.stderr.flush()
+            self._blame(missing(states, self.world), text)
+
+    def _blame(self, ranks: Sequence[int], text: str) -> None:
+        """Tell the launcher which rank hung, with its node if that is the node of all that did."""
+        agreed = agreed_file()
+        if agreed is not None and ranks:
+            nodes = {self.hosts[rank] for rank in ranks} if self.hosts else set()
+            host = nodes.pop() if len(nodes) == 1 else ""
+            claim(agreed, Failure(ranks[0], EXIT_HUNG, f"hang: {text}", host))
 
 
 class WatchedRecorder:
@@ -158,6 +170,13 @@ def read_states(folder: Path) -> dict[int, RankState]:
             state = RankState(**json.loads(path.read_text(encoding="utf-8")))
             states[state.rank] = state
     return states
+
+
+def missing(states: dict[int, RankState], world: int) -> list[int]:
+    """Ranks that left no word; else those that are in no collective while others wait in one."""
+    silent = [rank for rank in range(world) if rank not in states]
+    idle = [rank for rank, s in states.items() if not s.doing]
+    return silent or (idle if len(idle) < len(states) else [])
 
 
 def explain(states: dict[int, RankState], world: int, groups: dict[str, list[int]]) -> str:
