@@ -50,7 +50,7 @@ data: {{source: text, path: corpus.txt, tokenizer: bytes}}
 optim: {{lr: 3e-3}}
 telemetry: {{console: plain, out: runs}}
 checkpoint: {{every: {EVERY}, keep_last: 2, mode: sync}}
-resilience: {{grace_s: 25, hang_timeout_s: 15}}
+resilience: {{grace_s: 25, hang_timeout_s: 30}}
 launch: {{nodes: 2, devices_per_node: 1, max_restarts: 2, retry_wait_s: 1, time: "1:00:00"}}
 """
 # On the bad node a rank that has come to some step fails as a broken device does, or as anything else.
@@ -227,7 +227,7 @@ def signal_rank(number: signal.Signals) -> Callable[[Study, str], None]:
         s.at(job)
         os.kill(s.rng.choice(job.ranks()), number)
         s.end(job, "COMPLETED")
-        if number == signal.SIGSTOP and "no word from it" not in job.said():
+        if number == signal.SIGSTOP and "missing: no word" not in job.said():
             s.seen.wrong.append(f"{name}: the watchdog's report is not in the job's log")
 
     return fault
@@ -444,6 +444,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     work = Path(tempfile.mkdtemp(prefix="cluster-faults-"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster is taken down
     try:
         with stage(work) as study:
             no_fault(study, "quiet")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -214,3 +215,23 @@ def test_a_node_whose_ranks_fail_is_left_out(
         expected = left_out_after is not None and attempt + 1 >= left_out_after
         assert ("\nexclude n2: n2: rank 3: " in said) == expected, f"attempt {attempt}: {said}"
         assert ("\nwait " in said) == (failure.code == 75 and not failure.host)
+
+
+def test_a_config_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake, as for the ranks; but a file system that fails is tried again, and not for ever."""
+    asked = [str(tmp_path / "run.yaml"), "--job", str(tmp_path), "--code", "143"]
+    (tmp_path / "run.yaml").write_text("model: {}\n")
+    main(asked)
+    assert capsys.readouterr().out.startswith("fail 2: ")
+
+    def stale(*_: object, **__: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    main(asked)
+    assert capsys.readouterr().out.startswith("again: ")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    main(asked)
+    assert capsys.readouterr().out.startswith("fail 2: ")

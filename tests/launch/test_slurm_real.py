@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support.slurm import (
+    PATIENCE_S,
     SLOW,
     everything,
     losses,
@@ -124,6 +127,15 @@ def test_a_grid_runs_as_an_array_of_what_was_submitted(
     assert "6/6" in table
     assert main(["jobs", "logs", folder.name, "--rank", "0"]) == 0
     assert "step 6/6" in capsys.readouterr().out
+
+
+def test_srun_alone_starts_one_run_of_all_its_tasks(cluster: Callable[..., None], work: Path) -> None:
+    """Not a run for each of them, in one folder."""
+    command = ["srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "trainsys", "train", "run.yaml"]
+    subprocess.run([*command, "train.steps=3"], check=True, timeout=PATIENCE_S, stdout=subprocess.DEVNULL)
+    (run,) = Path("runs").glob("tiny-*")
+    assert len(list(run.glob("events/rank_*.jsonl"))) == 2
+    assert sorted(losses(Path("runs"), "tiny")) == [0, 1, 2]
 
 
 SWEEP = """

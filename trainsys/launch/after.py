@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainsys.config.loader import load_run
-from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR
+from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, UserError, fault_of
 from trainsys.launch.blame import BLAME_FILE, read, to_leave
 from trainsys.launch.failure import FAILURE_FILE, Failure, accuse, read_failure
 from trainsys.launch.proof import DONE_FILE, doubt
@@ -35,6 +35,8 @@ _DIED = re.compile(
     re.M,
 )
 _LONGEST_WAIT_S = 3600
+_UNREAD = 3
+"""Attempts that may follow one whose config could not be read, and so not its launch.max_restarts."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--usable", type=int, default=0)
     args = parser.parse_args(argv)
     env = os.environ
-    run = load_run(args.run)
+    number = int(env.get("SLURM_RESTART_COUNT", "0"))
+    try:
+        run = load_run(args.run)
+    except UserError as error:
+        # The ranks could not read it either; a file system that fails may not do so for ever.
+        again = isinstance(fault_of(error), MachineFault) and number < _UNREAD
+        print(f"{'again' if again else f'fail {EXIT_USER_ERROR}'}: {str(error).splitlines()[0]}")
+        return
     folder, blamed = Path(run.checkpoint_folder), Path(env[BLAME_FILE])
     said = args.srun.read_text(encoding="utf-8", errors="replace") if args.srun.exists() else ""
     attempt = Attempt(
@@ -192,7 +201,7 @@ def main(argv: Sequence[str]) -> None:
         failure=cause(read_failure(Path(env[FAILURE_FILE])), said, args.code),
         drained=_drained(folder),
         saved=newest_saved(folder),
-        number=int(env.get("SLURM_RESTART_COUNT", "0")),
+        number=number,
     )
     history = args.job / f"history-{env.get('TRAINSYS_TASK', '0')}.json"
     told = verdict(attempt, history, run.launch.max_restarts, run.launch.retry_wait_s)

@@ -37,7 +37,7 @@ _LOST_PEER = re.compile(
 # What a device or its driver says where the device is broken, and a watchdog of a rank that has fallen silent: one
 # such report is enough. What NCCL says where a system call or the driver failed is a reason to suspect the node.
 _BROKEN = re.compile(
-    r"uncorrectable|\bXid\b|double.bit|fallen off the bus|no CUDA-capable device|device is lost|no word from it",
+    r"uncorrectable|\bXid\b|double.bit|fallen off the bus|no CUDA-capable device|device is lost|missing: no word",
     re.I,
 )
 _SUSPECT = re.compile(r"NCCL.*(unhandled (system|cuda)|internal) error", re.I | re.S)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainsys.launch.failure import Failure, agreed_file, claim
+from trainsys.resilience.hung import blame
 from trainsys.telemetry.recorder import Recorder
 
 EXIT_HUNG = 70
@@ -122,15 +122,7 @@ class Watchdog:
             out.write(text + "\n")
             sys.stderr.write(f"trainsys: hang: {text}\n")
             sys.stderr.flush()
-            self._blame(missing(states, self.world), text)
-
-    def _blame(self, ranks: Sequence[int], text: str) -> None:
-        """Tell the launcher which rank hung, with its node if that is the node of all that did."""
-        agreed = agreed_file()
-        if agreed is not None and ranks:
-            nodes = {self.hosts[rank] for rank in ranks} if self.hosts else set()
-            host = nodes.pop() if len(nodes) == 1 else ""
-            claim(agreed, Failure(ranks[0], EXIT_HUNG, f"hang: {text}", host))
+            blame(EXIT_HUNG, f"hang: {text}", states, self.world, self.hosts)
 
 
 class WatchedRecorder:
@@ -170,13 +162,6 @@ def read_states(folder: Path) -> dict[int, RankState]:
             state = RankState(**json.loads(path.read_text(encoding="utf-8")))
             states[state.rank] = state
     return states
-
-
-def missing(states: dict[int, RankState], world: int) -> list[int]:
-    """Ranks that left no word; else those that are in no collective while others wait in one."""
-    silent = [rank for rank in range(world) if rank not in states]
-    idle = [rank for rank, s in states.items() if not s.doing]
-    return silent or (idle if len(idle) < len(states) else [])
 
 
 def explain(states: dict[int, RankState], world: int, groups: dict[str, list[int]]) -> str:
