@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from trainsys.config.run import TrainConfig
 from trainsys.errors import MachineFault, UserError
 from trainsys.launch.blame import BLAME_FILE, Blame, read
-from trainsys.train.process import choose_device
+from trainsys.train.process import choose_device, process
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +75,20 @@ def test_the_only_device_that_slurm_shows_a_rank_is_its_own(
     for name, value in {"SLURM_JOB_ID": "7", **variables}.items():
         monkeypatch.setenv(name, value)
     assert choose_device(TrainConfig(), 3, 4) == torch.device("cuda", 0)
+
+
+def test_ranks_that_do_not_meet_are_a_machines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURMD_NODENAME", "n3")
+    says = f"^rank 1 on n3 does not meet the others at 127.0.0.1:{port}: "
+    with pytest.raises(MachineFault, match=says) as fault, process(TrainConfig(device="cpu"), timeout_s=1.0):
+        pass
+    assert "\n" not in str(fault.value)
+    assert isinstance(fault.value.__cause__, torch.distributed.DistError), (
+        "so peers of the one at fault wait for it"
+    )
