@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainsys.launch.after import exclusion, main
+from trainsys.launch.after import exclusion
 from trainsys.launch.blame import BLAME_FILE, Blame, note, read, to_leave
 
 
@@ -35,7 +35,7 @@ def test_notes_of_a_job_are_read_back_and_damage_is_passed_over(
 
 
 def test_only_spare_nodes_are_left_out_and_the_surest_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "blamed.jsonl"
     monkeypatch.setenv(BLAME_FILE, str(file))
@@ -49,18 +49,3 @@ def test_only_spare_nodes_are_left_out_and_the_surest_first(
     assert keep.startswith("keep n1: blamed, but of 3 nodes that may be used the job needs 2")
     assert exclusion(file, nodes=2, usable=2).startswith("keep n2,n1")
     assert exclusion(tmp_path / "none", nodes=2, usable=4) == ""
-
-    asked = [
-        str(tmp_path),
-        "--restarts",
-        "1",
-        "--history",
-        str(tmp_path / "h"),
-        "--failure",
-        str(tmp_path / "f"),
-    ]
-    asked += ["--blamed", str(file), "--nodes", "2", "--usable", "4"]
-    main([*asked, "--code", "1"])
-    assert capsys.readouterr().out.splitlines()[1] == "exclude n2,n1: n2: wrong; n1: slow"
-    main([*asked, "--code", "0"])
-    assert capsys.readouterr().out == "done\n"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainsys.errors import UserError
+from trainsys.errors import UserError, fault_of
+from trainsys.launch.blame import this_node
 from trainsys.launch.failure import FAILURE_FILE, Failure, error_lines, guard, read_failure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,45 @@ def test_a_machines_fault_is_one_line_and_an_exit_code_of_its_own(tmp_path: Path
     assert failure.code == 75
 
 
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "ESTALE", "EROFS"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise OSError(errno.{}, 'it says', '/runs/x')",
+        # As everywhere where a file is opened for the user: one line that says what it was for.
+        "try: raise OSError(errno.{}, 'it says')\n    "
+        "except OSError as e: raise UserError('/runs/x: it says') from None",
+    ],
+    ids=["raw", "explained"],
+)
+def test_what_a_disk_does_is_a_machines_fault_wherever_it_is_met(
+    tmp_path: Path, name: str, body: str
+) -> None:
+    (done,) = ranks([f"import errno\n    {body.format(name)}"], tmp_path / "failure.json")
+    assert done == (75, "trainsys: error: /runs/x: it says\n")
+    failure = read_failure(tmp_path / "failure.json")
+    assert failure is not None
+    assert failure.host == ("" if name in ("ENOSPC", "EDQUOT") else this_node()), "a full disk is no node's"
+
+
+def test_a_path_that_is_wrong_stays_a_mistake(tmp_path: Path) -> None:
+    body = "try: open('/nowhere/x')\n    except OSError as e: raise UserError('x: no such file') from None"
+    assert ranks([body], None) == [(2, "trainsys: error: x: no such file\n")]
+    assert isinstance(fault_of(KeyError("x")), KeyError)
+
+
+def test_a_rank_that_waits_for_one_that_failed_is_not_the_cause(tmp_path: Path) -> None:
+    """The rendezvous of the others fails after the mistake of one, and says less."""
+    report = tmp_path / "failure.json"
+    meet = "class DistStoreError(RuntimeError): pass\n    try: raise DistStoreError('timeout')\n    "
+    meet += "except RuntimeError as e: raise MachineFault('no meeting') from e"
+    done = ranks([meet, "time.sleep(1.0); raise UserError('data.path: no such file')"], report)
+    assert [code for code, _ in done] == [75, 2]
+    failure = read_failure(report)
+    assert failure is not None
+    assert (failure.rank, failure.code) == (1, 2)
+
+
 def test_a_crash_is_one_block_that_names_the_rank(tmp_path: Path) -> None:
     report, lost = tmp_path / "failure.json", tmp_path / "lost"
     until = "while not os.path.exists({!r}): time.sleep(0.01)\n    {}".format
@@ -73,7 +113,7 @@ def test_a_crash_is_one_block_that_names_the_rank(tmp_path: Path) -> None:
     assert lines[0] == "trainsys: rank 1 of 3 failed"
     assert lines[-1] == "ValueError: boom"
     assert "failure.py" not in done[1][1]
-    assert read_failure(report) == Failure(rank=1, code=1, message="ValueError: boom")
+    assert read_failure(report) == Failure(rank=1, code=1, message="ValueError: boom", host=this_node())
 
 
 def test_under_plain_torchrun_its_own_folder_serves(tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +177,148 @@ def test_slurm_script_says_what_was_asked_for(small: Path) -> None:
     assert not (small / "runs").exists()
 
 
+def test_what_a_run_uses_is_mounted_into_its_container_and_its_environment_wins(small: Path) -> None:
+    for name in ("data", "host"):
+        (small / name).mkdir()
+    asked = [
+        "launch.container=image.sqsh",
+        "launch.mounts=[/scratch:/scratch]",
+        "launch.env.NCCL_DEBUG=WARN",
+        "data.source=shards",
+        "data.path=data/part-*.bin",
+        "data.cache_dir=/scratch/cache",
+        f"checkpoint.folder={small}/host/checkpoints",
+    ]
+    made = job.make("run.yaml", asked)
+    text = slurm.render(replace(made, runs=tuple(map(job.settled, made.runs))))
+    (line,) = (x for x in text.splitlines() if x.startswith("SRUN_OPTIONS="))
+    words = dict(w.split("=", 1) for w in shlex.split(line.removeprefix("SRUN_OPTIONS=(").rstrip(")")))
+    mounts = words["--container-mounts"].split(",")
+    for folder in ("runs", "data", "host/checkpoints"):
+        assert f"{small}/{folder}:{small}/{folder}" in mounts
+    assert mounts[-1] == "/scratch:/scratch"
+    assert not any("cache" in mount or "jobs" in mount for mount in mounts), "inside of another one"
+    assert words["--container-workdir"] == str(made.folder)
+    passed = words["--container-env"].split(",")
+    assert {"NCCL_DEBUG", "PYTHONPATH", "TRAINSYS_DONE_FILE", "OMP_NUM_THREADS"} <= set(passed)
+    exported = {x.split("=")[0].removeprefix("export ") for x in text.splitlines() if "export TRAINSYS_" in x}
+    assert {name for name in exported if name.endswith(("FILE", "TASK"))} <= set(passed), "the script's own"
+    assert "PYTHON=(python3)" in text.splitlines()
+    assert f"AFTER_PYTHON={sys.executable}" in text.splitlines(), "the script runs outside of the container"
+    assert f"export PYTHONPATH={made.code}" in text.splitlines(), "nothing of the host's behind it"
+
+
+@pytest.mark.parametrize("by", ["launch.python=host", "launch.venv=env"])
+def test_the_hosts_python_is_mounted_with_what_it_was_made_from(small: Path, by: str) -> None:
+    (small / "env/bin").mkdir(parents=True)
+    (small / "env/bin/python").symlink_to(os.path.realpath(sys.executable))
+    made = job.make("run.yaml", ["launch.container=image.sqsh", by])
+    text = slurm.render(made)
+    assert f"PYTHON=({made.python})" in text.splitlines()
+    base = Path(os.path.realpath(sys.executable)).parent.parent
+    for folder in (Path(made.python).parent.parent, base):
+        assert f"{folder}:{folder}" in text or str(folder) == "/usr"
+
+
+def test_paths_of_a_job_are_absolute(small: Path) -> None:
+    """Ranks may start in any folder: none may look for its data, or save, somewhere else."""
+    (small / "tok.json").write_text("{}")
+    asked = [
+        "data.source=text",
+        "data.path=corpus-*.txt",
+        "data.tokenizer=tok.json",
+        "data.cache_dir=cache",
+        "checkpoint.local_dir=nvme",
+        "checkpoint.resume=old/step_0000000007",
+        "train.device=auto",
+    ]
+    (small / "old/step_0000000007").mkdir(parents=True)
+    run = job.settled(load_run("run.yaml", asked))
+    assert run.telemetry.out == f"{small}/runs"
+    assert run.checkpoint_folder == f"{small}/runs/checkpoints/small"
+    assert run.checkpoint.local_dir == f"{small}/nvme"
+    assert run.checkpoint.resume == f"{small}/old/step_0000000007"
+    assert (run.data.path, run.data.cache_dir, run.data.tokenizer) == (
+        f"{small}/corpus-*.txt",
+        f"{small}/cache",
+        f"{small}/tok.json",
+    )
+    assert run.train.device == "cuda", "a node without its device is not trained on by its cores"
+    assert job.settled(run) == run
+    left = job.settled(load_run("run.yaml", ["data.source=hf", "data.path=org/set"]))
+    assert (left.data.path, left.data.tokenizer, left.checkpoint.resume) == ("org/set", "bytes", "auto")
+
+
+def test_a_folder_with_a_space_or_a_percent_sign(small: Path) -> None:
+    text = slurm.render(job.make("run.yaml", ['telemetry.out="a b/50%j"']))
+    (line,) = (x for x in text.splitlines() if "--output=" in x and x.startswith("#SBATCH"))
+    assert line.startswith(f'#SBATCH --output="{small}/a b/50%%j/jobs/small-')
+    assert line.endswith('/logs/slurm-0.out"')
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_more_tasks_than_an_array_takes_are_several_arrays(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of whose scripts knows which of the submitted tasks it begins with; a limit is one of all together."""
+    asked: list[tuple[str, ...]] = []
+
+    def slurm_says(*command: str, stdin: str | None = None) -> str:
+        asked.append(command)
+        if command[0] == "sbatch" and "--parsable" in command:
+            return f"{100 + len(asked)}\n"
+        return "MaxArraySize            = 3\n" if command[:2] == ("scontrol", "show") else ""
+
+    monkeypatch.setattr(slurm, "ask", slurm_says)
+    monkeypatch.setattr(slurm.shutil, "which", lambda _: "/usr/bin/sbatch")
+    made = job.make("run.yaml", ["launch.array_limit=2"], ["optim.lr=1e-3,2e-3,3e-3,4e-3,5e-3,6e-3,7e-3"])
+    assert slurm.launch(made, dry_run=False, detach=True) == 0
+    submitted = [words for words in asked if "--parsable" in words]
+    assert [Path(words[-1]).name for words in submitted] == ["job.sbatch", "job-3.sbatch", "job-6.sbatch"]
+    ids = json.loads((made.folder / "job.json").read_text())["id"].split(",")
+    assert len(ids) == 3
+    assert [words[2] for words in submitted[1:]] == [f"--dependency=afterany:{i}" for i in ids[:2]]
+    scripts = [Path(words[-1]).read_text().splitlines() for words in submitted]
+    assert [next(x for x in s if x.startswith("FIRST_TASK=")) for s in scripts] == [
+        f"FIRST_TASK={n}" for n in (0, 3, 6)
+    ]
+    arrays = [[x for x in s if "--array" in x] for s in scripts]
+    assert arrays == [["#SBATCH --array=0-2%2"], ["#SBATCH --array=0-2%2"], []]
+    assert len({next(x for x in s if "--output" in x) for s in scripts}) == 3
+    assert len(list((made.folder / "runs").glob("*.yaml"))) == 7
+
+
+def test_the_job_script_names_its_own_task_and_never_the_whole_array() -> None:
+    """SLURM_JOB_ID of an array's last task is the number of the array."""
+    body = (ROOT / "launchers/slurm/train.sbatch").read_text().partition("# ==== the same")[2]
+    assert [line for line in body.splitlines() if "$SLURM_JOB_ID" in line] == ["id=${id:-$SLURM_JOB_ID}"]
+    for command in ("scancel", "scontrol requeue", "scontrol update", "scontrol show job"):
+        uses = [x for x in body.splitlines() if command in x and not x.lstrip().startswith("#")]
+        assert uses
+        assert all('$id"' in x for x in uses), uses
+
+
+@pytest.mark.parametrize(
+    "state", ["PREEMPTED", "REVOKED", "TIMEOUT", "LAUNCH_FAILED", "COMPLETED", "NEW_ONE"]
+)
+def test_the_follower_ends_on_every_final_state(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], state: str
+) -> None:
+    answers = iter(["PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RUNNING", state])
+    monkeypatch.setattr(slurm, "states", lambda _: {"7": (next(answers), "n1")})
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
+    assert slurm.follow("7", tmp_path) == (0 if state == "COMPLETED" else 1)
+    assert f"job 7: {state} n1" in capsys.readouterr().out
+
+
 def test_gpus_are_asked_for_where_a_run_uses_them() -> None:
-    assert "#SBATCH --gpus-per-node=8" in slurm.render(made()).splitlines()
+    lines = slurm.render(made()).splitlines()
+    assert "#SBATCH --gpus-per-node=8" in lines
+    assert "SRUN_OPTIONS=(--cpu-bind=cores --gpu-bind=none)" in lines
+    own = slurm.render(
+        made("launch.cpu_bind=map_cpu:0", "launch.gpu_bind=closest", "launch.srun=[--mem-bind=local]")
+    )
+    assert "SRUN_OPTIONS=(--cpu-bind=map_cpu:0 --gpu-bind=closest --mem-bind=local)" in own.splitlines()
 
 
 def test_a_grid_is_an_array_of_runs_that_differ_in_name_and_value(small: Path) -> None:

@@ -15,6 +15,7 @@ from trainsys.errors import UserError
 from trainsys.launch import local
 from trainsys.launch.failure import FAILURE_FILE
 from trainsys.launch.local import launch
+from trainsys.launch.proof import DONE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,6 +178,42 @@ def test_the_end_of_a_run_on_real_torchrun(tmp_path: Path, mode: str, code: int,
                             done.stderr.partition("failed\n")[2])  # fmt: skip
     assert done.stderr == said
     assert not list(tmp_path.glob("trainsys-*")), "the failure file is left behind"
+
+
+@pytest.mark.parametrize(
+    ("left", "code", "said"),
+    [
+        ("", 1, "the run ended without finishing: there is no proof that it reached step 100"),
+        (
+            '{"step": 7}',
+            1,
+            "the run ended without finishing: its proof says step 7, not that it reached step 100",
+        ),
+        ('{"step": 100}', 0, ""),
+        ("drained", 0, ""),
+    ],
+)
+def test_exit_code_0_of_all_ranks_is_not_yet_a_run_that_is_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    left: str, code: int, said: str,
+) -> None:  # fmt: skip
+    def agent(module: str, **_: object) -> None:
+        if left == "drained":
+            folder = tmp_path / "runs/checkpoints/run"
+            folder.mkdir(parents=True)
+            (folder / "drained.json").write_text("{}")
+        elif left:
+            Path(os.environ[DONE_FILE]).write_text(left)
+
+    monkeypatch.setattr(runpy, "run_module", agent)
+    monkeypatch.setattr(local.logging, "disable", lambda _: None)
+    for name in ("argv", "OMP_NUM_THREADS", FAILURE_FILE, DONE_FILE):
+        if name == "argv":
+            monkeypatch.setattr(sys, "argv", ["pytest"])
+        else:
+            monkeypatch.setenv(name, "1")
+    assert launch("run.yaml") == code
+    assert capsys.readouterr().err == (f"trainsys: error: {said}\n" if said else "")
 
 
 @dataclass

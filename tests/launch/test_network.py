@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from trainsys.errors import UserError
+from trainsys.errors import MachineFault, UserError
 from trainsys.launch import network
-from trainsys.launch.rank import prepare
+from trainsys.launch.rank import adopt, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +49,57 @@ def test_a_rank_learns_its_place_from_slurm() -> None:
     assert last["LOCAL_WORLD_SIZE"] == "1"
 
 
+def test_a_step_of_fewer_tasks_than_its_job_is_a_world_of_its_own() -> None:
+    env = slurm_variables(
+        SLURM_PROCID="1",
+        SLURM_NODEID="0",
+        SLURM_STEP_ID="3",
+        SLURM_STEP_NUM_TASKS="2",
+        SLURM_STEP_TASKS_PER_NODE="2",
+        SLURM_STEP_NODELIST="127.0.0.13",
+    )
+    adopt(env)
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"]) == ("1", "2", "2")
+    assert env["MASTER_ADDR"] == "127.0.0.13"
+    other = slurm_variables(SLURM_STEP_ID="4", SLURM_STEP_NUM_TASKS="2")
+    adopt(other)
+    assert other["MASTER_PORT"] != env["MASTER_PORT"]
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script's own process
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {
+            "RANK": "3",
+            "WORLD_SIZE": "4",
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "2",
+        },  # torchrun by srun
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+    ],
+)
+def test_a_process_that_is_alone_or_has_its_place_is_left_as_it_is(env: dict[str, str]) -> None:
+    before = dict(env)
+    adopt(env)
+    assert env == before
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4, but RANK is not set"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE=2, but RANK is not set"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is not set"),
+    ],
+)
+def test_one_of_several_processes_without_a_place_is_refused(env: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        adopt(env)
+
+
 def test_each_attempt_meets_at_a_port_of_its_own() -> None:
     ports = set()
     for job in range(1, 4):
@@ -70,10 +121,36 @@ def test_what_the_user_has_set_stays() -> None:
     )
 
 
-def test_a_head_node_without_an_address_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"head node nowhere\.invalid: .* cannot resolve this name") as error:
-        prepare(slurm_variables(SLURM_JOB_NODELIST="nowhere.invalid"))
+def test_a_head_node_without_an_address_is_a_machines_fault_of_one_line() -> None:
+    with pytest.raises(
+        MachineFault, match=r"head node nowhere\.invalid: .* cannot resolve this name"
+    ) as error:
+        network.resolve("nowhere.invalid", patience_s=0.0)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_not_known_yet_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pod's name reaches the name service after the pod has started; so does that of a node just set up."""
+    asked: list[str] = []
+
+    def later(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        if len(asked) < 4:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET6, 1, 6, "", ("::7", 0)), (socket.AF_INET, 1, 6, "", ("10.0.0.7", 0))]
+
+    waits: list[float] = []
+    monkeypatch.setattr(network.socket, "getaddrinfo", later)
+    monkeypatch.setattr(network.time, "sleep", waits.append)
+    assert network.resolve("node-7") == "10.0.0.7"
+    assert asked == ["node-7"] * 4
+    assert len(waits) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2, "not a line for each try"
+    assert "cannot resolve this name (Name or service not known); trying again for 300 s" in said[0]
+    assert said[1] == "trainsys: head node node-7: its name resolves now"
 
 
 def test_outside_of_srun() -> None:
@@ -82,7 +159,7 @@ def test_outside_of_srun() -> None:
 
 
 def test_an_interface_that_is_not_there_names_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"interface ib7: .* it has .*lo \(127\.0\.0\.1\)"):
+    with pytest.raises(MachineFault, match=r"interface ib7: .* it has .*lo \(127\.0\.0\.1\)"):
         network.check("ib7", "127.0.0.1", 1)
 
 
@@ -165,7 +242,7 @@ def test_the_wrong_interface_is_an_error_and_not_a_hang(two_hosts: tuple[str, st
     agreed = str(tmp_path / "failure.json")
     with host(two_hosts[1], 1, TRAINSYS_INTERFACE="dead0", TRAINSYS_FAILURE_FILE=agreed) as rank:
         _, error = rank.communicate(timeout=120)
-    assert rank.returncode == 2
+    assert rank.returncode == 75
     assert "interface dead0 (10.88.0.2): no answer from the head node at 10.77.0.1:29611" in error
     assert "the route leads over right0" in error
     assert time.monotonic() - started < 60

@@ -11,8 +11,6 @@ FIT = Report(
     rank=0,
     host="n0",
     versions={"torch": "2.13.0", "python": "3.11.7"},
-    devices=2,
-    ranks_here=2,
     on_devices=True,
     matmul_flops=4e14,
     matmul_right=True,
@@ -40,7 +38,6 @@ def test_a_fit_fleet_has_no_problem() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"devices": 1}, "1 devices visible to its 2 ranks"),
         ({"matmul_right": False}, "rank 5: a matrix product came out wrong"),
         ({"memory_right": False}, "rank 5: memory does not hold"),
         ({"matmul_flops": 1e14}, "rank 5: matmul at 100 TFLOP/s, the median rank at 402"),

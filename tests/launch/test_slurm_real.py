@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support.slurm import (
+    PATIENCE_S,
     SLOW,
     everything,
     losses,
@@ -84,7 +87,7 @@ def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(
     said = out.read_text()
     assert states(identity) == {"COMPLETED"}, everything(folder)
     assert "attempt 1: again: asked to stop by SIGUSR1, step " in said
-    assert "attempt 2: again: a rank was killed (srun: exit code 1" in said
+    assert "attempt 2: again: rank 3 on 127.0.0.12: killed (srun: exit code 1" in said
     assert (
         "attempt 3: again: asked to stop by SIGTERM, step " in said or "attempt 3: again: preempted" in said
     )
@@ -124,6 +127,15 @@ def test_a_grid_runs_as_an_array_of_what_was_submitted(
     assert "6/6" in table
     assert main(["jobs", "logs", folder.name, "--rank", "0"]) == 0
     assert "step 6/6" in capsys.readouterr().out
+
+
+def test_srun_alone_starts_one_run_of_all_its_tasks(cluster: Callable[..., None], work: Path) -> None:
+    """Not a run for each of them, in one folder."""
+    command = ["srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "trainsys", "train", "run.yaml"]
+    subprocess.run([*command, "train.steps=3"], check=True, timeout=PATIENCE_S, stdout=subprocess.DEVNULL)
+    (run,) = Path("runs").glob("tiny-*")
+    assert len(list(run.glob("events/rank_*.jsonl"))) == 2
+    assert sorted(losses(Path("runs"), "tiny")) == [0, 1, 2]
 
 
 SWEEP = """
@@ -209,7 +221,7 @@ def test_the_time_limit_is_survived(cluster: Callable[..., None], work: Path) ->
     """Slurm's own warning, not one that a test sends: the run saves, is requeued and goes on."""
     limits = ["launch.time=0:03:00", "launch.warn_s=60", "train.steps=1000"]
     identity, folder = submit(spoil(work, SLOW, nodes="*"), *limits)
-    wait_for("the end", lambda: states(identity) <= {*slurm.OVER}, folder, patience_s=850.0)
+    wait_for("the end", lambda: all(map(slurm.over, states(identity))), folder, patience_s=850.0)
     said = (folder / "logs/slurm-0.out").read_text()
     assert states(identity) == {"COMPLETED"}, everything(folder)
     assert "attempt 0: again: asked to stop by SIGUSR1, step " in said

@@ -115,9 +115,9 @@ def test_the_next_attempt_of_a_job_takes_over_at_once(
     for name, value in job.items():
         monkeypatch.setenv(name, value)
     write(tmp_path, kernel="another")
-    with Lease(tmp_path, 1, stale_s=1e6) as mine:
+    with Lease(tmp_path, attempt=1, stale_s=1e6) as mine:
         assert "an earlier attempt of this job" in mine.notes[0]
-    with Lease(tmp_path, 0, **FAST), pytest.raises(UserError, match="is in use"), Lease(tmp_path, 0, stale_s=60):
+    with Lease(tmp_path, attempt=0, **FAST), pytest.raises(UserError, match="is in use"), Lease(tmp_path, attempt=0, stale_s=60):
         pass
 
 

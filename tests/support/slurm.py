@@ -56,7 +56,7 @@ def spoil(work: Path, code: str, nodes: str = BAD) -> str:
     python = work / "venv/bin/python"
     python.write_text(
         "#!/usr/bin/env bash\n"
-        f'[[ "${{SLURMD_NODENAME:-}}" = {nodes} ]] && export PYTHONPATH={work}/venv/bad:$PYTHONPATH\n'
+        f'[[ "${{SLURMD_NODENAME:-}}" = {nodes} ]] && export PYTHONPATH="{work}/venv/bad:$PYTHONPATH"\n'
         f'exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)

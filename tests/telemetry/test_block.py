@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.made_run import Run
 
+from support.made_run import Run
 from trainsys.layout import Layout
 from trainsys.telemetry import block
 from trainsys.telemetry.events import Comm, DeviceStep, Event, Flops, Memory, Message, Metrics, Stall, Step

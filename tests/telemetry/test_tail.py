@@ -11,8 +11,7 @@ import pytest
 
 from trainsys.telemetry import tail, writer
 from trainsys.telemetry.events import Event, RunEnd, RunStart, Step
-from trainsys.telemetry.reader import iter_parts, read_events
-from trainsys.telemetry.reader import Damage
+from trainsys.telemetry.reader import Damage, iter_parts, read_events
 from trainsys.telemetry.writer import EventWriter
 
 START = RunStart(run_id="r", rank=0, world=1, t0_wall=1.0, t0_mono=2.0)

@@ -26,7 +26,8 @@ from trainsys.checkpoint.ranks import Ranks
 from trainsys.checkpoint.snapshot import Planned, Snapshot, file_bytes, order, plan_files
 from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import LocalTensor
-from trainsys.errors import UserError
+from trainsys.errors import FULL, MachineFault, UserError, is_machines
+from trainsys.launch.blame import this_node
 
 WRITERS = 3
 """Files of a rank that are written at once: while one is made durable, the next is handed over."""
@@ -66,6 +67,13 @@ class _Part:
     parts: list[tuple[Piece, int, int]] = field(default_factory=list)
     """(piece, number of the file within this rank, offset)."""
     error: str = ""
+    host: str | None = None
+    """Of the rank whose machine is at fault; empty: the shared disk's; None: no machine's fault."""
+
+    def fail(self, error: OSError | UserError, *, own_disk: bool = False) -> None:
+        self.error = _tell(error)
+        if isinstance(error, OSError) and is_machines(error):
+            self.host = "" if error.errno in FULL and not own_disk else this_node()
 
 
 class Saver:
@@ -73,7 +81,8 @@ class Saver:
 
     ``state``: every tensor of this rank with its place, the same names and places at each call.
     ``header``: the manifest's fields that do not change during a run.
-    An error of a save is raised at the next one, at ``wait`` or at ``close``, on every rank.
+    An error of a save is raised at the next one, at ``wait`` or at ``close``, on every rank: UserError, or MachineFault
+    where a disk is full or fails.
     """
 
     def __init__(
@@ -98,7 +107,7 @@ class Saver:
         self._draining = ThreadPoolExecutor(1, "trainsys-ckpt-drain")
         self._write: Future[_Part] | None = None
         self._busy: Future[Any] | None = None
-        self._drains: list[Future[Saved | str | None]] = []
+        self._drains: list[Future[Saved | UserError | MachineFault | None]] = []
         self._marks: list[Future[None]] = []
         self._awaited, self._doubted = False, False
         """Something was saved that no later step has proven yet; and a later step was skipped."""
@@ -121,7 +130,7 @@ class Saver:
         """Take a snapshot now; write it to the folder (``disk``) and to two nodes' memory (``memory``) behind.
 
         Waits for the save before it where that is still being written, and with ``wait`` (or mode sync) until
-        this one is committed. UserError where one has failed.
+        this one is committed. UserError or MachineFault where one has failed.
         """
         # Staged, one save may still drain to the shared file system while the next is written locally.
         self._await(leave=1 if self.cfg.local_dir and not wait else 0)
@@ -162,8 +171,8 @@ class Saver:
         self._awaited, self._doubted = True, False
 
     def wait(self) -> None:
-        """Until every save that was started is committed, and what is known of them written down; UserError where a
-        save has failed."""
+        """Until every save that was started is committed, and what is known of them written down; UserError or
+        MachineFault where a save has failed."""
         self._await()
         while self._marks:
             self._marks.pop(0).result()
@@ -190,8 +199,8 @@ class Saver:
             self._marks.pop(0).result()
         while len(self._drains) > leave:
             outcome = self._drains.pop(0).result()
-            if isinstance(outcome, str):
-                raise UserError(outcome)
+            if isinstance(outcome, Exception):
+                raise outcome
             if outcome is not None:
                 self.saved.append(outcome)
 
@@ -226,7 +235,7 @@ class Saver:
                 list(pool.map(lambda f: self._try(lambda: self._write_file(target, f)), self._files))
                 hashes = digests.result()
         except (OSError, UserError) as error:
-            part.error = _tell(error)
+            part.fail(error, own_disk=self.cfg.local_dir is not None)
             return part
         for number, (planned, sha256) in enumerate(zip(self._files, hashes, strict=True)):
             part.files.append((planned.name, len(planned.head) + planned.stop - planned.start, sha256))
@@ -254,23 +263,26 @@ class Saver:
 
     # ---- the draining thread: it alone speaks to the other ranks' draining threads ----
 
-    def _drain(self, write: Future[_Part], progress: Progress, token: str, began: float) -> Saved | str:
-        """Bring this rank's files to the shared folder, then commit together; an error as one line."""
+    def _drain(
+        self, write: Future[_Part], progress: Progress, token: str, began: float
+    ) -> Saved | UserError | MachineFault:
+        """Bring this rank's files to the shared folder, then commit together; an error as a value."""
         part = write.result()
         saving = self.folder.root / f".saving-step_{progress.step:010d}-{token}"
         if self.cfg.local_dir and not part.error:
             try:
                 self._try(lambda: self._copy_from_local(part, progress.step, token))
             except (OSError, UserError) as error:
-                part.error = _tell(error)
+                part.fail(error)
         parts = self._behind.to_first(part)
-        outcome: Saved | str = ""
+        outcome: Saved | UserError | MachineFault = UserError("")
         if self.ranks.rank == 0:
             try:
                 outcome = self._commit(parts, saving, progress, began)
             except (OSError, UserError) as error:
-                outcome = f"checkpoint of step {progress.step} was not written: {_tell(error)}"
-            if isinstance(outcome, str):
+                part.fail(error)
+                outcome = _failed([part], f"checkpoint of step {progress.step} was not written: {part.error}")
+            if isinstance(outcome, Exception):
                 shutil.rmtree(saving, ignore_errors=True)  # its room may be what the next one lacks
         return self._behind.from_first(outcome)
 
@@ -282,12 +294,15 @@ class Saver:
             copy_durable(source / name, target / name, sha256)
         shutil.rmtree(source, ignore_errors=True)
 
-    def _commit(self, parts: list[_Part], saving: Path, progress: Progress, began: float) -> Saved | str:
+    def _commit(
+        self, parts: list[_Part], saving: Path, progress: Progress, began: float
+    ) -> Saved | UserError | MachineFault:
         failed = [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]
         if failed:
             newest = next(iter(self.folder.read_all()[0]), None)
             rest = f"; the newest complete one is {newest[0]}" if newest else "; there is no complete one yet"
-            return f"checkpoint of step {progress.step} was not written ({'; '.join(failed)}){rest}"
+            text = f"checkpoint of step {progress.step} was not written ({'; '.join(failed)}){rest}"
+            return _failed(parts, text)
         self._try(self.may_write)
         manifest = self._manifest(parts, progress)
         name = self._try(lambda: self.folder.commit(saving, manifest))
@@ -378,6 +393,14 @@ def copy_durable(source: Path, target: Path, sha256: str) -> None:
         os.fsync(write.fileno())
     if digest.hexdigest() != sha256:
         raise OSError(f"{source}: was damaged on the local disk before it was copied")
+
+
+def _failed(parts: Sequence[_Part], text: str) -> UserError | MachineFault:
+    """What all ranks raise: a machine's fault where it was one of them, with the node if it was only one."""
+    hosts = {part.host for part in parts if part.host is not None}
+    if not hosts:
+        return UserError(text)
+    return MachineFault(text, host=hosts.pop() if len(hosts) == 1 else "")
 
 
 def _tell(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from trainsys.cli.registry import OVERRIDES, RUN, arg, command
 from trainsys.errors import UserError
@@ -46,8 +47,10 @@ def _launch(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int | None:
     from trainsys.config.loader import load_run
     from trainsys.launch.failure import guard
+    from trainsys.launch.rank import adopt
 
     with guard():
+        adopt(os.environ)
         # A mistake in the config is told now, not after the seconds that torch takes to import.
         load_run(args.run, args.overrides)
         from trainsys.train.main import train
@@ -61,8 +64,10 @@ def _train(args: argparse.Namespace) -> int | None:
 def _preflight(args: argparse.Namespace) -> int | None:
     from trainsys.config.loader import load_run
     from trainsys.launch.failure import guard
+    from trainsys.launch.rank import adopt
 
     with guard():
+        adopt(os.environ)
         load_run(args.run, args.overrides)
         from trainsys.train.preflight import preflight
 

@@ -61,7 +61,17 @@ class LaunchConfig(Strict):
         default=180, description="seconds before the time limit at which the run is told to save and end"
     )
     max_restarts: NonNegativeInt = Field(
-        default=3, description="attempts after a failure; those after a warning or preemption are not counted"
+        default=3,
+        description="failures in a row, with no newer step saved in between, after which the run is started again; "
+        "warnings and preemption are not counted",
+    )
+    retry_wait_s: NonNegativeInt = Field(
+        default=60,
+        description="pause before an attempt that follows a fault of no node in particular, as a full shared disk; "
+        "twice as long after each further one",
+    )
+    array_limit: PositiveInt | None = Field(
+        default=None, description="tasks of a grid or sweep that run at the same time; None: all"
     )
     account: Plain | None = None
     partition: Plain | None = None
@@ -72,11 +82,26 @@ class LaunchConfig(Strict):
     sbatch: tuple[Plain, ...] = Field(
         default=(), description="further options of sbatch, e.g. --mail-type=END"
     )
+    srun: tuple[Plain, ...] = Field(
+        default=(), description="further options of srun, e.g. --distribution=block:block"
+    )
+    cpu_bind: Plain | None = Field(
+        default=None, description="srun --cpu-bind; None: cores where devices are GPUs, else Slurm's own way"
+    )
+    gpu_bind: Plain | None = Field(
+        default=None, description="srun --gpu-bind; None: none, so that ranks reach each other's devices"
+    )
     venv: Plain | None = Field(default=None, description="virtual environment; None: the one that submits")
+    python: Literal["host", "container"] | None = Field(
+        default=None,
+        description="with a container: whose Python the ranks run; None: the host's where launch.venv names one",
+    )
     container: Plain | None = Field(
         default=None, description="image: by pyxis (srun --container-image), Kubernetes or SkyPilot"
     )
-    mounts: tuple[Plain, ...] = Field(default=(), description="folders of the host for pyxis, SRC:DST")
+    mounts: tuple[Plain, ...] = Field(
+        default=(), description="further folders of the host for pyxis, SRC:DST"
+    )
     setup: tuple[Plain, ...] = Field(default=(), description="shell lines before the ranks, e.g. module load")
     env: dict[Name, str] = Field(default={}, description="variables of every rank")
     interface: Plain | None = Field(

@@ -26,6 +26,8 @@ class Blame:
     reason: str
     sure: bool
     attempt: int
+    task: int = 0
+    """Of an array, whose tasks share the file."""
 
 
 def this_node() -> str:
@@ -39,7 +41,8 @@ def note(host: str, reason: str, sure: bool) -> None:
     if not named:
         return
     attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    line = json.dumps(asdict(Blame(host, reason, sure, attempt)))
+    task = int(os.environ.get("TRAINSYS_TASK", 0))
+    line = json.dumps(asdict(Blame(host, reason, sure, attempt, task)))
     with suppress(OSError), open(named, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -57,8 +60,8 @@ def read(file: Path) -> list[Blame]:
 def to_leave(blames: Sequence[Blame]) -> dict[str, str]:
     """Nodes to leave out, with the last reason of each, the surest first."""
     sure = {b.host: b.reason for b in blames if b.sure}
-    attempts: dict[str, set[int]] = {}
+    attempts: dict[str, set[tuple[int, int]]] = {}
     for b in blames:
-        attempts.setdefault(b.host, set()).add(b.attempt)
+        attempts.setdefault(b.host, set()).add((b.task, b.attempt))
     repeated = {b.host: b.reason for b in blames if len(attempts[b.host]) >= ATTEMPTS}
     return {**sure, **{host: reason for host, reason in repeated.items() if host not in sure}}

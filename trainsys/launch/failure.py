@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, UserError
+from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, UserError, fault_of
+from trainsys.launch.blame import note, this_node
 
 FAILURE_FILE = "TRAINSYS_FAILURE_FILE"
 """Environment variable: the file by which the ranks of a run agree on who failed first."""
@@ -36,6 +37,13 @@ _PEER_REPORT_S = 5.0
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused|was likely closed)|broken pipe|socket|timed? ?out|remote process", re.I
 )
+# What a device or its driver says where the device is broken, and a watchdog of a rank that has fallen silent: one
+# such report is enough. What NCCL says where a system call or the driver failed is a reason to suspect the node.
+_BROKEN = re.compile(
+    r"uncorrectable|\bXid\b|double.bit|fallen off the bus|no CUDA-capable device|device is lost|missing: no word",
+    re.I,
+)
+_SUSPECT = re.compile(r"NCCL.*(unhandled (system|cuda)|internal) error", re.I | re.S)
 _DISTRIBUTED_ERRORS = ("LostPeer", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
 
 
@@ -46,6 +54,14 @@ class Failure:
     rank: int
     code: int
     message: str
+    host: str = ""
+    """The node it happened on; empty: no node's fault."""
+    lost_peer: bool = False
+    """It looks like the consequence of another rank's end, which has left no word."""
+
+    @property
+    def line(self) -> str:
+        return self.message.splitlines()[0] if self.message else ""
 
 
 @contextmanager
@@ -72,13 +88,14 @@ def interrupted_code() -> int:
 
 def exit_code(error: Exception) -> int:
     """What a process that ends with ``error`` exits with."""
+    error = fault_of(error)
     if isinstance(error, UserError):
         return EXIT_USER_ERROR
     return EXIT_MACHINE_FAULT if isinstance(error, MachineFault) else EXIT_FAILED
 
 
-def error_lines(error: UserError | MachineFault) -> str:
-    """What ``error`` says, each mistake or fault as one line for the terminal."""
+def error_lines(error: Exception) -> str:
+    """What a UserError or MachineFault says, each mistake or fault as one line for the terminal."""
     return "".join(f"trainsys: error: {line}\n" for line in str(error).splitlines() or [""])
 
 
@@ -92,15 +109,23 @@ def read_failure(path: Path) -> Failure | None:
         return None
 
 
+def accuse(failure: Failure) -> None:
+    """Note ``failure`` against the node it happened on: see :mod:`trainsys.launch.blame` for what comes of it."""
+    sure = _BROKEN.search(failure.message) is not None
+    if failure.host and (sure or not failure.lost_peer or _SUSPECT.search(failure.message)):
+        note(failure.host, f"rank {failure.rank}: {failure.line}", sure)
+
+
 def _report(error: Exception) -> int:
     """Print ``error`` if this rank is the first to fail; the exit code."""
     rank, world = _identity()
+    error = fault_of(error)
     code = exit_code(error)
-    agreed = _agreed_file()
-    if agreed is not None:
-        if _is_lost_peer(error):
+    lost_peer = _is_lost_peer(error)
+    if (agreed := agreed_file()) is not None:
+        if lost_peer:
             _wait_for(agreed, _PEER_REPORT_S)
-        if not _claim(agreed, Failure(rank, code, f"{type(error).__name__}: {error}")):
+        if not claim(agreed, Failure(rank, code, _said(error), _host(error), lost_peer)):
             return code
     if isinstance(error, UserError):
         # Without a file to agree by, every rank that reads the same config fails alike: rank 0 speaks.
@@ -117,7 +142,18 @@ def _report(error: Exception) -> int:
     return code
 
 
-def _claim(path: Path, failure: Failure) -> bool:
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, MachineFault) else f"{type(error).__name__}: {error}"
+
+
+def _host(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return ""
+    host = error.host if isinstance(error, MachineFault) else None
+    return this_node() if host is None else host
+
+
+def claim(path: Path, failure: Failure) -> bool:
     """Create the failure file, whole, unless it is there already; whether this call created it."""
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
@@ -133,7 +169,7 @@ def _claim(path: Path, failure: Failure) -> bool:
     return True
 
 
-def _agreed_file() -> Path | None:
+def agreed_file() -> Path | None:
     """The file the launcher named, or one in the folder that torchrun makes for each attempt."""
     if named := os.environ.get(FAILURE_FILE):
         # Each attempt of a run that is restarted agrees anew.
@@ -148,6 +184,8 @@ def _is_lost_peer(error: Exception) -> bool:
     """Whether ``error`` looks like the consequence of another rank's end rather than a cause."""
     if _identity()[1] == 1:
         return False
+    if isinstance(error, MachineFault) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # those who wait for a rank that never comes see only that nobody answers
     if type(error).__name__ in _DISTRIBUTED_ERRORS or isinstance(error, ConnectionError):
         return True
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None

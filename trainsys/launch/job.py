@@ -87,6 +87,40 @@ def make(path: str, overrides: Sequence[str] = (), grid: Sequence[str] = ()) -> 
     return Job(tuple(runs), launch.nodes, each, folder, python, folder / "code" if launch.snapshot else None)
 
 
+def settled(run: RunConfig) -> RunConfig:
+    """``run`` as it means the same on any node and in any folder: every path absolute, and devices not optional.
+
+    A job was given nodes with devices: a rank that finds none must not go on without.
+    """
+    data, checkpoint, train = run.data, run.checkpoint, run.train
+    paths = {
+        "telemetry": {"out": os.path.abspath(run.telemetry.out)},
+        "checkpoint": {
+            "folder": os.path.abspath(run.checkpoint_folder),
+            "memory_dir": os.path.abspath(checkpoint.memory_dir),
+            **({"local_dir": os.path.abspath(checkpoint.local_dir)} if checkpoint.local_dir else {}),
+            **(
+                {"resume": _if_there(checkpoint.resume)} if checkpoint.resume not in ("auto", "never") else {}
+            ),
+        },
+        "data": {
+            **({"path": os.path.abspath(data.path)} if data.path and data.source != "hf" else {}),
+            **({"cache_dir": os.path.abspath(data.cache_dir)} if data.cache_dir else {}),
+            "tokenizer": data.tokenizer if data.tokenizer == "bytes" else _if_there(data.tokenizer),
+        },
+        "launch": {"cluster": _if_there(run.launch.cluster) if run.launch.cluster else None},
+        "train": {"device": "cuda" if train.device == "auto" else train.device},
+    }
+    return run.model_copy(
+        update={section: getattr(run, section).model_copy(update=keys) for section, keys in paths.items()}
+    )
+
+
+def _if_there(name: str) -> str:
+    """A name that may be a path, absolute if it is one."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
 def template(name: str) -> str:
     """The text of a file of launchers/, in a checkout or an installed wheel."""
     return (config_root().parent / "launchers" / name).read_text(encoding="utf-8")

@@ -69,7 +69,7 @@ def stop(job: str, folder: str | Path) -> str:
     _, found = _find(job, folder)
     identity = str(found["id"])
     if found["on"] == "slurm":
-        slurm.ask("scancel", identity)
+        slurm.ask("scancel", *identity.split(","))
         return f"job {identity} is told to save and end"
     raise UserError(f"{job}: stop it with {_elsewhere(found, 'stop')}")
 
@@ -88,7 +88,10 @@ def _find(job: str, folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """The newest job with this id, name or folder."""
     known = _jobs(_root(folder))
     for path, found in reversed(known):
-        if job in (str(found["id"]), found["name"], path.name) or Path(job).resolve() == path.resolve():
+        if (
+            job in (*str(found["id"]).split(","), str(found["id"]), found["name"], path.name)
+            or Path(job).resolve() == path.resolve()
+        ):
             return path, found
     last = ", ".join(f"{found['id']} ({found['name']})" for _, found in known[-5:]) or "none"
     raise UserError(f"{job}: no job of this id, name or folder in {folder}/jobs; the newest are {last}")

@@ -26,10 +26,12 @@ from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
 from trainsys.hardware.machine import cuda_devices, usable_cores
 from trainsys.launch.failure import COMMAND, EXIT_FAILED, EXIT_INTERRUPTED, FAILURE_FILE, read_failure
+from trainsys.launch.proof import DONE_FILE, doubt
 from trainsys.launch.replan import replan
 from trainsys.layout import PLACED, Layout
 
 _TORCHRUN = "torch.distributed.run"
+_MARKER = "drained.json"  # of trainsys.resilience.drain, a floor above
 
 
 def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, dry_run: bool = False) -> int:
@@ -72,7 +74,8 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        code = run_agent(["--signals-to-handle", "SIGHUP,SIGQUIT", *torchrun])
+        drained = Path(config.checkpoint_folder) / _MARKER
+        code = run_agent(["--signals-to-handle", "SIGHUP,SIGQUIT", *torchrun], config.train.steps, drained)
         return EXIT_INTERRUPTED if interrupted and code == 0 else code
     finally:
         for number, handler in before.items():
@@ -108,14 +111,18 @@ def _world(config: RunConfig, nproc: int | None) -> int:
     return world
 
 
-def run_agent(arguments: list[str]) -> int:
-    """Run torchrun's agent with ``arguments``; the exit code that the run deserves."""
+def run_agent(arguments: list[str], steps: int | None = None, drained: Path | None = None) -> int:
+    """Run torchrun's agent with ``arguments``; the exit code that the run deserves.
+
+    With ``steps`` 0 means that rank 0, which is on this machine, has proved so many, or that the run was asked to
+    stop: then there is ``drained``.
+    """
     # The agent logs each end of a rank and raises with a summary. The ranks have said what there is to
     # say (see `failure`), so only what the agent alone knows is printed, in one line.
     logging.disable(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="trainsys-") as folder:
-        report = Path(folder) / "failure.json"
-        os.environ[FAILURE_FILE] = str(report)
+        report, proof = Path(folder) / "failure.json", Path(folder) / "done.json"
+        os.environ[FAILURE_FILE], os.environ[DONE_FILE] = str(report), str(proof)
         sys.argv = [_TORCHRUN, *arguments]
         try:
             runpy.run_module(_TORCHRUN, run_name="__main__", alter_sys=True)
@@ -124,6 +131,9 @@ def run_agent(arguments: list[str]) -> int:
             if failure is not None:
                 return failure.code
             return _explain(error)
+        if steps is not None and not (drained and drained.exists()) and (why := doubt(proof, steps)):
+            print(f"trainsys: error: the run {why}", file=sys.stderr)
+            return EXIT_FAILED
     return 0
 
 

@@ -27,7 +27,10 @@ def dump(document: dict[str, Any]) -> str:
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-_SLURM = ("partition", "account", "qos", "constraint", "reservation", "exclude", "sbatch", "mounts")
+_SLURM = (
+    *("partition", "account", "qos", "constraint", "reservation", "exclude", "sbatch", "mounts"),
+    *("srun", "cpu_bind", "gpu_bind", "array_limit", "python"),
+)
 
 
 def refuse_slurm(run: RunConfig, where: str, more: str) -> None:

@@ -43,11 +43,15 @@ def main() -> int:
                 env.setdefault(name, own[name])
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, pass_on)
+        drained = Path(config.checkpoint_folder) / _MARKER
         code = run_agent(
-            ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "-m", "trainsys", "train", str(file)]
+            ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "-m", "trainsys", "train", str(file)],
+            config.train.steps
+            if env.get("PET_NODE_RANK", "0") == "0"
+            else None,  # rank 0's node has the proof
+            drained,
         )
-        drained = (Path(config.checkpoint_folder) / _MARKER).exists()
-        return EXIT_DRAINED if code == 0 and drained else code
+        return EXIT_DRAINED if code == 0 and drained.exists() else code
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ class Report:
     rank: int
     host: str
     versions: dict[str, str]
-    devices: int
-    ranks_here: int
     on_devices: bool
     matmul_flops: float
     matmul_right: bool
@@ -75,7 +73,7 @@ class _Found:
         return hosts < self._hosts  # what all nodes have is not a node's fault
 
 
-_OWN = ("devices", "wrong", "memory")
+_OWN = ("wrong", "memory")
 _RELATIVE = ("clock", "shared", "version")
 
 
@@ -83,8 +81,6 @@ def judge(reports: Sequence[Report], expected: dict[str, float] | None = None) -
     """Every problem, each with the node to blame. ``expected``: bytes/s of a ring over each axis."""
     found = _Found(reports)
     for r in reports:
-        if r.on_devices and r.devices < r.ranks_here:
-            found.blame("devices", r, f"{r.devices} devices visible to its {r.ranks_here} ranks")
         if not r.matmul_right:
             text = "a matrix product came out wrong; take the node out of service"
             found.blame("wrong", r, f"rank {r.rank}: {text}")

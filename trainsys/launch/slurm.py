@@ -12,16 +12,24 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from trainsys.errors import UserError
+from trainsys.launch import container
 from trainsys.launch import job as jobs
 from trainsys.launch.job import Job
 from trainsys.launch.tail import Tail
 
 _MARKER = "# ==== the same"
 _POLL_S = 1.0
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "NODE_FAIL")
+# States that a job leaves again, of those in https://slurm.schedmd.com/job_state_codes.html: all others are final.
+_GOING = {
+    "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "EXPEDITING", "POWER_UP_NODE", "REQUEUED",
+    "REQUEUE_FED", "REQUEUE_HOLD", "RESIZING", "RESV_DEL_HOLD", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED",
+    "UPDATE_DB",
+}  # fmt: skip
 _HINTS = (
     ("invalid partition", "launch.partition", "`sinfo -s` lists the partitions"),
     ("invalid account", "launch.account", "`sacctmgr show assoc user=$USER` lists yours"),
@@ -40,10 +48,13 @@ _HINTS = (
 )
 
 
-def render(job: Job) -> str:
-    """The job script."""
+def render(job: Job, first: int = 0) -> str:
+    """The job script of ``job``'s tasks, which are those from ``first`` on of what was submitted."""
     run, launch = job.first, job.first.launch
     array = len(job.runs) > 1
+    limit = f"%{launch.array_limit}" if launch.array_limit else ""
+    logs = str(job.folder / "logs").replace("%", "%%")
+    each = f"{first}+%a" if first and array else "%a" if array else str(first)
     options = [
         f"--job-name={job.name}",
         f"--nodes={job.nodes}",
@@ -52,43 +63,35 @@ def render(job: Job) -> str:
         *([f"--cpus-per-task={launch.cpus_per_rank}"] if launch.cpus_per_rank else []),
         *([f"--mem={launch.memory}"] if launch.memory else []),
         *([f"--time={launch.time}"] if launch.time else []),
-        *(f"--{n}={v}" for n in _SAME if (v := getattr(launch, n))),
+        *(_option(n, v) for n in _SAME if (v := getattr(launch, n))),
         *([f"--exclude={','.join(launch.exclude)}"] if launch.exclude else []),
-        *([f"--array=0-{len(job.runs) - 1}"] if array else []),
+        *([f"--array=0-{len(job.runs) - 1}{limit}"] if array else []),
         f"--signal=B:USR1@{launch.warn_s}",
         "--requeue",
         "--open-mode=append",
-        f"--output={job.folder}/logs/slurm-{'%a' if array else '0'}.out",
+        _option("output", f"{logs}/slurm-{each}.out"),
         *launch.sbatch,
     ]
-    checkpoints = [str(Path(r.checkpoint_folder)) for r in job.runs]
     preflight = job.on_devices if launch.preflight is None else launch.preflight
-    srun = []
-    if launch.container:
-        mounts = ",".join([f"{job.folder}:{job.folder}", *launch.mounts])
-        srun = [f"--container-image={launch.container}", f"--container-mounts={mounts}"]
+    own_python = container.hosts_python(job)
+    inherited = "${PYTHONPATH:+:$PYTHONPATH}" if own_python else ""
     lines = [
         "#!/usr/bin/env bash",
         f"# {job.name}: {len(job.runs)} task(s) of {job.world} ranks; written by trainsys launch --on slurm",
         *(f"#SBATCH {option}" for option in options),
         "",
         f"JOB_DIR={shlex.quote(str(job.folder))}",
-        "RUN_FILE=$JOB_DIR/runs/${SLURM_ARRAY_TASK_ID:-0}.yaml",
-        f"folders=({' '.join(map(shlex.quote, checkpoints))})",
-        "CHECKPOINTS=${folders[${SLURM_ARRAY_TASK_ID:-0}]}",
-        f"MAX_RESTARTS={launch.max_restarts}",
-        f"PYTHON={shlex.quote(job.python)}",
+        "RUN_FILE=",
+        f"FIRST_TASK={first}",
+        f"PYTHON=({shlex.quote(job.python) if own_python else 'python3'})",
+        f"AFTER_PYTHON={shlex.quote(job.python)}",
+        f"THREADS={run.train.threads or 'auto'}",
         f"PREFLIGHT={'yes' if preflight else 'no'}",
         f"EXCLUDE={shlex.quote(','.join(launch.exclude))}",
-        f"SRUN_OPTIONS=({' '.join(map(shlex.quote, srun))})",
-        *(
-            [f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
-            if job.code
-            else []
-        ),
+        f"SRUN_OPTIONS=({' '.join(map(shlex.quote, [*_binding(job), *container.options(job), *launch.srun]))})",
+        *([f"export PYTHONPATH={shlex.quote(str(job.code))}{inherited}"] if job.code else []),
         *([f"export TRAINSYS_INTERFACE={shlex.quote(launch.interface)}"] if launch.interface else []),
         *([f"export TRAINSYS_PORT={launch.port}"] if launch.port else []),
-        *(["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"] if not run.train.threads else []),
         *(f"export {name}={shlex.quote(value)}" for name, value in launch.env.items()),
         *launch.setup,
         "",
@@ -100,8 +103,25 @@ def render(job: Job) -> str:
 _SAME = ("account", "partition", "qos", "constraint", "reservation")
 
 
+def _option(name: str, value: str) -> str:
+    """An option as sbatch reads it from a script: by words, like a shell."""
+    if re.search(r"[\s\"'\\#&|]", value):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'--{name}="{escaped}"'
+    return f"--{name}={value}"
+
+
+def _binding(job: Job) -> list[str]:
+    """A rank keeps to its own cores, and sees all devices of its node: NCCL reaches the others' over NVLink."""
+    launch = job.first.launch
+    cpu = launch.cpu_bind or ("cores" if job.on_devices else None)
+    gpu = launch.gpu_bind or ("none" if job.on_devices else None)
+    return [*([f"--cpu-bind={cpu}"] if cpu else []), *([f"--gpu-bind={gpu}"] if gpu else [])]
+
+
 def launch(job: Job, dry_run: bool, detach: bool) -> int:
     """Submit ``job`` and follow it; the exit code is 0 once all its tasks are COMPLETED."""
+    job = replace(job, runs=tuple(map(jobs.settled, job.runs)))
     if dry_run:
         print(render(job), end="")
         return 0
@@ -110,20 +130,39 @@ def launch(job: Job, dry_run: bool, detach: bool) -> int:
             "sbatch: not found on this machine; submit from a login node of the cluster, or print the job script "
             "with --dry-run and take it there"
         )
-    text = render(job)
-    _try(text)
-    script = jobs.write(job, "job.sbatch", text)
-    identity = ask("sbatch", "--parsable", str(script)).split(";")[0].strip()
-    jobs.record(job, "slurm", identity)
+    ask("sinfo", "--noheader")
+    parts = [(first, render(part, first)) for first, part in _parts(job, _largest_array())]
+    _try(parts[0][1])
+    jobs.write(job, "job.sbatch", parts[0][1])
+    made: list[str] = []
+    for first, text in parts:
+        script = job.folder / (f"job-{first}.sbatch" if first else "job.sbatch")
+        script.write_text(text, encoding="utf-8")
+        # The limit is for all tasks: one array after the other.
+        after = [f"--dependency=afterany:{made[-1]}"] if made and job.first.launch.array_limit else []
+        made.append(ask("sbatch", "--parsable", *after, str(script)).split(";")[0].strip())
+        jobs.record(job, "slurm", ",".join(made))
+    identity = ",".join(made)
     print(
         f"trainsys: job {identity} submitted: {job.name}, {job.nodes} nodes, {job.world} ranks, {job.folder}"
     )
     return 0 if detach else follow(identity, job.folder)
 
 
+def _parts(job: Job, largest: int) -> Iterator[tuple[int, Job]]:
+    """The tasks as arrays that Slurm takes: the number of the first one, and those of the part."""
+    for first in range(0, len(job.runs), largest):
+        yield first, replace(job, runs=job.runs[first : first + largest])
+
+
+def _largest_array() -> int:
+    """How many tasks an array may have: their numbers stay below MaxArraySize."""
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
+    return max(1, int(found[1])) if found else 1000
+
+
 def _try(script: str) -> None:
     """Refuse now what Slurm would queue for ever: more nodes than there are, or than a partition may use."""
-    ask("sinfo", "--noheader")
     try:
         ask("sbatch", "--test-only", stdin=script)
     except UserError as error:
@@ -153,19 +192,30 @@ def ask(*command: str, stdin: str | None = None) -> str:
 
 
 def states(identity: str) -> dict[str, tuple[str, str]]:
-    """Task by task, the job's state and the reason or nodes that Slurm gives; empty once Slurm has forgotten it."""
-    try:
-        shown = ask("scontrol", "show", "job", "-o", identity)
-    except UserError:
-        return _from_accounting(identity)
-    found = {}
-    for line in shown.splitlines():
-        fields = dict(re.findall(r"(\w+)=(\S*)", line))
-        if "JobId" in fields:
-            where = fields.get("NodeList", "")
-            detail = where if where not in ("", "(null)") else fields.get("Reason", "")
-            found[fields.get("ArrayTaskId", "0")] = (fields.get("JobState", "?"), detail)
+    """By Slurm's name of each task, its state and the reason or nodes; empty once Slurm has forgotten the job.
+
+    ``identity``: the number of the job, or several with commas between.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for number in identity.split(","):
+        try:
+            shown = ask("scontrol", "show", "job", "-o", number)
+        except UserError:
+            found |= _from_accounting(number)
+            continue
+        for line in shown.splitlines():
+            fields = dict(re.findall(r"(\w+)=(\S*)", line))
+            if "JobId" in fields:
+                where = fields.get("NodeList", "")
+                detail = where if where not in ("", "(null)") else fields.get("Reason", "")
+                task = f"{number}_{fields['ArrayTaskId']}" if "ArrayTaskId" in fields else number
+                found[task] = (fields.get("JobState", "?"), detail)
     return found
+
+
+def over(state: str) -> bool:
+    """Whether a job that is in this state stays in it."""
+    return state not in _GOING
 
 
 def _from_accounting(identity: str) -> dict[str, tuple[str, str]]:
@@ -174,7 +224,7 @@ def _from_accounting(identity: str) -> dict[str, tuple[str, str]]:
     except UserError:
         return {}
     rows = (line.split("|") for line in shown.splitlines())
-    return {i.partition("_")[2] or "0": (state.split()[0], nodes) for i, state, nodes in rows}
+    return {task: (state.split()[0], nodes) for task, state, nodes in rows}
 
 
 def follow(identity: str, folder: Path, rank: int | None = None) -> int:
@@ -187,12 +237,10 @@ def follow(identity: str, folder: Path, rank: int | None = None) -> int:
             now = states(identity)
             for task, (state, detail) in now.items():
                 if shown.get(task) != (state, detail):
-                    print(
-                        f"trainsys: job {identity}{'_' + task if len(now) > 1 else ''}: {state} {detail}".rstrip()
-                    )
+                    print(f"trainsys: job {task}: {state} {detail}".rstrip())
             shown = now or shown
             logs.show()
-            if not now or all(state in OVER for state, _ in now.values()):
+            if not now or all(over(state) for state, _ in now.values()):
                 break
             sys.stdout.flush()
             time.sleep(_POLL_S)

@@ -23,6 +23,7 @@ from trainsys.data import Source, StepData
 from trainsys.data.order import samples_seen
 from trainsys.engines.base import SAVE, STOP, Engine, StepResult
 from trainsys.errors import UserError
+from trainsys.launch.blame import this_node
 from trainsys.layout import PLACED, Layout
 from trainsys.parallel.mesh import AXES, Mesh
 from trainsys.resilience.anomalies import Guard
@@ -156,7 +157,8 @@ class Session:
         if cfg.resilience.hang_timeout_s:
             groups = {axis: mesh.ranks(axis) for axis in AXES}
             limits = cfg.resilience.hang_timeout_s, cfg.resilience.setup_timeout_s
-            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits)
+            hosts = self.ranks.to_all(this_node())
+            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits, hosts)
             mesh.ledger.recorder = self._dog.watch(run.recorder)
             self._dog.start()
         if self.found is not None:

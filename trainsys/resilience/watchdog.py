@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainsys.resilience.flight import dump_flight_recorder
+from trainsys.resilience.hung import blame
 from trainsys.telemetry.recorder import Recorder
 
 EXIT_HUNG = 70
@@ -46,12 +47,14 @@ class RankState:
 class Watchdog:
     """Ends this process when no ``beat`` comes for ``timeout_s`` seconds (``setup_s`` before the first).
 
-    ``groups``: axis -> the ranks of this rank's group on it.
+    ``groups``: axis -> the ranks of this rank's group on it. ``hosts``: each rank's node, for who blames nodes.
     """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, groups: dict[str, Sequence[int]], timeout_s: float, setup_s: float
+        self, folder: Path, rank: int, world: int, groups: dict[str, Sequence[int]], timeout_s: float, setup_s: float,
+        hosts: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        self.hosts = hosts
         self.folder, self.rank, self.world, self.groups = folder, rank, world, groups
         self.timeout_s = timeout_s
         self._limit = setup_s
@@ -123,6 +126,7 @@ class Watchdog:
             out.write(text + "\n")
             sys.stderr.write(f"trainsys: hang: {text}\n")
             sys.stderr.flush()
+            blame(EXIT_HUNG, f"hang: {text}", states, self.world, self.hosts)
 
 
 class WatchedRecorder:

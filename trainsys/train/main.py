@@ -7,14 +7,17 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainsys.capabilities import refuse_unable
+from trainsys.checkpoint.durable import write_durable
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.data import Loader, build_source
 from trainsys.engines import build
 from trainsys.launch.blame import this_node
 from trainsys.launch.failure import COMMAND
+from trainsys.launch.proof import DONE_FILE, content
 from trainsys.launch.replan import replan
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
@@ -30,7 +33,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
     """Train ``path`` with ``overrides`` on the ranks the environment describes; 0 once all steps are done, or
     once a run that was asked to stop is saved.
 
-    Raises UserError for what the config, the data or the machine cannot serve.
+    Raises UserError for what the config or the data cannot serve, MachineFault for what the machine cannot.
     """
     cfg = load_run(path, overrides)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -39,19 +42,21 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
     with Drain(cfg.checkpoint_folder, cfg.resilience.grace_s, rank) as drain:
         try:
             with process(cfg.train) as proc, Lease(cfg.checkpoint_folder, proc.ranks, attempt()) as lease:
-                stopped = run(cfg, proc, drain, lease)
+                step, stopped = run(cfg, proc, drain, lease)
         except Exception as error:
             drain.lost_peer(error)
             raise
+    if rank == 0 and step >= cfg.train.steps and (named := os.environ.get(DONE_FILE)):
+        write_durable(Path(named), content(step))
     if stopped and drain.interrupted and rank == 0:
         command = os.environ.get(COMMAND) or shlex.join(["trainsys", "train", path, *overrides])
         print(f"trainsys: Ctrl-C: {stopped}; go on with: {command}", file=sys.stderr)
     return drain.exit_code if stopped else 0
 
 
-def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> str:
-    """Set up and loop; why it ended before its last step, if it did. The same global batches and the same loss
-    whatever the layout."""
+def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int, str]:
+    """Set up and loop; the last step that was done, and why it was not ``train.steps`` if it was not. The same global
+    batches and the same loss whatever the layout."""
     started = time.perf_counter(), time.time()
     layout = Layout.resolve(cfg.parallel, proc.world)
     refuse_unable(cfg, layout)
@@ -60,7 +65,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> str:
     session = Session(cfg, source, drain, lease, proc.ranks)
     if session.complete:
         session.say_complete()
-        return ""
+        return session.step, ""
     mesh = Mesh(layout, proc.device)
     eviction = Eviction(cfg.launch, proc.ranks.to_first(this_node()), drain)
     with (
@@ -92,4 +97,4 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> str:
             reporter.end_step(session.step, data, result)
             session.after(data, result)
         reporter.done(session.stopped)
-    return session.stopped
+    return session.step, session.stopped

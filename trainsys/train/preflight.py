@@ -39,7 +39,8 @@ _AXES: tuple[Axis, ...] = ("pp", "dp_replicate", "fsdp", "cp", "tp")
 def preflight(path: str, overrides: Sequence[str] = ()) -> int:
     """Check the ranks that the environment describes; 0 if all are fit, 1 with a line for each problem on rank 0.
 
-    A node that is bad beyond doubt is noted for the job, whose next attempt does without it.
+    A node that is bad beyond doubt is noted for the job, whose next attempt does without it. That a rank has no
+    device is noted, and ends it, before it meets the others: see ``choose_device``.
     """
     cfg = load_run(path, overrides)
     cluster = load_cluster(cfg.launch.cluster) if cfg.launch.cluster else None
@@ -85,8 +86,6 @@ def measure(proc: Process, folder: Path) -> Report:
         rank=proc.rank,
         host=this_node(),
         versions={"python": ".".join(map(str, sys.version_info[:3])), **versions()},
-        devices=torch.cuda.device_count() if device.type == "cuda" else 0,
-        ranks_here=proc.local_world,
         on_devices=device.type == "cuda",
         matmul_flops=matmul,
         matmul_right=right,

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from trainsys.checkpoint.ranks import TIMEOUT_S, Ranks
 from trainsys.config.run import TrainConfig
-from trainsys.errors import UserError
+from trainsys.errors import MachineFault, UserError
 from trainsys.hardware.machine import usable_cores
+from trainsys.launch.blame import note, this_node
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class Process:
     """For what the main threads of all ranks tell each other on the host."""
 
 
-def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
-    """The device that ``train.device`` asks for; UserError where it is not there."""
+def choose_device(cfg: TrainConfig, local_rank: int, local_world: int = 1) -> torch.device:
+    """The device that ``train.device`` asks for, of this node's ``local_world`` ranks.
+
+    Where it is not there, a UserError; in a scheduler's job, which was given nodes with devices, a MachineFault.
+    """
     available = torch.cuda.is_available()
     if cfg.device == "cuda" and not available:
+        _blame_for_devices(0, local_world)
         raise UserError("train.device=cuda, but torch finds no CUDA device; use train.device=cpu or auto")
     if cfg.device == "cpu" or not available:
         if cfg.attention == "flex":
@@ -42,12 +47,31 @@ def choose_device(cfg: TrainConfig, local_rank: int) -> torch.device:
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if _bound_by_task(count):
+        return torch.device("cuda", 0)
     if local_rank >= count:
+        _blame_for_devices(count, max(local_world, local_rank + 1))
         raise UserError(
             f"local rank {local_rank} has no CUDA device: this node shows {count}; "
             f"start at most {count} processes a node"
         )
     return torch.device("cuda", local_rank)
+
+
+def _bound_by_task(count: int) -> bool:
+    """Whether Slurm shows each rank its own devices only (--gpus-per-task, --gpu-bind): the first is the rank's."""
+    env = os.environ
+    return "SLURM_GPUS_PER_TASK" in env or (
+        count == 1 and "SLURM_PROCID" in env and len(env.get("SLURM_STEP_GPUS", "").split(",")) > 1
+    )
+
+
+def _blame_for_devices(count: int, ranks: int) -> None:
+    """In a job, which asked for nodes that have the devices: the node is at fault, and the job goes on without it."""
+    if "SLURM_JOB_ID" in os.environ or "TRAINSYS_RUN" in os.environ:
+        text = f"{count} CUDA devices visible to its {ranks} ranks"
+        note(this_node(), text, sure=True)
+        raise MachineFault(f"node {this_node()}: {text}")
 
 
 def agent_store(rank: int, world: int) -> dict[str, Any]:
@@ -74,11 +98,14 @@ def raise_file_limit() -> None:
 
 @contextmanager
 def process(cfg: TrainConfig, timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
-    """Join the world that torchrun describes in the environment; one process needs none."""
+    """Join the world that torchrun or srun describes in the environment; one process needs none.
+
+    MachineFault where the ranks do not find each other.
+    """
     env = os.environ
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    device = choose_device(cfg, local_rank)
+    device = choose_device(cfg, local_rank, local_world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -89,13 +116,20 @@ def process(cfg: TrainConfig, timeout_s: float = TIMEOUT_S) -> Iterator[Process]
         # gloo then connects two ranks when they first speak, not every pair of the world at once.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         raise_file_limit()
-        dist.init_process_group(
-            # No gloo beside NCCL: what ranks tell each other on the host goes by `Ranks`.
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_s),
-            **agent_store(rank, world),
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                # No gloo beside NCCL: what ranks tell each other on the host goes by `Ranks`.
+                "nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=timeout_s),
+                **agent_store(rank, world),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except dist.DistError as error:
+            meeting = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+            said = str(error).splitlines()[0]
+            raise MachineFault(
+                f"rank {rank} on {this_node()} does not meet the others at {meeting}: {said}"
+            ) from error
     ranks = Ranks(timeout_s)
     yield Process(rank, world, local_rank, local_world, device, ranks)
     # Not after an error: destroying the group would wait for peers, and make them fail first.
