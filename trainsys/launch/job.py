@@ -9,15 +9,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import trainsys
+from trainsys.config.launch import LaunchConfig
 from trainsys.config.loader import load_run, resolved_yaml
 from trainsys.config.root import config_root
 from trainsys.config.run import RunConfig
@@ -25,6 +27,8 @@ from trainsys.errors import UserError
 from trainsys.layout import Layout
 
 RECORD = "job.json"
+ENV_FILE = "env.sh"
+"""Sourced by the job script: the values of ``launch.env``, which no other file holds."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,12 @@ def make(path: str, overrides: Sequence[str] = (), grid: Sequence[str] = ()) -> 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = runs[0].name if len(runs) == 1 else runs[0].name.rpartition("-")[0]
     folder = Path(os.path.abspath(runs[0].telemetry.out)) / "jobs" / f"{name}-{stamp}"
-    python = f"{os.path.abspath(launch.venv)}/bin/python" if launch.venv else sys.executable
-    return Job(tuple(runs), launch.nodes, each, folder, python, folder / "code" if launch.snapshot else None)
+    return Job(tuple(runs), launch.nodes, each, folder, interpreter(launch), folder / "code" if launch.snapshot else None)
+
+
+def interpreter(launch: LaunchConfig) -> str:
+    """The Python that runs the ranks."""
+    return f"{os.path.abspath(launch.venv)}/bin/python" if launch.venv else sys.executable
 
 
 def template(name: str) -> str:
@@ -92,19 +100,26 @@ def template(name: str) -> str:
     return (config_root().parent / "launchers" / name).read_text(encoding="utf-8")
 
 
-def write(job: Job, file: str, text: str) -> Path:
-    """Make the job's folder with its configs, its code and the job file ``file``; the job file's path."""
+def write(job: Job, file: str, text: str, variables: Mapping[str, str] | None = None) -> Path:
+    """Make the job's folder with its configs, its code and the job file ``file``; the job file's path.
+
+    The folder is its owner's alone. ``variables``: values of ``launch.env``, for ``ENV_FILE`` and no other file.
+    """
     folder = job.folder
     try:
-        (folder / "runs").mkdir(parents=True, exist_ok=False)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=False)
+        (folder / "runs").mkdir()
         (folder / "logs").mkdir()
+        if variables:
+            with open(os.open(folder / ENV_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as env:
+                env.writelines(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
         for number, run in enumerate(job.runs):
             (folder / "runs" / f"{number}.yaml").write_text(resolved_yaml(run), encoding="utf-8")
         if job.code is not None:
             package = Path(trainsys.__file__).parent
             shutil.copytree(package, job.code / "trainsys", ignore=shutil.ignore_patterns("__pycache__"))
         (folder / file).write_text(text, encoding="utf-8")
-        (folder / file).chmod(0o755)
+        (folder / file).chmod(0o700)
     except FileExistsError:
         raise UserError(f"{folder}: a job of this name was submitted this second; try again") from None
     except OSError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from trainsys.errors import UserError
 from trainsys.launch import job as jobs
 from trainsys.launch.job import Job
+from trainsys.launch.options import check
 from trainsys.launch.tail import Tail
 
 _MARKER = "# ==== the same"
@@ -43,6 +44,7 @@ _HINTS = (
 def render(job: Job) -> str:
     """The job script."""
     run, launch = job.first, job.first.launch
+    check(run, "slurm")
     array = len(job.runs) > 1
     options = [
         f"--job-name={job.name}",
@@ -89,7 +91,7 @@ def render(job: Job) -> str:
         *([f"export TRAINSYS_INTERFACE={shlex.quote(launch.interface)}"] if launch.interface else []),
         *([f"export TRAINSYS_PORT={launch.port}"] if launch.port else []),
         *(["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"] if not run.train.threads else []),
-        *(f"export {name}={shlex.quote(value)}" for name, value in launch.env.items()),
+        *([f'. "$JOB_DIR/{jobs.ENV_FILE}"    # {", ".join(launch.env)}'] if launch.env else []),
         *launch.setup,
         "",
     ]
@@ -112,7 +114,7 @@ def launch(job: Job, dry_run: bool, detach: bool) -> int:
         )
     text = render(job)
     _try(text)
-    script = jobs.write(job, "job.sbatch", text)
+    script = jobs.write(job, "job.sbatch", text, job.first.launch.variables)
     identity = ask("sbatch", "--parsable", str(script)).split(";")[0].strip()
     jobs.record(job, "slurm", identity)
     print(
