@@ -25,6 +25,10 @@ class Storage(Strict):
         return self
 
 
+Folder = Annotated[str, Field(pattern=r"^(/|~/)[^\n\r]*[^/\n\r]$")]
+"""Of a machine that is rented: absolute or in the home folder, without a slash at its end."""
+
+
 class SkyPilotConfig(Strict):
     """What only SkyPilot needs; see docs/skypilot.md."""
 
@@ -33,11 +37,11 @@ class SkyPilotConfig(Strict):
     )
     infra: Plain | None = Field(default=None, description="e.g. aws/us-east-1; None: the cheapest")
     use_spot: bool = False
-    storage: dict[str, Storage] = Field(
+    storage: dict[Folder, Storage] = Field(
         default={},
         description="buckets by the folder where they are mounted: {/checkpoints: {name: my-bucket}}",
     )
-    volumes: dict[str, str] = Field(
+    volumes: dict[Folder, Plain] = Field(
         default={}, description="SkyPilot's volumes by the folder where they are mounted: {/data: my-volume}"
     )
 

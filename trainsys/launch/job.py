@@ -24,6 +24,7 @@ from trainsys.config.loader import load_run, resolved_yaml
 from trainsys.config.root import config_root
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
+from trainsys.launch.manifest import dns_name
 from trainsys.layout import Layout
 
 RECORD = "job.json"
@@ -50,6 +51,11 @@ class Job:
     @property
     def name(self) -> str:
         return self.first.name if len(self.runs) == 1 else self.first.name.rpartition("-")[0]
+
+    @property
+    def unique_name(self) -> str:
+        """The name of this submission with a cluster: a pod's, with its indices, may be 63 characters long."""
+        return f"{dns_name(self.name, 28)}-{self.folder.name[-len('YYYYmmdd-HHMMSS') :]}"
 
     @property
     def world(self) -> int:
@@ -87,7 +93,14 @@ def make(path: str, overrides: Sequence[str] = (), grid: Sequence[str] = ()) -> 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = runs[0].name if len(runs) == 1 else runs[0].name.rpartition("-")[0]
     folder = Path(os.path.abspath(runs[0].telemetry.out)) / "jobs" / f"{name}-{stamp}"
-    return Job(tuple(runs), launch.nodes, each, folder, interpreter(launch), folder / "code" if launch.snapshot else None)
+    return Job(
+        tuple(runs),
+        launch.nodes,
+        each,
+        folder,
+        interpreter(launch),
+        folder / "code" if launch.snapshot else None,
+    )
 
 
 def interpreter(launch: LaunchConfig) -> str:
@@ -132,6 +145,7 @@ def write(job: Job, file: str, text: str, variables: Mapping[str, str] | None = 
 
 def record(job: Job, on: str, identity: str) -> None:
     """``job.json``: what `trainsys jobs` reads."""
+    kube = job.first.launch.kubernetes
     content: dict[str, Any] = {
         "on": on,
         "id": identity,
@@ -140,8 +154,8 @@ def record(job: Job, on: str, identity: str) -> None:
         "nodes": job.nodes,
         "ranks": job.world,
         "tasks": len(job.runs),
-        "namespace": job.first.launch.kubernetes.namespace,
-        "kind": job.first.launch.kubernetes.kind,
+        "namespace": kube.namespace,
+        "kind": "trainjob,trainingruntime" if kube.kind == "trainjob" and not kube.runtime else kube.kind,
     }
     (job.folder / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from trainsys.config.launch import LaunchConfig
 from trainsys.config.run import RunConfig
-from trainsys.config.secrets import MASK
+from trainsys.config.secrets import MASK, assigned_secrets
 from trainsys.errors import UserError
 
 Backend = Literal["slurm", "jobset", "trainjob", "skypilot", "local"]
@@ -123,6 +123,11 @@ def check(run: RunConfig, on: Backend) -> None:
         raise UserError(
             f"resilience.max_restarts={run.resilience.max_restarts}: it is for --on local; "
             "launch.max_restarts is the one of a scheduler"
+        )
+    for name in assigned_secrets([*run.launch.setup, *run.launch.sbatch]):
+        raise UserError(
+            f"launch.setup, launch.sbatch: the value of {name} would be written into the run's files; set "
+            f"launch.env.{name}, or read it where it is used: {name}=$(cat FILE)"
         )
     for name, text in run.launch.variables.items():
         if text == MASK:
