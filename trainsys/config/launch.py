@@ -25,8 +25,8 @@ class Storage(Strict):
         return self
 
 
-Folder = Annotated[str, Field(pattern=r"^(/|~/)[^\n\r]*[^/\n\r]$")]
-"""Of a machine that is rented: absolute or in the home folder, without a slash at its end."""
+Folder = Annotated[str, Field(pattern=r"^/[^\n\r]*[^/\n\r]$")]
+"""Of a machine that is rented: absolute, without a slash at its end."""
 
 
 class SkyPilotConfig(Strict):

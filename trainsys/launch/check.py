@@ -43,9 +43,10 @@ def check_paths(run: RunConfig) -> None:
     if run.checkpoint.resume not in ("auto", "never"):
         wanted.append(("checkpoint.resume", run.checkpoint.resume))
     for key, text in wanted:
-        if os.path.exists(text) or any(True for _ in glob.iglob(text, recursive=True)):
+        path = os.path.expanduser(text) if key.startswith("data.") else text
+        if os.path.exists(path) or any(True for _ in glob.iglob(path, recursive=True)):
             continue
-        if _device(text) == _device(run.telemetry.out):
+        if _device(path) == _device(run.telemetry.out):
             raise UserError(f"{key}={text}: no such file or folder")
         warn(f"{key}={text}: not on this machine; every node must have it")
 
@@ -61,11 +62,10 @@ def _device(text: str) -> int:
 def check_memory(run: RunConfig, world: int, accelerator: str | None = None) -> None:
     """UserError where the model's states alone are larger than a device, a warning where the planner's estimate of the
     peak is; nothing where no device is named (launch.cluster, hardware, launch.skypilot.accelerator)."""
-    named = run.launch.cluster or run.hardware or accelerator
-    if named is None or run.train.device == "cpu":
+    if run.train.device == "cpu" or not (run.launch.cluster or run.hardware or accelerator):
         return
     # Imported here: numpy takes a while, and most runs name no device.
-    from trainsys.hardware import lookup
+    from trainsys.hardware import devices, lookup
     from trainsys.planner.cluster import load_cluster
     from trainsys.planner.machine import from_device
     from trainsys.planner.memory import peak_memory
@@ -74,13 +74,15 @@ def check_memory(run: RunConfig, world: int, accelerator: str | None = None) -> 
 
     if run.launch.cluster:
         machine = load_cluster(run.launch.cluster).machine()
+    elif run.hardware:
+        machine = from_device(lookup(run.hardware))
     else:
-        try:
-            machine = from_device(lookup(named))
-        except UserError:
-            if named == accelerator:
-                return  # SkyPilot's name of a device that the catalogue does not have
-            raise
+        # A cloud's H100 is any of the catalogue's; one that the catalogue does not have is not judged.
+        kind = str(accelerator).split("-")[0]
+        kinds = [d for name, d in devices().items() if name.split("-")[0] == kind]
+        if not kinds:
+            return
+        machine = from_device(max(kinds, key=lambda device: device.memory.usable_gib))
     peak = peak_memory(case_of(run, world, machine), shipped_memory())
     states = float((peak.parameters + peak.gradients + peak.optimizer).ravel()[0]) / _GIB
     total, room = float(peak.total.ravel()[0]) / _GIB, machine.mem_bytes / _GIB
@@ -96,7 +98,7 @@ def check_memory(run: RunConfig, world: int, accelerator: str | None = None) -> 
 
 def mounted(folder: str, mounts: list[str], working: str | None) -> bool:
     """Whether ``folder``, as a rank sees it, lies on one of ``mounts``. ``working``: what a relative one starts from."""
-    path = PurePosixPath(working or "/", folder)
     if working is None and not PurePosixPath(folder).is_absolute():
         return False
+    path = PurePosixPath(os.path.normpath(PurePosixPath(working or "/", folder)))
     return any(path.is_relative_to(mount) for mount in mounts)

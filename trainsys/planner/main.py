@@ -61,7 +61,9 @@ def write_winner(
     per_node = devices_per_node(found.job.world, load_cluster(cluster).gpus_per_node)
     launch = values.setdefault("launch", {})
     launch |= {"nodes": found.job.world // per_node, "devices_per_node": per_node, "cluster": cluster}
-    notes = [f"Planned by trainsys plan: {explain.short(found, 0)}, {found.time.total[0]:.2f} s a step predicted"]
+    notes = [
+        f"Planned by trainsys plan: {explain.short(found, 0)}, {found.time.total[0]:.2f} s a step predicted"
+    ]
     for name in [n for n, value in launch.get("env", {}).items() if is_secret(n, str(value))]:
         del launch["env"][name]
         notes.append(f"launch.env.{name} is not written down: give it to trainsys launch")
