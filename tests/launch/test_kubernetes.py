@@ -19,6 +19,7 @@ from trainsys.launch import job, kubernetes
 from trainsys.launch.node import EXIT_DRAINED
 from trainsys.launch.patch import merge
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = Path(__file__).parent / "schemas"
 KUBERNETES = "1.31"
 IMAGE = "launch.container=registry.example/trainsys:0.1"
@@ -417,3 +418,25 @@ def test_a_checkpoint_folder_on_a_volume_is_not_warned_of(capsys: pytest.Capture
 def test_the_default_of_max_restarts_is_the_one_that_a_named_runtime_accepts() -> None:
     assert LaunchConfig().max_restarts == 3
     documents(*NAMED)
+
+
+def test_the_page_shows_what_renders(small: Path) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/kubernetes.md").read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        (small / f"{number}.yaml").write_text(f"include: run.yaml\n{block}")
+    for run in ("0.yaml", "1.yaml"):
+        for document in yaml.safe_load_all(
+            kubernetes.render(
+                job.make(
+                    run,
+                    [
+                        "launch.kubernetes.kind=jobset",
+                        "parallel.dp_shard=1",
+                        "parallel.dp_replicate=-1",
+                        "train.global_batch=128",
+                    ],
+                )
+            )
+        ):
+            jsonschema.validate(document, json.loads((SCHEMAS / "jobset.json").read_text()))

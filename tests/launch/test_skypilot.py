@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,11 @@ def test_two_submissions_have_two_names(monkeypatch: pytest.MonkeyPatch) -> None
     stamps = iter(["20260131-142501", "20260131-142502"])
     monkeypatch.setattr(job.time, "strftime", lambda *_: next(stamps))
     assert [task()["name"], task()["name"]] == ["small-20260131-142501", "small-20260131-142502"]
+
+
+def test_the_page_shows_what_renders(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/skypilot.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "page.yaml").write_text(f"include: run.yaml\n{block}")
+    made = skypilot.render(job.make("page.yaml", ["train.global_batch=16"]))
+    jsonschema.validate(yaml.safe_load(made), SCHEMA)
