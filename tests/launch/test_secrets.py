@@ -193,6 +193,16 @@ def test_command_lines(word: str, shown: str) -> None:
     assert without_secrets(["python", word]) == ["python", shown]
 
 
+@pytest.mark.parametrize(
+    "given", ["launch.env={A: 20406080}", "launch.env.A=20406080", "launch.env.a-b=20406080", "launch.env=20406080"]
+)
+def test_a_mistake_is_told_without_the_value(capsys: pytest.CaptureFixture[str], given: str) -> None:
+    assert main(["launch", "run.yaml", "--on", "local", given]) == 2
+    said = capsys.readouterr().err
+    assert "launch.env" in said
+    assert "20406080" not in said
+
+
 def test_names() -> None:
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password"):
         assert is_secret(name)

@@ -21,9 +21,7 @@ from trainsys.cli.registry import OVERRIDES, RUN, arg, command
     arg("--stack", help="software whose memory and speed is predicted; the run's engine where left out"),
     arg("--dtype", choices=["bf16", "fp8", "fp4"], help="of matmuls; the run's own where left out"),
     arg("--write", metavar="FILE", help="the run with the winning layout, as a config"),
-    arg(
-        "--calibration", metavar="FILE", help="of trainsys sweep --calibration, or the JSON of trainsys bench"
-    ),
+    arg("--calibration", metavar="FILE", help="of trainsys sweep --calibration, or the JSON of trainsys bench"),
     arg(
         "--show-schedule", nargs="?", const=True, default=False, metavar="FILE.svg", help="draw the pipeline"
     ),

@@ -29,9 +29,7 @@ def reduce_scatter_flat(
     if not exchanges(x) or op != dist.ReduceOp.SUM:
         return _reduce_scatter(out, x, op=op, group=group, async_op=async_op)
     parts = torch.empty_like(x)
-    pending = _Sum(
-        dist.all_to_all_single(parts, x, group=group, async_op=True), parts.view(-1, *out.shape), out
-    )
+    pending = _Sum(dist.all_to_all_single(parts, x, group=group, async_op=True), parts.view(-1, *out.shape), out)
     return pending if async_op else pending.wait()
 
 

@@ -42,7 +42,9 @@ def _message(item: Any, path: Path, schema: type[BaseModel]) -> str:
         case _:
             found = item["input"]
             nearest = _nearest_value(schema, path, found)
-            return f"{dotted}: expected {expected(schema, path)}, got {_shown(found)}{nearest}"
+            # A variable's value may be a secret, also where it is of the wrong kind.
+            shown = "another value" if path[:2] == ("launch", "env") else _shown(found)
+            return f"{dotted}: expected {expected(schema, path)}, got {shown}{nearest}"
 
 
 def expected(schema: type[BaseModel], path: Path) -> str:

@@ -148,9 +148,7 @@ class Observer:
 
     def _replace(self, name: str, by: Callable[..., Any]) -> None:
         real = getattr(dist.ProcessGroup, name)
-        self._real[name] = vars(dist.ProcessGroup)[
-            name
-        ]  # as it lies there: what getattr gives binds no instance
+        self._real[name] = vars(dist.ProcessGroup)[name]  # as it lies there: what getattr gives binds no instance
 
         @functools.wraps(real)
         def method(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:

@@ -116,9 +116,7 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
         sequence_parallel=sequence_parallel,
         loss_parallel=parallel.loss_parallel,
         overlap=parallel.overlap.tensor,
-        streamed=[
-            n for n, on in (("attn", cfg.recompute.stream_attention), ("ffn", cfg.recompute.stream_ffn)) if on
-        ],
+        streamed=[n for n, on in (("attn", cfg.recompute.stream_attention), ("ffn", cfg.recompute.stream_ffn)) if on],
     )
     if part is not None:
         pass_hidden(model, part)

@@ -209,11 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = read(args[0])
     k, m = fit_runs(runs)
     save(
-        args[1] if len(args) > 1 else Path(__file__).parent / "constants.yaml",
-        runs,
-        k,
-        m,
-        left_out_errors(runs),
+        args[1] if len(args) > 1 else Path(__file__).parent / "constants.yaml", runs, k, m, left_out_errors(runs)
     )
 
 

@@ -33,9 +33,7 @@ PRIORS: dict[str, Prior] = {
     "power_full": Prior(
         0.84, 0.12, "watts a dense 16-bit TFLOP/s from which power does not hold back a long row of matmuls"
     ),
-    "power_blackwell": Prior(
-        1.0, 0.05, "what Blackwell sustains beyond what Hopper does at the same watts a FLOP"
-    ),
+    "power_blackwell": Prior(1.0, 0.05, "what Blackwell sustains beyond what Hopper does at the same watts a FLOP"),
     "gemm_k_half": Prior(160.0, 0.5, "inner dimension at which a matmul reaches half rate"),
     "gemm_wave": Prior(0.5, 0.4, "exponent of wave quantisation; split-k hides part of it"),
     "gemm_fp8": Prior(1.2, 0.10, "share of the best measured FP8 matmul, relative to the same at 16 bits"),

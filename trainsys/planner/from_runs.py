@@ -244,9 +244,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "plain_accumulation": float(stack.plain_accumulation),
         "ds_pipeline": float(stack.engine == "deepspeed" and pp > 1),
         "single_rail": float(stack.single_rail),
-        "ep_overlap": float(
-            "dualpipe" in run.text["schedule"].lower() or bool(_EXCHANGE_HIDDEN.search(flags))
-        ),
+        "ep_overlap": float("dualpipe" in run.text["schedule"].lower() or bool(_EXCHANGE_HIDDEN.search(flags))),
         "ulysses": float(bool(re.search(r"ulysses|cp_comm=a2a", flags))),
         "offload": float("offload=true" in flags),
         "native": 0.0,

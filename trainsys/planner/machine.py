@@ -71,7 +71,11 @@ def from_device(device: Device, *, nodes_domain: int | None = None, nic_gb_s: fl
         raise UserError(f"{device.name} has no 16-bit peak in the catalogue: it cannot be planned for")
     gemm = device.achieved("bf16") or device.achieved("fp16") or peak * _MATMUL_OF_PEAK[arch]
     peak8 = device.peak("fp8")
-    gemm8 = None if peak8 is None else (device.achieved("fp8") or peak8 * _FP8_MATMUL_OF_PEAK.get(arch, 0.7))
+    gemm8 = (
+        None
+        if peak8 is None
+        else (device.achieved("fp8") or peak8 * _FP8_MATMUL_OF_PEAK.get(arch, 0.7))
+    )
     peak4 = device.peak("fp4")
     domain = float(nodes_domain or device.scale_up.domain)
     nic = (nic_gb_s if nic_gb_s is not None else device.network_gb_s) * 1e9

@@ -47,11 +47,7 @@ def advise(fall: Waterfall, cfg: RunConfig | None, memory: MemoryReport | None) 
         free = memory.capacity - memory.peak
     for term in fall.terms:
         if term.name == "padding":
-            say(
-                "data.packing=concat: documents end to end, no padding",
-                term.seconds,
-                "forward and backward of padding",
-            )
+            say("data.packing=concat: documents end to end, no padding", term.seconds, "forward and backward of padding")
         elif term.name == "recompute":
             say(*_recompute(term.seconds, cfg, memory, free))
         elif term.name == "data":
@@ -74,9 +70,7 @@ def advise(fall: Waterfall, cfg: RunConfig | None, memory: MemoryReport | None) 
             if axis in _COMM:
                 say(_COMM[axis], term.seconds, f"all exposed communication of {axis}")
         elif term.name == STALL + "checkpoint" and cfg is not None:
-            say(
-                "checkpoint.mode=async, or a larger checkpoint.every", term.seconds, "all time in checkpoints"
-            )
+            say("checkpoint.mode=async, or a larger checkpoint.every", term.seconds, "all time in checkpoints")
     if cfg is not None and free is not None and memory is not None:
         out += _spend(fall, cfg, memory, free)
     return sorted(out, key=lambda a: -a.gain)
@@ -93,11 +87,7 @@ def _recompute(
     # al. 2022, eq. 2: 34 bytes an element with fused attention, against 2 for the input).
     need = kept * 16.0
     if need < 0.9 * free:
-        return (
-            f"recompute.policy=none: needs about {size(need)} of the {size(free)} that are free",
-            seconds,
-            basis,
-        )
+        return f"recompute.policy=none: needs about {size(need)} of the {size(free)} that are free", seconds, basis
     return (
         f"recompute.policy=every_n or selective: {size(free)} are free, none would need about {size(need)}",
         seconds / 2, basis + ", half of them",
@@ -106,11 +96,7 @@ def _recompute(
 
 def _bubble(seconds: float, cfg: RunConfig | None) -> tuple[str, float, str]:
     if cfg is None:
-        return (
-            "more micro-batches a step, or an interleaved schedule",
-            seconds / 2,
-            "the bubble shrinks with 1/m",
-        )
+        return "more micro-batches a step, or an interleaved schedule", seconds / 2, "the bubble shrinks with 1/m"
     p = cfg.parallel.pp
     schedule = cfg.parallel.pipeline.schedule
     if schedule in ("gpipe", "1f1b"):

@@ -182,9 +182,7 @@ def _missing(run: RunData, table: StepTable) -> list[str]:
     if unended and run.status != "done":
         shown = ", ".join(map(str, unended[:8])) + (" …" if len(unended) > 8 else "")
         last = max((r.last_step for r in run.ranks.values()), default=-1)
-        out.append(
-            f"no last record from ranks {shown} (killed, or running still); the last step on file is {last}"
-        )
+        out.append(f"no last record from ranks {shown} (killed, or running still); the last step on file is {last}")
     out += [str(damage) for damage in run.damages]
     partial = int((~np.isfinite(table.time)).any(axis=1).sum()) if table.ranks else 0
     if partial:

@@ -102,6 +102,4 @@ def _sum_up(attempts: list[_Attempt]) -> Goodput:
         lost["the rest"] = rest
     elif rest < 0:  # clocks of two attempts on two hosts may overlap
         wall -= rest
-    return Goodput(
-        wall, productive, dict(sorted(lost.items(), key=lambda kv: -kv[1])), kept, again, len(attempts)
-    )
+    return Goodput(wall, productive, dict(sorted(lost.items(), key=lambda kv: -kv[1])), kept, again, len(attempts))

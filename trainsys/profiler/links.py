@@ -104,9 +104,7 @@ def _beside_before(
         busier = _growth(np.median(work[:, members[g]], axis=1), split)
         elsewhere = max([1.0, busier, *(_growth(y, split) for y in others)])
         twice = above >= MIN_ABOVE and growth >= LEAST_RATIO * elsewhere
-        alone = (
-            len(members) == 1 and bool(others) and above >= MIN_APART and growth >= LEAST_CHANGE * elsewhere
-        )
+        alone = len(members) == 1 and bool(others) and above >= MIN_APART and growth >= LEAST_CHANGE * elsewhere
         if twice or alone:
             return _changed(table, axis, members[g], float(low[g]), float(high[g]), step_s, split)
     return None
@@ -123,13 +121,7 @@ def _floor(x: Floats) -> float:
 
 
 def _changed(
-    table: StepTable,
-    axis: str,
-    columns: npt.NDArray[np.int64],
-    low: float,
-    high: float,
-    step_s: float,
-    split: int,
+    table: StepTable, axis: str, columns: npt.NDArray[np.int64], low: float, high: float, step_s: float, split: int
 ) -> Verdict:
     evidence = (
         f"its communication takes {1e3 * high:.2f} ms a step when nobody is late, "

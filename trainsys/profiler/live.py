@@ -87,9 +87,7 @@ class LiveWatch:
         work = Work(padding[-len(newest.steps) :], np.zeros(len(newest.steps)), self._share)
         fall = waterfall(newest, self._peak, work)
         if fall is not None:
-            self._show(
-                last, {f"waterfall/{t.name.replace('/', '_')}_ms": 1e3 * t.seconds for t in fall.terms}
-            )
+            self._show(last, {f"waterfall/{t.name.replace('/', '_')}_ms": 1e3 * t.seconds for t in fall.terms})
         if len(recent) < EVERY or len(table.ranks) < 2 or not table.work.all():
             return
         for verdict in judge_window(table, ALPHA):

@@ -111,16 +111,12 @@ def memory_report(
         compared = [MemoryPart(name, guess[name], None) for name in (*RESIDENT, *TRANSIENT)]
         if resident is not None:
             compared.append(MemoryPart("resident between steps", sum(guess[n] for n in RESIDENT), resident))
-            compared.append(
-                MemoryPart("transient at the peak", sum(guess[n] for n in TRANSIENT), high - resident)
-            )
+            compared.append(MemoryPart("transient at the peak", sum(guess[n] for n in TRANSIENT), high - resident))
     elif resident is not None:
         parts = [("resident between steps", resident), ("transient at the peak", high - resident)]
     parts.append(("other", high - sum(v for _, v in parts)))
     if not on_device:
-        notes.append(
-            "on CPU the peak is of the process's resident set: interpreter and libraries are under other"
-        )
+        notes.append("on CPU the peak is of the process's resident set: interpreter and libraries are under other")
     held = allocated if on_device else table.memory["rss"][:, column]
     stages = table.peers()
     thin = np.unique(np.linspace(0, len(table.steps) - 1, min(300, len(table.steps))).astype(int))
@@ -161,17 +157,14 @@ def would_have_fitted(reason: str) -> str:
     if "out of memory" not in reason or found["asked"] is None:
         return ""
     asked, free, pieces = (
-        float(m[1]) * _UNITS.get(m[2], 1) if (m := found[name]) else 0.0
-        for name in ("asked", "free", "pieces")
+        float(m[1]) * _UNITS.get(m[2], 1) if (m := found[name]) else 0.0 for name in ("asked", "free", "pieces")
     )
     if pieces and asked <= free + pieces:
         return (
             f"it would have fitted without fragmentation: {size(asked)} were asked for, {size(free)} were free and "
             f"{size(pieces)} reserved in pieces; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         )
-    return (
-        f"it would not have fitted without fragmentation either: {size(asked - free - pieces)} were missing"
-    )
+    return f"it would not have fitted without fragmentation either: {size(asked - free - pieces)} were missing"
 
 
 def _leak(held: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:

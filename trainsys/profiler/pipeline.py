@@ -67,9 +67,7 @@ def pipeline_step(table: StepTable, cfg: RunConfig | None) -> PipelineStep | Non
     rows = cfg.train.micro_batch * layout.dp_replicate * layout.dp_shard
     pipe = cfg.parallel.pipeline
     try:
-        schedule = build(
-            pipe.schedule, layout.pp, cfg.train.global_batch // rows, pipe.virtual_stages, pipe.unit
-        )
+        schedule = build(pipe.schedule, layout.pp, cfg.train.global_batch // rows, pipe.virtual_stages, pipe.unit)
     except UserError:
         return None
     seconds: dict[Action, float] = {}

@@ -82,7 +82,9 @@ class StepTable:
         column[self.ranks] = np.arange(len(self.ranks))
         found = column[members]
         here = (found >= 0).sum(axis=1)
-        return [np.sort(found[here == n], axis=1)[:, found.shape[1] - n :] for n in np.unique(here) if n > 0]
+        return [
+            np.sort(found[here == n], axis=1)[:, found.shape[1] - n :] for n in np.unique(here) if n > 0
+        ]
 
     def peers(self) -> npt.NDArray[np.int64]:
         """[R]: who does the same work: the ranks of one pipeline stage, by its number (pp is outermost)."""

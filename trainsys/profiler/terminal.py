@@ -137,9 +137,7 @@ class _Page:
         self.line(", ".join(f"{name} {say.size(held)}" for name, held in m.parts if held))
         for part in m.compared:
             if part.measured is not None and part.predicted is not None:
-                self.line(
-                    f"{part.name}: predicted {say.size(part.predicted)}, measured {say.size(part.measured)}"
-                )
+                self.line(f"{part.name}: predicted {say.size(part.predicted)}, measured {say.size(part.measured)}")
         if m.fragmentation > 0.02 * m.peak:
             self.line(f"{say.size(m.fragmentation)} more are reserved in pieces (fragmentation)")
         if m.would_have_fitted:

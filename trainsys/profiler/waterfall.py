@@ -234,7 +234,9 @@ def waterfall(table: StepTable, peak_flops: float | None, work: Work) -> Waterfa
     if not rows.size:
         return None
     capture = mean_capture(table.captures)
-    parts = {name: values[rows] for name, values in seconds_by_term(table, peak_flops, work, capture).items()}
+    parts = {
+        name: values[rows] for name, values in seconds_by_term(table, peak_flops, work, capture).items()
+    }
     stalls = sum((v[rows] for v in table.stalls.values()), start=np.zeros((rows.size, len(table.ranks))))
     step_s = float(table.time[rows].mean())
     wall_s = step_s + float(stalls.mean())
@@ -283,9 +285,7 @@ def _notes(
 ) -> list[str]:
     notes = []
     if peak is None:
-        notes.append(
-            "no peak is known for this hardware, so there is no MFU: trainsys bench matmul measures one"
-        )
+        notes.append("no peak is known for this hardware, so there is no MFU: trainsys bench matmul measures one")
     if capture is None:
         notes.append(
             "no profiler capture in this run: matrix products and other compute are not told apart "
@@ -301,7 +301,5 @@ def _notes(
     if "recompute" in parts and "recompute" not in table.phases:
         notes.append("recomputation is forward's time x the share of forward FLOPs that the policy repeats")
     if any(axis not in ("pp", "unknown") and not table.groups(axis) for axis in axes_of(table)):
-        notes.append(
-            "some axes have no known groups: their waiting for late peers is counted as communication"
-        )
+        notes.append("some axes have no known groups: their waiting for late peers is counted as communication")
     return notes

@@ -56,9 +56,7 @@ def what_if(table: StepTable, fall: Waterfall, pipe: PipelineStep | None) -> lis
     return sorted(found, key=lambda w: -w.gain)
 
 
-def _ranks(
-    table: StepTable, rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-) -> list[tuple[int, float]]:
+def _ranks(table: StepTable, rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> list[tuple[int, float]]:
     """(rank, seconds a step that all would save) of the ranks that are latest in most steps."""
     work = work_between(table)[rows]
     lateness = work * -np.expm1(-peer_log_ratio(work, table.peers()))  # over the peers' median

@@ -80,7 +80,9 @@ def zero_bubble(rank: int, stages: tuple[int, ...], ranks: int, micros: int) -> 
     return _in_rounds(rank, stages, ranks, micros, split=True)
 
 
-def _in_rounds(rank: int, stages: tuple[int, ...], ranks: int, micros: int, *, split: bool) -> list[Action]:
+def _in_rounds(
+    rank: int, stages: tuple[int, ...], ranks: int, micros: int, *, split: bool
+) -> list[Action]:
     """A round of micro-batches goes through all of the rank's stages before the next round starts.
 
     The forward warm-up covers what the last rank needs, and one (split) or two more a hop away from it.

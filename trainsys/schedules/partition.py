@@ -40,7 +40,9 @@ def partition(model: ModelConfig, stages: int, seq_len: int) -> list[StagePart]:
     params[-1] += model.vocab * model.d_model + model.d_model
     slowest = cut(flops, stages, largest)[0]
     _, cuts = cut(params, stages, squares, flops, slowest * (1 + 1e-9))
-    return [StagePart(s, a, b, embed=s == 0, head=s == stages - 1) for s, (a, b) in enumerate(pairwise(cuts))]
+    return [
+        StagePart(s, a, b, embed=s == 0, head=s == stages - 1) for s, (a, b) in enumerate(pairwise(cuts))
+    ]
 
 
 def imbalance(model: ModelConfig, stages: int, seq_len: int) -> float:
@@ -55,6 +57,8 @@ def _flops(model: ModelConfig, seq_len: int) -> list[float]:
     """Forward FLOPs of a token by layer, the head with the last."""
     heads = model.n_heads * model.dim_per_head
     attention = 4 * heads * causal_pairs(seq_len, model.sliding_window) / seq_len
-    flops = [attention + sum(g.flops_per_token for g in layer_gemms(model, i)) for i in range(model.n_layers)]
+    flops = [
+        attention + sum(g.flops_per_token for g in layer_gemms(model, i)) for i in range(model.n_layers)
+    ]
     flops[-1] += head_gemm(model).flops_per_token
     return flops

@@ -98,7 +98,9 @@ def _messages(schedule: Schedule) -> list[dict[int, Exchange]]:
             # Time only grows from message to message, so this counts the actions that have ended by now.
             while before[rank] < len(ends[rank]) and ends[rank][before[rank]] <= time:
                 before[rank] += 1
-            lists[rank].setdefault(before[rank], []).append(replace(message, peer=peer))
+            lists[rank].setdefault(before[rank], []).append(
+                replace(message, peer=peer)
+            )
     return [
         {at: Exchange(tuple(s.get(at, ())), tuple(r.get(at, ()))) for at in s.keys() | r.keys()}
         for s, r in zip(sends, receives, strict=True)

@@ -49,11 +49,7 @@ class StepClock:
     """
 
     def __init__(
-        self,
-        now: Callable[[], int],
-        began: int,
-        sampled: tuple[str, ...] = (),
-        device: DeviceTrack | None = None,
+        self, now: Callable[[], int], began: int, sampled: tuple[str, ...] = (), device: DeviceTrack | None = None
     ) -> None:
         self.now, self.began, self.device = now, began, device
         self.open: list[Phase] = []

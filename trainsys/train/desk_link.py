@@ -137,9 +137,7 @@ class DeskLink:
     def _lost(self, how: str) -> None:
         if not self._gone:
             self._gone = True
-            text = (
-                f"the process of console, W&B and live blame {how}; training goes on, and so do event files"
-            )
+            text = f"the process of console, W&B and live blame {how}; training goes on, and so do event files"
             print(f"warning: {text}", file=sys.stderr)
             self._replies["message"]("warning", text)
         self._answered.set()
@@ -149,10 +147,5 @@ def _environment() -> dict[str, str]:
     """Of the desk: this very package, no device, no threads of numpy's that would take cores from ranks."""
     above = str(Path(trainsys.__file__).parents[1])
     path = os.pathsep.join(filter(None, (above, os.environ.get("PYTHONPATH"))))
-    ours = {
-        "PYTHONPATH": path,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
+    ours = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return {**os.environ, **ours, "WANDB_PROGRAM": os.environ.get("WANDB_PROGRAM", sys.argv[0])}

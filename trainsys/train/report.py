@@ -136,7 +136,9 @@ class Reporter:
                 pid=self.info.pid,
             )
             replicas = proc.world // layout.data_world
-            brief = Brief(cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg))
+            brief = Brief(
+                cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg)
+            )
             self._desk = DeskLink(brief, self.recorder.message, blame)
 
     def warn(self, text: str) -> None:

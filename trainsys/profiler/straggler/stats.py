@@ -188,7 +188,9 @@ def _scatter_in_time(ratio: Floats, middle: Floats) -> Floats:
     return np.asarray(_MEDIAN_ERROR * _MAD_TO_SIGMA * mad / np.sqrt(t))
 
 
-def _spread_between(middle: Floats, labels: npt.NDArray[np.int64], normal: npt.NDArray[np.bool_]) -> Floats:
+def _spread_between(
+    middle: Floats, labels: npt.NDArray[np.int64], normal: npt.NDArray[np.bool_]
+) -> Floats:
     """MAD between the ``normal`` ranks of a peer group, as a sigma; 0 where they are too few to tell."""
     out = np.zeros(middle.shape)
     for label in np.unique(labels):

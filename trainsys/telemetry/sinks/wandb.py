@@ -124,7 +124,5 @@ class WandbSink:
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """Rows of equal keys as a W&B table; a list in a cell becomes text."""
         columns = list(rows[0])
-        data = [
-            [", ".join(map(str, v)) if isinstance(v := row[c], list) else v for c in columns] for row in rows
-        ]
+        data = [[", ".join(map(str, v)) if isinstance(v := row[c], list) else v for c in columns] for row in rows]
         return self._wandb.Table(columns=columns, data=data)

@@ -51,18 +51,13 @@ OUTCOME = ("memory/peak_gib", "perf/step_time_s", "perf/mfu")
 
 def _workspace(project: str, entity: str) -> Any:
     try:
-        ws, panels = (
-            import_module("wandb_workspaces.workspaces"),
-            import_module("wandb_workspaces.reports.v2"),
-        )
+        ws, panels = import_module("wandb_workspaces.workspaces"), import_module("wandb_workspaces.reports.v2")
     except ImportError:
         raise UserError("a W&B workspace needs wandb-workspaces: pip install 'trainsys[wandb]'") from None
     sections = [
         ws.Section(
             name=name,
-            panels=[
-                panels.LinePlot(title=title, x="step", y=list(metrics)) for title, metrics in plots.items()
-            ],
+            panels=[panels.LinePlot(title=title, x="step", y=list(metrics)) for title, metrics in plots.items()],
             is_open=True,
         )
         for name, plots in PANELS.items()
