@@ -18,16 +18,6 @@ _LOCAL_SOURCES = ("text", "jsonl", "parquet", "shards", "megatron")
 _GIB = 2**30
 
 
-def check_run(run: RunConfig, world: int, shared: bool, accelerator: str | None = None) -> None:
-    """UserError, or a warning on stderr, for what would fail once the run has started.
-
-    ``shared``: the ranks see the folders of this machine. ``accelerator``: the devices' name where the job asks for one.
-    """
-    if shared:
-        check_paths(run)
-    check_memory(run, world, accelerator)
-
-
 def warn(text: str) -> None:
     """One line on stderr, so that what --dry-run prints stays a job file."""
     print(f"trainsys: warning: {text}", file=sys.stderr)

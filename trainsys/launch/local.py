@@ -28,7 +28,7 @@ from trainsys.config.secrets import MASK, is_env
 from trainsys.errors import UserError
 from trainsys.hardware.machine import cuda_devices, usable_cores
 from trainsys.launch import options
-from trainsys.launch.check import check_run
+from trainsys.launch.check import check_memory, check_paths
 from trainsys.launch.failure import EXIT_FAILED, FAILURE_FILE, read_failure
 from trainsys.launch.job import interpreter
 from trainsys.launch.replan import replan
@@ -51,7 +51,9 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     if config.resilience.elastic:
         config = replan(config, world)
     Layout.of(config, world)
-    check_run(config, world, shared=True)
+    check_paths(config)
+    if config.train.device == "cuda" or cuda_devices():
+        check_memory(config, world)
     ready = os.environ.pop(_READY, None) is not None
     variables = {} if ready else asked.variables
     # Ranks inherit them: on their command lines everybody would see the values.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trainsys.errors import UserError
 from trainsys.launch import options
-from trainsys.launch.check import check_run
+from trainsys.launch.check import check_memory, check_paths
 from trainsys.launch.job import make
 
 
@@ -28,8 +28,9 @@ def submit(
     for run in job.runs:
         options.check(run, options.backend_of(run, on))
         # Of an image, or of a machine that is still to be rented, nothing is known here.
-        shared = on == "slurm" and run.launch.container is None
-        check_run(run, job.world, shared, run.launch.skypilot.accelerator if on == "skypilot" else None)
+        if on == "slurm" and run.launch.container is None:
+            check_paths(run)
+        check_memory(run, job.world, run.launch.skypilot.accelerator if on == "skypilot" else None)
     if on == "slurm":
         from trainsys.launch import slurm
 
