@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from trainsys.capabilities import refuse_unable
+from trainsys.cli import main
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
@@ -19,7 +20,7 @@ from trainsys.layout import Layout
 from trainsys.planner import explain
 from trainsys.planner.cluster import Cluster, known_clusters, load_cluster
 from trainsys.planner.constants import shipped
-from trainsys.planner.main import plan, winner
+from trainsys.planner.main import devices_per_node, plan, winner
 from trainsys.planner.memory_constants import shipped_memory
 from trainsys.planner.schedule_view import of_layout, svg, text
 from trainsys.planner.search import Found, search
@@ -198,6 +199,29 @@ def test_command_prints_ranks_and_writes_a_config_that_loads(tmp_path: Path) -> 
         first["micro_batch"],
     )
     assert Layout.resolve(cfg.parallel, 64).world == 64
+    assert (cfg.launch.nodes, cfg.launch.devices_per_node, cfg.launch.cluster) == (8, 8, "dgx-h100")
+
+
+@pytest.mark.parametrize(
+    ("world", "most", "nodes", "each"),
+    [(512, 8, 64, 8), (4, 8, 1, 4), (12, 8, 2, 6), (16, 4, 4, 4), (7, 4, 7, 1), (72, 72, 1, 72)],
+)
+def test_ranks_are_spread_evenly_over_the_fewest_nodes(world: int, most: int, nodes: int, each: int) -> None:
+    assert devices_per_node(world, most) == each
+    assert world // each == nodes
+
+
+def test_a_plan_is_launched_on_the_nodes_it_was_made_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "planned.yaml")
+    plan(RUN, "dgx-h100", gpus=512, write=path, console=Console(file=StringIO()))
+    assert (
+        main(["launch", path, "--on", "slurm", "--dry-run", "data.source=synthetic", "data.path=null"]) == 0
+    )
+    script = capsys.readouterr().out.splitlines()
+    assert "#SBATCH --nodes=64" in script
+    assert "#SBATCH --ntasks-per-node=8" in script
 
 
 def test_json_is_the_same_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from trainsys.config.run import TelemetryConfig, WandbConfig
 from trainsys.errors import UserError
+from trainsys.telemetry.sinks import prometheus
 from trainsys.telemetry.sinks.base import RunInfo, Sinks
 from trainsys.telemetry.sinks.build import build_sinks, refuse_missing
 from trainsys.telemetry.sinks.jsonl import JsonlSink
@@ -203,6 +204,17 @@ def test_prometheus(tmp_path: Path) -> None:
     ]
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
+
+
+@pytest.mark.parametrize(("asked", "listens"), [({}, "127.0.0.1"), ({"prometheus_address": "0.0.0.0"}, "0.0.0.0")])
+def test_prometheus_listens_where_it_is_told_and_else_on_this_host_alone(
+    tmp_path: Path, asked: dict[str, Any], listens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = []
+    monkeypatch.setattr(prometheus, "ThreadingHTTPServer", lambda address, handler: heard.append(address[0]))
+    config = TelemetryConfig(console="off", prometheus_port=9400, **asked)
+    run(build_sinks(config, [].append), tmp_path)
+    assert heard == [listens]
 
 
 def test_a_taken_port_costs_the_endpoint_only(tmp_path: Path) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""A variable of a process."""
+Plain = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
+"""One line: these values become lines of a job file."""
 
 
 class Strict(BaseModel):

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr, model_validator
 
-from trainsys.config.base import Strict
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Plain = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
-"""One line: these values become lines of a job file."""
+from trainsys.config.base import Name, Plain, Strict
+from trainsys.config.kubernetes import KubernetesConfig
 
 
-class KubernetesConfig(Strict):
-    """What only Kubernetes needs; see docs/kubernetes.md."""
+class Storage(Strict):
+    """A bucket, as SkyPilot mounts it: see its file_mounts."""
 
-    kind: Literal["trainjob", "jobset"] = Field(
-        default="trainjob", description="TrainJob of Kubeflow Trainer v2, or a JobSet alone"
-    )
-    namespace: Plain = "default"
-    runtime: Plain = Field(default="torch-distributed", description="trainjob: the ClusterTrainingRuntime")
-    queue: Plain | None = Field(default=None, description="Kueue's local queue")
-    claim: Plain | None = Field(
-        default=None, description="persistent volume claim, seen by all nodes, for checkpoints and logs"
-    )
-    mount: Plain = Field(
-        default="/workspace", description="where the claim is mounted, and the working folder"
-    )
-    cpu: PositiveInt | None = Field(default=None, description="cores a node")
-    memory: Plain | None = Field(default=None, description="memory a node, e.g. 256Gi")
-    device: Plain = Field(default="nvidia.com/gpu", description="the resource that a device is")
+    name: Plain | None = Field(default=None, description="a bucket of this name; made if there is none")
+    source: Plain | None = Field(default=None, description="an existing bucket, e.g. s3://BUCKET/folder")
+    store: Plain | None = Field(default=None, description="s3, gcs, azure, r2, …; None: that of the cloud")
+    mode: Literal["MOUNT", "MOUNT_CACHED", "COPY"] = "MOUNT"
+
+    @model_validator(mode="after")
+    def _check(self) -> Storage:
+        if self.name is None and self.source is None:
+            raise ValueError("storage: a bucket's name, or a source such as s3://BUCKET, is needed")
+        return self
+
+
+Folder = Annotated[str, Field(pattern=r"^/[^\n\r]*[^/\n\r]$")]
+"""Of a machine that is rented: absolute, without a slash at its end."""
 
 
 class SkyPilotConfig(Strict):
-    """What only SkyPilot needs."""
+    """What only SkyPilot needs; see docs/skypilot.md."""
 
     accelerator: Plain | None = Field(
         default=None, description="e.g. H100; launch.devices_per_node of it a node"
     )
     infra: Plain | None = Field(default=None, description="e.g. aws/us-east-1; None: the cheapest")
     use_spot: bool = False
+    storage: dict[Folder, Storage] = Field(
+        default={},
+        description="buckets by the folder where they are mounted: {/checkpoints: {name: my-bucket}}",
+    )
+    volumes: dict[Folder, Plain] = Field(
+        default={}, description="SkyPilot's volumes by the folder where they are mounted: {/data: my-volume}"
+    )
 
 
 class LaunchConfig(Strict):
@@ -103,7 +106,9 @@ class LaunchConfig(Strict):
         default=(), description="further folders of the host for pyxis, SRC:DST"
     )
     setup: tuple[Plain, ...] = Field(default=(), description="shell lines before the ranks, e.g. module load")
-    env: dict[Name, str] = Field(default={}, description="variables of every rank")
+    env: dict[Name, SecretStr] = Field(
+        default={}, description="variables of every rank; their values are never written into a run's files"
+    )
     interface: Plain | None = Field(
         default=None, description="network interface of gloo and NCCL; None: the one that leads to rank 0"
     )
@@ -115,7 +120,9 @@ class LaunchConfig(Strict):
         default=None, description="check all nodes first; None: where devices are GPUs"
     )
     cluster: Plain | None = Field(
-        default=None, description="one of configs/clusters, or a file: what pre-flight expects of the network"
+        default=None,
+        description="one of configs/clusters, or a file: launch checks that the run fits its devices, pre-flight expects "
+        "its network",
     )
     evict_share: float = Field(
         default=0.0,
@@ -126,3 +133,8 @@ class LaunchConfig(Strict):
     )
     kubernetes: KubernetesConfig = KubernetesConfig()
     skypilot: SkyPilotConfig = SkyPilotConfig()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """``env`` in plain text, for what starts the ranks; never for a file that others can read."""
+        return {name: value.get_secret_value() for name, value in self.env.items()}

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from trainsys.config.mistakes import explain
 from trainsys.config.root import config_root
 from trainsys.config.run import RunConfig
+from trainsys.config.secrets import without_secrets
 from trainsys.config.text import Tree, dump, parse_document, parse_scalar
 from trainsys.errors import UserError
 
@@ -95,7 +96,7 @@ def _read_file(file: Path, shown: str, chain: tuple[Path, ...]) -> Tree:
 
 def _read_override(text: str) -> Tree:
     """``a.b=value`` as a tree of one path."""
-    source = f"override {text}"
+    source = f"override {without_secrets([text])[0]}"
     key, equals, written = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

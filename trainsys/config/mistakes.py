@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from trainsys.config.text import Path, Tree
@@ -42,7 +42,9 @@ def _message(item: Any, path: Path, schema: type[BaseModel]) -> str:
         case _:
             found = item["input"]
             nearest = _nearest_value(schema, path, found)
-            return f"{dotted}: expected {expected(schema, path)}, got {_shown(found)}{nearest}"
+            # A variable's value may be a secret, also where it is of the wrong kind.
+            shown = "another value" if path[:2] == ("launch", "env") else _shown(found)
+            return f"{dotted}: expected {expected(schema, path)}, got {shown}{nearest}"
 
 
 def expected(schema: type[BaseModel], path: Path) -> str:
@@ -90,7 +92,14 @@ def _words(kind: Any, metadata: list[Any]) -> str:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         names = list(kind.model_fields)
         return f"a section with keys such as {', '.join(names[:3])}"
-    word = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    word = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        SecretStr: "text",
+        type(None): "null",
+    }
     return word.get(kind, getattr(kind, "__name__", str(kind))) + _bounds(metadata)
 
 

@@ -241,6 +241,9 @@ class TelemetryConfig(Strict):
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
     prometheus_port: NonNegativeInt = Field(default=0, description="0: no endpoint")
+    prometheus_address: str = Field(
+        default="127.0.0.1", description="that it listens on; 0.0.0.0: every interface of rank 0's host"
+    )
 
 
 class CheckpointConfig(Strict):

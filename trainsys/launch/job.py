@@ -9,22 +9,27 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import trainsys
+from trainsys.config.launch import LaunchConfig
 from trainsys.config.loader import load_run, resolved_yaml
 from trainsys.config.root import config_root
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
+from trainsys.launch.manifest import dns_name
 from trainsys.layout import Layout
 
 RECORD = "job.json"
+ENV_FILE = "env.sh"
+"""Sourced by the job script: the values of ``launch.env``, which no other file holds."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Job:
     @property
     def name(self) -> str:
         return self.first.name if len(self.runs) == 1 else self.first.name.rpartition("-")[0]
+
+    @property
+    def unique_name(self) -> str:
+        """The name of this submission with a cluster: a pod's, with its indices, may be 63 characters long."""
+        return f"{dns_name(self.name, 28)}-{self.folder.name[-len('YYYYmmdd-HHMMSS') :]}"
 
     @property
     def world(self) -> int:
@@ -83,8 +93,19 @@ def make(path: str, overrides: Sequence[str] = (), grid: Sequence[str] = ()) -> 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = runs[0].name if len(runs) == 1 else runs[0].name.rpartition("-")[0]
     folder = Path(os.path.abspath(runs[0].telemetry.out)) / "jobs" / f"{name}-{stamp}"
-    python = f"{os.path.abspath(launch.venv)}/bin/python" if launch.venv else sys.executable
-    return Job(tuple(runs), launch.nodes, each, folder, python, folder / "code" if launch.snapshot else None)
+    return Job(
+        tuple(runs),
+        launch.nodes,
+        each,
+        folder,
+        interpreter(launch),
+        folder / "code" if launch.snapshot else None,
+    )
+
+
+def interpreter(launch: LaunchConfig) -> str:
+    """The Python that runs the ranks."""
+    return f"{os.path.abspath(launch.venv)}/bin/python" if launch.venv else sys.executable
 
 
 def settled(run: RunConfig) -> RunConfig:
@@ -126,19 +147,26 @@ def template(name: str) -> str:
     return (config_root().parent / "launchers" / name).read_text(encoding="utf-8")
 
 
-def write(job: Job, file: str, text: str) -> Path:
-    """Make the job's folder with its configs, its code and the job file ``file``; the job file's path."""
+def write(job: Job, file: str, text: str, variables: Mapping[str, str] | None = None) -> Path:
+    """Make the job's folder with its configs, its code and the job file ``file``; the job file's path.
+
+    The folder is its owner's alone. ``variables``: values of ``launch.env``, for ``ENV_FILE`` and no other file.
+    """
     folder = job.folder
     try:
-        (folder / "runs").mkdir(parents=True, exist_ok=False)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=False)
+        (folder / "runs").mkdir()
         (folder / "logs").mkdir()
+        if variables:
+            with open(os.open(folder / ENV_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as env:
+                env.writelines(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
         for number, run in enumerate(job.runs):
             (folder / "runs" / f"{number}.yaml").write_text(resolved_yaml(run), encoding="utf-8")
         if job.code is not None:
             package = Path(trainsys.__file__).parent
             shutil.copytree(package, job.code / "trainsys", ignore=shutil.ignore_patterns("__pycache__"))
         (folder / file).write_text(text, encoding="utf-8")
-        (folder / file).chmod(0o755)
+        (folder / file).chmod(0o700)
     except FileExistsError:
         raise UserError(f"{folder}: a job of this name was submitted this second; try again") from None
     except OSError as error:
@@ -151,6 +179,7 @@ def write(job: Job, file: str, text: str) -> Path:
 
 def record(job: Job, on: str, identity: str) -> None:
     """``job.json``: what `trainsys jobs` reads."""
+    kube = job.first.launch.kubernetes
     content: dict[str, Any] = {
         "on": on,
         "id": identity,
@@ -159,8 +188,8 @@ def record(job: Job, on: str, identity: str) -> None:
         "nodes": job.nodes,
         "ranks": job.world,
         "tasks": len(job.runs),
-        "namespace": job.first.launch.kubernetes.namespace,
-        "kind": job.first.launch.kubernetes.kind,
+        "namespace": kube.namespace,
+        "kind": "trainjob,trainingruntime" if kube.kind == "trainjob" and not kube.runtime else kube.kind,
     }
     (job.folder / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

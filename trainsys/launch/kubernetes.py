@@ -1,170 +1,53 @@
-"""`trainsys launch --on kubernetes`: a TrainJob of Kubeflow Trainer v2, or a JobSet where there is no Kubeflow.
-
-Field names: https://github.com/kubeflow/trainer manifests/base/crds/trainer.kubeflow.org_trainjobs.yaml (v1alpha1)
-and https://github.com/kubernetes-sigs/jobset config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml (v1alpha2).
-"""
+"""`trainsys launch --on kubernetes`: the manifest of a JobSet, or of a TrainJob with its runtime, and its submission."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+from dataclasses import replace
 from typing import Any
 
-from trainsys.errors import EXIT_USER_ERROR, UserError
+from trainsys.config.secrets import is_secret
+from trainsys.errors import UserError
 from trainsys.launch import job as jobs
+from trainsys.launch import options, pods
+from trainsys.launch.check import warn
 from trainsys.launch.job import Job
-from trainsys.launch.manifest import config_text, dns_name, dump, refuse_slurm
-
-_COMMAND = ["python", "-m", "trainsys.launch.node"]
-_PORT = 29500
-_QUEUE = "kueue.x-k8s.io/queue-name"
+from trainsys.launch.jobset import job_set
+from trainsys.launch.manifest import dump
+from trainsys.launch.patch import merge
+from trainsys.launch.trainjob import train_job
 
 
 def render(job: Job) -> str:
     """The manifest. UserError where Kubernetes cannot serve what ``launch:`` asks for."""
-    launch = job.first.launch
-    refuse_slurm(job.first, "Kubernetes", "setup")
-    if not launch.container:
+    run, kube = job.first, job.first.launch.kubernetes
+    options.check(run, kube.kind)
+    if not run.launch.container:
         raise UserError("launch.container: an image with trainsys in it is needed for --on kubernetes")
-    document = _train_job(job) if launch.kubernetes.kind == "trainjob" else _job_set(job)
-    return dump(document)
+    _refuse_shown(kube.patch)
+    documents = train_job(job) if kube.kind == "trainjob" else [job_set(job)]
+    known = [document["kind"] for document in documents]
+    for kind in kube.patch:
+        if kind not in (*known, "Pod"):
+            raise UserError(
+                f"launch.kubernetes.patch.{kind}: the manifest has none; it has {', '.join(known)} and Pod"
+            )
+    return "---\n".join(dump(merge(d, kube.patch.get(d["kind"], {}))) for d in documents)
 
 
-def _metadata(job: Job) -> dict[str, Any]:
-    kube = job.first.launch.kubernetes
-    labels = {"app.kubernetes.io/managed-by": "trainsys", **({_QUEUE: kube.queue} if kube.queue else {})}
-    return {"name": dns_name(job.name), "namespace": kube.namespace, "labels": labels}
-
-
-def _environment(job: Job) -> list[dict[str, Any]]:
-    launch = job.first.launch
-    values = {**launch.env, "TRAINSYS_RUN": config_text(job.first)}
-    if launch.interface:
-        values["TRAINSYS_INTERFACE"] = launch.interface
-    return [{"name": name, "value": value} for name, value in values.items()]
-
-
-def _resources(job: Job) -> dict[str, Any]:
-    kube = job.first.launch.kubernetes
-    amounts: dict[str, str] = {}
-    if kube.cpu:
-        amounts["cpu"] = str(kube.cpu)
-    if kube.memory:
-        amounts["memory"] = kube.memory
-    devices = {kube.device: str(job.ranks_per_node)} if job.on_devices else {}
-    return {"requests": {**amounts, **devices}, "limits": {**amounts, **devices}}
-
-
-def _train_job(job: Job) -> dict[str, Any]:
-    launch, kube = job.first.launch, job.first.launch.kubernetes
-    if kube.claim:
-        raise UserError(
-            f"launch.kubernetes.claim={kube.claim}: a TrainJob takes its volumes from the runtime "
-            f"{kube.runtime}; mount it there, or set launch.kubernetes.kind=jobset"
-        )
-    if launch.time:
-        raise UserError("launch.time: set launch.kubernetes.kind=jobset for a deadline, or leave it out")
-    return {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": _metadata(job),
-        "spec": {
-            "runtimeRef": {
-                "apiGroup": "trainer.kubeflow.org",
-                "kind": "ClusterTrainingRuntime",
-                "name": kube.runtime,
-            },
-            "trainer": {
-                "image": launch.container,
-                "command": _COMMAND,
-                "env": _environment(job),
-                "numNodes": job.nodes,
-                "numProcPerNode": job.ranks_per_node,
-                "resourcesPerNode": _resources(job),
-            },
-        },
-    }
-
-
-def _job_set(job: Job) -> dict[str, Any]:
-    run, launch, kube = job.first, job.first.launch, job.first.launch.kubernetes
-    name = dns_name(job.name)
-    rendezvous = [
-        {"name": "PET_NNODES", "value": str(job.nodes)},
-        {"name": "PET_NPROC_PER_NODE", "value": str(job.ranks_per_node)},
-        # Pods of an Indexed Job know their index; the JobSet makes a headless service that names them by it.
-        {
-            "name": "PET_NODE_RANK",
-            "valueFrom": _field("metadata.annotations['batch.kubernetes.io/job-completion-index']"),
-        },
-        {"name": "PET_MASTER_ADDR", "value": f"{name}-node-0-0.{name}"},
-        {"name": "PET_MASTER_PORT", "value": str(_PORT)},
-        # Pods of an attempt before must not meet those of this one.
-        {"name": "PET_RDZV_ID", "valueFrom": _field("metadata.labels['jobset.sigs.k8s.io/restart-attempt']")},
-    ]
-    container: dict[str, Any] = {
-        "name": "train",
-        "image": launch.container,
-        "command": _COMMAND,
-        "env": [*rendezvous, *_environment(job)],
-        "ports": [{"containerPort": _PORT}],
-        "resources": _resources(job),
-        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
-    }
-    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
-    if kube.claim:
-        container["workingDir"] = kube.mount
-        container["volumeMounts"].append({"name": "work", "mountPath": kube.mount})
-        volumes.append({"name": "work", "persistentVolumeClaim": {"claimName": kube.claim}})
-    template = {
-        "parallelism": job.nodes,
-        "completions": job.nodes,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        **({"activeDeadlineSeconds": seconds(launch.time)} if launch.time else {}),
-        # A mistake in the config fails alike the next time.
-        "podFailurePolicy": {
-            "rules": [
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {"containerName": "train", "operator": "In", "values": [EXIT_USER_ERROR]},
-                }
-            ]
-        },
-        "template": {
-            "spec": {
-                "restartPolicy": "Never",
-                "terminationGracePeriodSeconds": int(run.resilience.grace_s) + 30,
-                "containers": [container],
-                "volumes": volumes,
-            }
-        },
-    }
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": _metadata(job),
-        "spec": {
-            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "failurePolicy": {
-                "maxRestarts": launch.max_restarts,
-                "rules": [
-                    {"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-                ],
-            },
-            "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": template}}],
-        },
-    }
-
-
-def _field(path: str) -> dict[str, Any]:
-    return {"fieldRef": {"fieldPath": path}}
-
-
-def seconds(time: str) -> int:
-    """``[days-]hours:minutes:seconds`` as seconds."""
-    days, _, clock = time.rpartition("-")
-    hours, minutes, rest = (int(part) for part in clock.split(":"))
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+def _refuse_shown(patch: Any) -> None:
+    """UserError for a secret that ``patch`` would write into the manifest."""
+    if isinstance(patch, dict):
+        if "value" in patch and is_secret(str(patch.get("name", "")), str(patch["value"])):
+            raise UserError(
+                f"launch.kubernetes.patch: the manifest would show the value of {patch['name']}; "
+                f"set launch.kubernetes.secrets.{patch['name']}={{name: NAME, key: KEY}}"
+            )
+        patch = list(patch.values())
+    if isinstance(patch, list):
+        for inner in patch:
+            _refuse_shown(inner)
 
 
 def launch(job: Job, dry_run: bool) -> int:
@@ -172,16 +55,25 @@ def launch(job: Job, dry_run: bool) -> int:
     text = render(job)
     if dry_run:
         print(text, end="")
-        return 0
-    path = jobs.write(job, "job.yaml", text)
-    command(job, "kubernetes", ["kubectl", "apply", "-f", str(path)])
+    else:
+        # The image has the code. `create` refuses a name that exists, where `apply` would do nothing.
+        path = jobs.write(replace(job, code=None), "job.yaml", text)
+        submit(job, "kubernetes", ["kubectl", "create", "-f", str(path)])
+    if not job.first.launch.kubernetes.runtime and not pods.keeps_checkpoints(job):
+        warn(
+            f"checkpoints go to {job.first.checkpoint_folder}, which is on no volume: pods that are started again begin "
+            "at step 0; set launch.kubernetes.claim, or launch.kubernetes.volumes and checkpoint.folder on one"
+        )
     return 0
 
 
-def command(job: Job, on: str, words: list[str]) -> None:
-    """Run a cluster's client on the written job file; UserError, one line, where it refuses."""
+def submit(job: Job, on: str, words: list[str], secrets: dict[str, str] | None = None) -> None:
+    """Run a cluster's client on the written job file; UserError, one line, where it refuses.
+
+    ``secrets``: variables that the client itself passes on to the ranks.
+    """
     try:
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **(secrets or {})})
     except FileNotFoundError:
         raise UserError(
             f"{words[0]}: not found on this machine; install it, or print the file with --dry-run"
@@ -189,5 +81,5 @@ def command(job: Job, on: str, words: list[str]) -> None:
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
         raise UserError(f"{words[0]}: {said[-1]}")
-    jobs.record(job, on, dns_name(job.name))
-    print(f"trainsys: {dns_name(job.name)} submitted to {on}; the file is {words[-1]}")
+    jobs.record(job, on, job.unique_name)
+    print(f"trainsys: {job.unique_name} submitted to {on}; the file is {words[-1]}")

@@ -21,17 +21,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from trainsys.config.launch import LaunchConfig
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
+from trainsys.config.secrets import MASK, is_env
 from trainsys.errors import UserError
 from trainsys.hardware.machine import cuda_devices, usable_cores
+from trainsys.launch import options
+from trainsys.launch.check import check_memory, check_paths
 from trainsys.launch.failure import COMMAND, EXIT_FAILED, EXIT_INTERRUPTED, FAILURE_FILE, read_failure
+from trainsys.launch.job import interpreter
 from trainsys.launch.proof import DONE_FILE, doubt
 from trainsys.launch.replan import replan
 from trainsys.layout import PLACED, Layout
 
 _TORCHRUN = "torch.distributed.run"
 _MARKER = "drained.json"  # of trainsys.resilience.drain, a floor above
+_READY = "TRAINSYS_SETUP_DONE"
+"""Environment variable: launch.setup and launch.venv are in force already."""
 
 
 def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, dry_run: bool = False) -> int:
@@ -40,10 +47,22 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     Raises UserError where the config, the layout or this machine does not fit.
     """
     config = load_run(path, overrides)
+    options.check(config, "local")
+    asked = config.launch
     world = _world(config, nproc)
     if config.resilience.elastic:
         config = replan(config, world)
     Layout.of(config, world)
+    check_paths(config)
+    if config.train.device == "cuda" or cuda_devices():
+        check_memory(config, world)
+    ready = os.environ.pop(_READY, None) is not None
+    variables = {} if ready else asked.variables
+    # Ranks inherit them: on their command lines everybody would see the values.
+    overrides = [text for text in overrides if not is_env(text)]
+    if (asked.setup or asked.venv) and not ready:
+        again = ["-m", "trainsys", "launch", path, *overrides, "--on", "local", "--nproc", str(world)]
+        return _after_setup(asked, again, dry_run)
     train = ["-m", "trainsys", "train", path, *overrides]
     restarts = config.resilience.max_restarts
     again = ["--max-restarts", str(restarts)] if restarts else []
@@ -52,11 +71,11 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     command = [sys.executable, *(train if alone else ["-m", _TORCHRUN, *torchrun])]
     threads = str(config.train.threads or max(1, usable_cores() // world))
     if config.train.threads == 0:
-        threads = os.environ.get("OMP_NUM_THREADS", threads)
+        threads = {**os.environ, **variables}.get("OMP_NUM_THREADS", threads)
     if dry_run:
-        print(f"OMP_NUM_THREADS={threads} {shlex.join(command)}")
+        print(f"{_shown(asked)}OMP_NUM_THREADS={threads} {shlex.join(command)}")
         return 0
-    os.environ["OMP_NUM_THREADS"] = threads
+    os.environ |= {**variables, "OMP_NUM_THREADS": threads}
     again = ["--nproc", str(nproc)] if nproc else []
     os.environ[COMMAND] = shlex.join(["trainsys", "launch", path, *overrides, "--on", "local", *again])
     if alone:
@@ -82,10 +101,33 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
             signal.signal(number, handler)
 
 
+def _after_setup(asked: LaunchConfig, arguments: list[str], dry_run: bool) -> int:
+    """Replace this process by a shell that runs ``launch.setup``, then this command anew by the Python of
+    ``launch.venv``."""
+    python = interpreter(asked)
+    if not os.access(python, os.X_OK):
+        raise UserError(f"launch.venv={asked.venv}: no virtual environment, there is no {python}")
+    lines = ["set -e", *asked.setup, 'exec "$@"']
+    if dry_run:
+        print("\n".join([*lines[:-1], f"{_shown(asked)}{shlex.join([python, *arguments])}"]))
+        return 0
+    sys.stdout.flush()
+    environment = {**os.environ, **asked.variables, _READY: "1"}
+    os.execvpe("bash", ["bash", "-c", "\n".join(lines), "setup", python, *arguments], environment)
+
+
+def _shown(asked: LaunchConfig) -> str:
+    return "".join(f"{name}={MASK} " for name in asked.env)
+
+
 def _world(config: RunConfig, nproc: int | None) -> int:
     """How many ranks: what the layout fixes, else what was asked for, else what the machine has."""
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: at least one process is needed")
+    source = f"--nproc {nproc}"
+    if nproc is None and config.launch.devices_per_node is not None:
+        nproc = config.launch.devices_per_node
+        source = f"launch.devices_per_node={nproc}"
     required = Layout.required_world(config.parallel)
     on_cuda = config.train.device != "cpu"
     devices = cuda_devices() if on_cuda else 0
@@ -95,7 +137,7 @@ def _world(config: RunConfig, nproc: int | None) -> int:
         required = nproc
     if required is not None and nproc is not None and required != nproc:
         raise UserError(
-            f"--nproc {nproc}, but the layout is fixed at {required} ranks; drop --nproc or set "
+            f"{source}, but the layout is fixed at {required} ranks; leave it out or set "
             "parallel.dp_shard=-1, or resilience.elastic=true for the nearest layout that fits"
         )
     world = required or nproc

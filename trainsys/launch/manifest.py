@@ -27,27 +27,12 @@ def dump(document: dict[str, Any]) -> str:
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-_SLURM = (
-    *("partition", "account", "qos", "constraint", "reservation", "exclude", "sbatch", "mounts"),
-    *("srun", "cpu_bind", "gpu_bind", "array_limit", "python"),
-)
-
-
-def refuse_slurm(run: RunConfig, where: str, more: str) -> None:
-    """UserError for an option of ``launch:`` that only Slurm has, or for ``more``, which ``where`` has not either."""
-    for name in (*_SLURM, more):
-        if getattr(run.launch, name):
-            raise UserError(
-                f"launch.{name}: Slurm has it, {where} does not; leave it out for --on {where.lower()}"
-            )
-
-
 def config_text(run: RunConfig) -> str:
     """The config as YAML: what differs from the defaults, without ``launch:``, which a rank does not need."""
     return dump(run.model_dump(mode="json", exclude_defaults=True, exclude={"launch"}))
 
 
-def dns_name(name: str, room: int = 40) -> str:
+def dns_name(name: str, room: int) -> str:
     """``name`` as a Kubernetes object may be called (RFC 1123); UserError if nothing of it is left."""
     made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:room].rstrip("-")
     if not made or not made[0].isalpha():

@@ -3,7 +3,8 @@
 Kubeflow's torch runtime, our JobSet and our SkyPilot file set PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and the
 like, which torchrun reads by itself; TRAINSYS_RUN holds the config, so no volume is needed for it.
 
-A drained run exits with 75 (EX_TEMPFAIL), not with 0: a pod that ends with 0 is complete and is not started again.
+A drained run exits with 85, not with 0: a pod that ends with 0 is complete and is not started again. Nor with 75, a
+machine's fault, which counts against launch.max_restarts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from trainsys.launch.failure import guard
 from trainsys.launch.local import pass_on, run_agent
 from trainsys.launch.network import settings
 
-EXIT_DRAINED = 75
+EXIT_DRAINED = 85
+"""What HTCondor takes for "saved its state and is to be started again", and nothing else here exits with."""
 _MARKER = "drained.json"
 
 

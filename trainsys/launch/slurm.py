@@ -20,6 +20,7 @@ from trainsys.errors import UserError
 from trainsys.launch import container
 from trainsys.launch import job as jobs
 from trainsys.launch.job import Job
+from trainsys.launch.options import check
 from trainsys.launch.tail import Tail
 
 _MARKER = "# ==== the same"
@@ -51,6 +52,7 @@ _HINTS = (
 def render(job: Job, first: int = 0) -> str:
     """The job script of ``job``'s tasks, which are those from ``first`` on of what was submitted."""
     run, launch = job.first, job.first.launch
+    check(run, "slurm")
     array = len(job.runs) > 1
     limit = f"%{launch.array_limit}" if launch.array_limit else ""
     logs = str(job.folder / "logs").replace("%", "%%")
@@ -92,7 +94,7 @@ def render(job: Job, first: int = 0) -> str:
         *([f"export PYTHONPATH={shlex.quote(str(job.code))}{inherited}"] if job.code else []),
         *([f"export TRAINSYS_INTERFACE={shlex.quote(launch.interface)}"] if launch.interface else []),
         *([f"export TRAINSYS_PORT={launch.port}"] if launch.port else []),
-        *(f"export {name}={shlex.quote(value)}" for name, value in launch.env.items()),
+        *([f'. "$JOB_DIR/{jobs.ENV_FILE}"    # {", ".join(launch.env)}'] if launch.env else []),
         *launch.setup,
         "",
     ]
@@ -133,7 +135,7 @@ def launch(job: Job, dry_run: bool, detach: bool) -> int:
     ask("sinfo", "--noheader")
     parts = [(first, render(part, first)) for first, part in _parts(job, _largest_array())]
     _try(parts[0][1])
-    jobs.write(job, "job.sbatch", parts[0][1])
+    jobs.write(job, "job.sbatch", parts[0][1], job.first.launch.variables)
     made: list[str] = []
     for first, text in parts:
         script = job.folder / (f"job-{first}.sbatch" if first else "job.sbatch")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainsys.errors import UserError
+from trainsys.launch import options
+from trainsys.launch.check import check_memory, check_paths
 from trainsys.launch.job import make
 
 
@@ -23,6 +25,12 @@ def submit(
             "--nproc is for --on local; a job's ranks are launch.nodes and launch.devices_per_node"
         )
     job = make(path, overrides, grid)
+    for run in job.runs:
+        options.check(run, options.backend_of(run, on))
+        # Of an image, or of a machine that is still to be rented, nothing is known here.
+        if on == "slurm" and run.launch.container is None:
+            check_paths(run)
+        check_memory(run, job.world, run.launch.skypilot.accelerator if on == "skypilot" else None)
     if on == "slurm":
         from trainsys.launch import slurm
 

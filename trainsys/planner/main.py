@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from trainsys.config.loader import load_run, read_tree
+from trainsys.config.secrets import is_secret
 from trainsys.config.text import dump
 from trainsys.errors import UserError
 from trainsys.flops import param_counts
@@ -46,16 +47,35 @@ def winner(found: Found, i: int = 0) -> dict[str, Any]:
     return run_settings(found.layout(i))
 
 
-def write_winner(run_yaml: str | Path, overrides: Sequence[str], found: Found, path: str | Path) -> None:
-    """The run's own settings with the winning layout laid over them. Raises UserError if the file cannot be written."""
+def write_winner(
+    run_yaml: str | Path, overrides: Sequence[str], found: Found, cluster: str, path: str | Path
+) -> None:
+    """The run's own settings with the winning layout and the nodes it takes laid over them.
+
+    ``cluster``: name or file of the planned one. Values of secrets are left out. Raises UserError if the file cannot be
+    written.
+    """
     values = read_tree(run_yaml, overrides).values
     for section, settings in winner(found).items():
         values.setdefault(section, {}).update(settings)
-    note = f"# Planned by trainsys plan: {explain.short(found, 0)}, {found.time.total[0]:.2f} s a step predicted\n"
+    per_node = devices_per_node(found.job.world, load_cluster(cluster).gpus_per_node)
+    launch = values.setdefault("launch", {})
+    launch |= {"nodes": found.job.world // per_node, "devices_per_node": per_node, "cluster": cluster}
+    notes = [
+        f"Planned by trainsys plan: {explain.short(found, 0)}, {found.time.total[0]:.2f} s a step predicted"
+    ]
+    for name in [n for n, value in launch.get("env", {}).items() if is_secret(n, str(value))]:
+        del launch["env"][name]
+        notes.append(f"launch.env.{name} is not written down: give it to trainsys launch")
     try:
-        Path(path).write_text(note + dump(values), encoding="utf-8")
+        Path(path).write_text("".join(f"# {n}\n" for n in notes) + dump(values), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--write {path}: {error.strerror or error}") from error
+
+
+def devices_per_node(world: int, most: int) -> int:
+    """Ranks of each node where ``world`` of them are spread evenly over nodes of ``most`` devices."""
+    return max(n for n in range(1, most + 1) if world % n == 0)
 
 
 def entry(found: Found, i: int) -> dict[str, Any]:
@@ -167,7 +187,7 @@ def plan(
     if known is not None:
         data["confidence"] = known.confidence
     if write is not None:
-        write_winner(run_yaml, overrides, found, write)
+        write_winner(run_yaml, overrides, found, cluster, write)
         data["written"] = str(write)
     if json:
         print(jsonlib.dumps(data, indent=1))

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
+from trainsys.config.secrets import MASK, is_env, is_secret
 from trainsys.errors import UserError
 from trainsys.layout import Layout
 from trainsys.sweep.config import PlannedPoints, SweepConfig
@@ -94,13 +95,16 @@ def _candidate(sweep: SweepConfig, number: int, point: dict[str, Any]) -> Candid
         f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in point.items()
     ]
     overrides = (*sweep.overrides, *mine, *fixed)
+    point = {key: MASK if is_env(f"{key}=") and is_secret(key) else value for key, value in point.items()}
     try:
         run = load_run(sweep.run, overrides)
     except UserError as error:
         return Candidate(
             number, _key(json.dumps(point, sort_keys=True)), point, overrides, None, _line(error)
         )
-    key = _key(json.dumps(run.model_dump(mode="json"), sort_keys=True))
+    # A dump strikes out the values of launch.env, by which candidates may differ.
+    variables = json.dumps(run.launch.variables, sort_keys=True) if run.launch.env else ""
+    key = _key(json.dumps(run.model_dump(mode="json"), sort_keys=True) + variables)
     try:
         world = Layout.required_world(run.parallel) or sweep.ranks
         if world is not None:

@@ -25,6 +25,7 @@ import yaml
 
 from trainsys import __version__
 from trainsys.config.run import RunConfig
+from trainsys.config.secrets import is_secret, without_password, without_secrets
 from trainsys.errors import UserError
 
 PACKAGES = (
@@ -44,8 +45,6 @@ ENVIRONMENT = re.compile(
 )
 """Variables that change how a run behaves. Only these are written down, and of these none that may hold a
 secret."""
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CRED|AUTH|JWT|COOKIE|SIGNATURE", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(\w+://)[^/\s@]+@")
 
 
 def create_run_dir(out: str | Path, name: str) -> Path:
@@ -106,7 +105,7 @@ def environment() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "git": _git(),
         "cwd": os.getcwd(),
-        "command": [_clean(a) for a in _without_secrets(sys.orig_argv)],
+        "command": without_secrets(sys.orig_argv),
         "variables": safe_variables(os.environ),
     }
 
@@ -126,26 +125,10 @@ def safe_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Those of ``variables`` that may be written down: on the list, not secret by name, no password in a
     URL."""
     return {
-        name: _clean(value)
+        name: without_password(value)
         for name, value in sorted(variables.items())
-        if ENVIRONMENT.match(name) and not SECRET.search(name)
+        if ENVIRONMENT.match(name) and not is_secret(name)
     }
-
-
-def _clean(value: str) -> str:
-    return _USER_IN_URL.sub(r"\1***@", value)
-
-
-def _without_secrets(argv: list[str]) -> list[str]:
-    """A command line with the values of secret-looking options struck out."""
-    shown: list[str] = []
-    hide = False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        secret = bool(SECRET.search(name)) and (bool(equals) or word.startswith("-"))
-        shown.append("***" if hide else f"{name}=***" if secret and equals else word)
-        hide = secret and not equals and word.startswith("-")
-    return shown
 
 
 def _point_latest(out: Path, name: str) -> None:

@@ -46,5 +46,5 @@ def build_sinks(
     if config.prometheus_port:
         from trainsys.telemetry.sinks.prometheus import PrometheusSink
 
-        sinks.append(PrometheusSink(config.prometheus_port))
+        sinks.append(PrometheusSink(config.prometheus_port, config.prometheus_address))
     return Sinks(sinks, warn)

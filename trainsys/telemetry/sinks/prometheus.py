@@ -19,7 +19,7 @@ class PrometheusSink:
 
     name = "prometheus"
 
-    def __init__(self, port: int, host: str = "") -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self.port = port
         self._host = host
         self._newest: tuple[int, Mapping[str, float]] | None = None
