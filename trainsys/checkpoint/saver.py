@@ -26,6 +26,8 @@ from trainsys.checkpoint.snapshot import Planned, Snapshot, file_bytes, order, p
 from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import LocalTensor
 from trainsys.errors import UserError
+from trainsys.layout.many import by_text
+from trainsys.threads import Lane
 
 WRITERS = 3
 """Files of a rank that are written at once: while one is made durable, the next is handed over."""
@@ -91,8 +93,8 @@ class Saver:
         self._warn = warn
         self._file_bytes, self._retry_wait_s = file_bytes, retry_wait_s
         self._behind = ranks.beside()
-        self._writing = ThreadPoolExecutor(1, "trainsys-ckpt-write")
-        self._draining = ThreadPoolExecutor(1, "trainsys-ckpt-drain")
+        self._writing = Lane("ckpt-write")
+        self._draining = Lane("ckpt-drain")
         self._write: Future[_Part] | None = None
         self._busy: Future[Any] | None = None
         self._drains: list[Future[Saved | str | None]] = []
@@ -191,7 +193,7 @@ class Saver:
                 digests = pool.submit(sha256_each, [*map(self._pieces, self._files)], self._closing.is_set)
                 list(pool.map(lambda f: self._try(lambda: self._write_file(target, f)), self._files))
                 hashes = digests.result()
-        except (OSError, UserError) as error:
+        except (OSError, UserError, MemoryError) as error:
             part.error = _tell(error)
             return part
         for number, (planned, sha256) in enumerate(zip(self._files, hashes, strict=True)):
@@ -227,7 +229,7 @@ class Saver:
         if self.cfg.local_dir and not part.error:
             try:
                 self._try(lambda: self._copy_from_local(part, progress.step, token))
-            except (OSError, UserError) as error:
+            except (OSError, UserError, MemoryError) as error:
                 part.error = _tell(error)
         parts = self._behind.to_first(part)
         outcome: Saved | str = ""
@@ -249,11 +251,10 @@ class Saver:
         shutil.rmtree(source, ignore_errors=True)
 
     def _commit(self, parts: list[_Part], saving: Path, progress: Progress, began: float) -> Saved | str:
-        failed = [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]
-        if failed:
+        if failed := _errors(parts):
             newest = next(iter(self.folder.read_all()[0]), None)
             rest = f"; the newest complete one is {newest[0]}" if newest else "; there is no complete one yet"
-            return f"checkpoint of step {progress.step} was not written ({'; '.join(failed)}){rest}"
+            return f"checkpoint of step {progress.step} was not written ({failed}){rest}"
         manifest = self._manifest(parts, progress)
         name = self._try(lambda: self.folder.commit(saving, manifest))
         dropped: list[str] = []
@@ -294,12 +295,12 @@ class Saver:
                 sha256 = memory.keep(progress.step, planned.name, planned.head, data)
                 part.files.append((planned.name, len(planned.head) + len(data), sha256))
                 part.parts += [(piece, number, offset) for piece, offset in planned.parts]
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             part.error = _tell(error)
         parts = self._behind.to_all(part)
-        if failed := [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]:
+        if failed := _errors(parts):
             memory.discard(progress.step)
-            self._warn(f"no copy in memory of step {progress.step}: {'; '.join(failed)}")
+            self._warn(f"no copy in memory of step {progress.step}: {failed}")
             return
         memory.exchange(
             progress.step, [[(name, size) for name, size, _ in p.files] for p in parts], self._behind
@@ -322,7 +323,14 @@ def copy_durable(source: Path, target: Path, sha256: str) -> None:
     sync_dir(target.parent)
 
 
+def _errors(parts: Sequence[_Part]) -> str:
+    """What failed on which ranks; empty: nothing."""
+    return by_text({rank: part.error for rank, part in enumerate(parts) if part.error})
+
+
 def _tell(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "out of host memory"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

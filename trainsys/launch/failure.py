@@ -59,7 +59,7 @@ def guard() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave(EXIT_INTERRUPTED)
     except Exception as error:
-        _leave(_report(error))
+        _leave(report(error))
 
 
 def exit_code(error: Exception) -> int:
@@ -84,7 +84,7 @@ def read_failure(path: Path) -> Failure | None:
         return None
 
 
-def _report(error: Exception) -> int:
+def report(error: Exception) -> int:
     """Print ``error`` if this rank is the first to fail; the exit code."""
     rank, world = _identity()
     code = exit_code(error)

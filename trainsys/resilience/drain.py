@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from trainsys.checkpoint.durable import write_durable
 from trainsys.errors import UserError
+from trainsys.threads import helper
 
 MARKER = "drained.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -82,7 +83,7 @@ class Drain:
         # sends through this socket reaches the thread at once.
         self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, name="trainsys-drain", daemon=True)
+        self._thread = helper("drain", self._listen)
         self._thread.start()
         return self
 
@@ -112,7 +113,7 @@ class Drain:
             began = self._began
         if not began:
             self._leave("before the first step: nothing to save")
-        threading.Thread(target=self._limit, name="trainsys-grace", daemon=True).start()
+        helper("grace", self._limit).start()
 
     def _limit(self) -> None:
         if not self._over.wait(self.grace_s):

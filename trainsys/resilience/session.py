@@ -19,7 +19,7 @@ from trainsys.config.run import RunConfig
 from trainsys.data import Source, StepData
 from trainsys.engines.base import Engine, StepResult
 from trainsys.layout import PLACED
-from trainsys.parallel.mesh import AXES, Mesh
+from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.anomalies import Guard
 from trainsys.resilience.drain import Drain
 from trainsys.resilience.watchdog import Watchdog
@@ -120,9 +120,8 @@ class Session:
                 "checkpoint.memory_every: there is one node only, so copies in memory survive processes, not it"
             )
         if cfg.resilience.hang_timeout_s:
-            groups = {axis: mesh[axis].ranks for axis in AXES}
             limits = cfg.resilience.hang_timeout_s, cfg.resilience.setup_timeout_s
-            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits)
+            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, *limits)
             mesh.ledger.recorder = self._dog.watch(run.recorder)
             self._dog.start()
         if self.found is not None:

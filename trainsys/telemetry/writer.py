@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from trainsys.telemetry.events import Event
+from trainsys.threads import helper
 
 FLUSH_S = 0.5
 MAX_PENDING = 100_000
@@ -42,7 +43,7 @@ class EventWriter:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
-        self._thread = threading.Thread(target=self._run, name="trainsys-events", daemon=True)
+        self._thread = helper("events", self._run)
         self._thread.start()
         atexit.register(self.close)
 
