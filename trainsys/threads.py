@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -51,6 +52,7 @@ def die(name: str, error: BaseException, last_words: bytes) -> NoReturn:
             told = HelperDied(f"the helper thread {name} ended: {type(error).__name__}: {error}")
             told.__cause__ = error
         code = report(told)
+        sys.stderr.flush()
     except BaseException:
         os.write(2, last_words)
     finally:

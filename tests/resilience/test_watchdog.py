@@ -106,7 +106,7 @@ WORLD = 16_384
          "rank 4000 is missing: in no collective, after all_gather on fsdp, at data.py:3 in read"),
         ({r: RankState(r, 9, 60.0, where=f"moe.py:{r} in expert") for r in range(0, WORLD, 2)},
          "rank 0 is missing: in no collective, at moe.py:0 in expert"),
-        ({r: None for r in range(0, WORLD, 3)}, "ranks 0, 3, 6, 9, 12, 15, 18, 21 and 5,454 more are missing: no word"),
+        (dict.fromkeys(range(0, WORLD, 3)), "ranks 0, 3, 6, 9, 12, 15, 18, 21 and 5,454 more are missing: no word"),
         ({12: RankState(12, 9, 60.0, doing="all_reduce on tp", counts={"tp": 6})},
          "rank 12 is behind: 6 collectives where others have 7"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,10 +23,19 @@ from trainsys.checkpoint.lanes import sha256_each
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.peers import PeerMemory
 from trainsys.checkpoint.ranks import Ranks
-from trainsys.checkpoint.snapshot import Planned, Snapshot, file_bytes, order, plan_files
+from trainsys.checkpoint.snapshot import (
+    Planned,
+    Room,
+    Snapshot,
+    file_bytes,
+    order,
+    plan_files,
+    refuse_too_large,
+)
 from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import LocalTensor
 from trainsys.errors import UserError
+from trainsys.hardware.machine import free_memory
 from trainsys.layout.many import by_text
 from trainsys.threads import Lane
 
@@ -135,6 +145,12 @@ class Saver:
         if wait or self.cfg.mode == "sync":
             self._await()
 
+    def prepare(self) -> None:
+        """Plan the files and take the memory of the copy, which the first save would do; UserError where there is too
+        little. Once there is a state, and before steps that would be lost."""
+        if self._snapshot is None:
+            self._plan(self._state())
+
     def wait(self) -> None:
         """Until every save that was started is committed; UserError where one has failed."""
         self._await()
@@ -168,10 +184,14 @@ class Saver:
         pieces: list[Piece] = [
             (t.name, DTYPES[t.data.dtype], t.place.full_shape, t.place.bounds) for t in state
         ]
-        by_rank = self.ranks.to_all(pieces)
+        told = self.ranks.to_all((pieces, Room(socket.gethostname(), free_memory())))
+        by_rank = [theirs for theirs, _ in told]
         if self.ranks.rank == 0:
             check_tiling(by_rank)
-        self._mine = order(pieces, assign(by_rank)[self.ranks.rank])
+        assigned = assign(by_rank)
+        sizes = [sum(nbytes(theirs[i]) for i in mine) for theirs, mine in zip(by_rank, assigned, strict=True)]
+        refuse_too_large(sizes, [room for _, room in told])
+        self._mine = order(pieces, assigned[self.ranks.rank])
         mine = [pieces[i] for i in self._mine]
         size = sum(map(nbytes, mine))
         self._files = plan_files(mine, self.ranks.rank, self._file_bytes or file_bytes(size))

@@ -59,7 +59,11 @@ def guard() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave(EXIT_INTERRUPTED)
     except Exception as error:
-        _leave(report(error))
+        code = EXIT_FAILED
+        try:
+            code = report(error)
+        finally:  # whatever became of the report: without memory it may fail too
+            _leave(code)
 
 
 def exit_code(error: Exception) -> int:

@@ -50,6 +50,11 @@ class Drain:
     def requested(self) -> bool:
         return bool(self._asked)
 
+    @property
+    def has_stepped(self) -> bool:
+        """A step was done, by this process or by one before it that saved."""
+        return self._began or self.saved_step is not None
+
     def begin(self) -> None:
         """The first step is done: from now on there is something to save."""
         with self._lock:

@@ -127,6 +127,9 @@ class Session:
         if self.found is not None:
             self._restore(self.found)
             self._saver.last_step = self.step
+        if self._saves:
+            with self._patient():
+                self._saver.prepare()
 
     @property
     def _saves(self) -> bool:

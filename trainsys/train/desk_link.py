@@ -151,5 +151,6 @@ def _environment() -> dict[str, str]:
     above = str(Path(trainsys.__file__).parents[1])
     path = os.pathsep.join(filter(None, (above, os.environ.get("PYTHONPATH"))))
     ours = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    theirs = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", FAILURE_FILE, "TORCHELASTIC_ERROR_FILE")}
+    of_a_rank = ("RANK", "WORLD_SIZE", FAILURE_FILE, "TORCHELASTIC_ERROR_FILE")
+    theirs = {name: value for name, value in os.environ.items() if name not in of_a_rank}
     return {**theirs, **ours, "WANDB_PROGRAM": os.environ.get("WANDB_PROGRAM", sys.argv[0])}

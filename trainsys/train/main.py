@@ -16,6 +16,7 @@ from trainsys.launch.replan import replan
 from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.drain import Drain
+from trainsys.resilience.out_of_memory import out_of_memory
 from trainsys.resilience.session import Session
 from trainsys.train.evict import Eviction
 from trainsys.train.process import Process, process
@@ -38,6 +39,8 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
                 run(cfg, proc, drain)
         except Exception as error:
             drain.lost_peer(error)
+            if told := out_of_memory(error, cfg, held=drain.has_stepped):
+                raise told from error
             raise
     return 0
 
