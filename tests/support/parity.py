@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from support.ranks import run_ranks
-from support.rounding import Answer, Reference, in_float64
+from support.rounding import CEILING, Answer, Reference, in_float64
 from trainsys.config.run import RunConfig
 from trainsys.data import Loader, build_source
 from trainsys.engines.native import NativeEngine
@@ -125,8 +125,8 @@ def _reference(cfg_json: str, steps: int) -> Reference:
     cfg = RunConfig.model_validate_json(cfg_json)
     rows = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch": 1})})
     rounded = [_alone(c.model_dump_json(), steps, float64=False) for c in (cfg, rows)]
-    fp32 = cfg.train.dtype == "fp32"
-    return Reference.of(_alone(cfg_json, steps, float64=True), rounded, *(() if fp32 else (BF16_CEILING,)))
+    ceiling = CEILING if cfg.train.dtype == "fp32" else BF16_CEILING
+    return Reference.of(_alone(cfg_json, steps, float64=True), rounded, cfg.optim.lr, ceiling)
 
 
 def plain(cfg: RunConfig) -> RunConfig:
