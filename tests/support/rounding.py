@@ -136,11 +136,6 @@ class Reference:
     def check(self, got: Answer) -> Gaps:
         """AssertionError where ``got`` is further from the exact answer than rounding explains; how far it is."""
         gaps = Gaps.between(got, self.exact, self.slack)
-        import os
-        if f := os.environ.get("RATIOS"):
-            with open(f, "a") as o:
-                w = max((g/self.bounds[n], n, g, self.bounds[n]) for n, g in gaps.items())
-                o.write(f"{w[0]:.2f} {w[2]:.1e} {w[3]:.1e} {w[1]} {os.environ.get('PYTEST_CURRENT_TEST')}\n")
         far = {what: gap for what, gap in gaps.items() if not gap < self.bounds[what]}
         assert not far, "; ".join(
             f"{what} is off by {gap:.1e}, rounding explains {self.bounds[what]:.1e}" for what, gap in far.items()

@@ -1,4 +1,4 @@
-"""Many ranks in a few characters: every line that lists ranks, nodes or errors of ranks is bounded by these."""
+"""Many numbers or names in a few characters: every line that lists ranks, nodes or their errors is bounded by these."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.drain import Drain
 from trainsys.resilience.out_of_memory import out_of_memory
 from trainsys.resilience.session import Session
+from trainsys.train.check import check_folders, doubts
 from trainsys.train.evict import Eviction
 from trainsys.train.process import Process, process
 from trainsys.train.report import Reporter
@@ -33,6 +34,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cfg.resilience.elastic:
         cfg = replan(cfg, world)
+    check_folders(cfg)
     with Drain(cfg.checkpoint_folder, cfg.resilience.grace_s, rank) as drain:
         try:
             with process(cfg.train) as proc:
@@ -71,7 +73,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
             prefetch=cfg.data.prefetch,
         ) as loader,
     ):
-        for text in warnings:
+        for text in (*warnings, *doubts(cfg, source)):
             reporter.warn(text)
         mesh.ledger.recorder = reporter.recorder
         engine = build(cfg, mesh, reporter.recorder)
@@ -82,6 +84,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain) -> None:
                 data = next(loader)
             while loader.retried:
                 reporter.warn(f"data: {loader.retried.pop(0)}")
+            session.guard.labels = data.valid_tokens_global
             result = engine.train_step(session.step, data, session.guard.judge, drain.requested)
             reporter.end_step(session.step, data, result)
             session.after(data, result)
