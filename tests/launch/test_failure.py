@@ -59,6 +59,7 @@ def test_a_machines_fault_is_one_line_and_an_exit_code_of_its_own(tmp_path: Path
     assert failure.code == 75
 
 
+@pytest.mark.timing
 def test_a_crash_is_one_block_that_names_the_rank(tmp_path: Path) -> None:
     report, lost = tmp_path / "failure.json", tmp_path / "lost"
     until = "while not os.path.exists({!r}): time.sleep(0.01)\n    {}".format
@@ -93,6 +94,7 @@ def test_a_file_that_cannot_be_made_silences_nobody(tmp_path: Path) -> None:
     assert done == [(2, "trainsys: error: x\n")]
 
 
+@pytest.mark.timing
 def test_a_failing_rank_leaves_at_once_whatever_waits_at_exit(tmp_path: Path) -> None:
     hang = "import threading; threading.Thread(target=time.sleep, args=(600,)).start(); raise ValueError('x')"
     done = ranks([hang, "pass"], tmp_path / "failure.json")

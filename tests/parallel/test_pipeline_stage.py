@@ -135,6 +135,7 @@ def one_step_on_this_rank(case: Case) -> tuple[Any, dict[tuple[str, str], Any]]:
     return recorder.end_step(0), mesh.ledger.traffic
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "case", [Case("1f1b", 2, FSDP), Case("zbv", 4, model={"n_layers": 8})], ids=lambda c: c.id
 )

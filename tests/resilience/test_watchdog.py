@@ -65,6 +65,7 @@ def forgotten() -> None:
     time.sleep(60)
 
 
+@pytest.mark.timing
 def test_a_rank_that_never_comes_is_named_and_all_abort(tmp_path: Path, capfd: Any) -> None:
     pids = [hang(tmp_path, rank) for rank in range(2)]
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [EXIT_HUNG, EXIT_HUNG]
@@ -80,6 +81,7 @@ def test_a_rank_that_never_comes_is_named_and_all_abort(tmp_path: Path, capfd: A
     assert (tmp_path / "rank_00000.flight.pickle").exists()
 
 
+@pytest.mark.timing
 def test_beats_and_patience_keep_it_quiet(tmp_path: Path) -> None:
     dog = Watchdog(tmp_path, 0, 1, timeout_s=0.4, setup_s=0.4)
     dog._abort = lambda silent: (tmp_path / "aborted").touch()  # type: ignore[method-assign]
@@ -206,6 +208,7 @@ def eat_memory() -> None:
     time.sleep(60)
 
 
+@pytest.mark.timing
 def test_it_ends_a_rank_that_has_no_memory_left(tmp_path: Path) -> None:
     def rank() -> None:
         Watchdog(tmp_path / "hang", 0, 1, timeout_s=1.0, setup_s=1.0).start()

@@ -88,6 +88,7 @@ def test_an_offline_run_holds_everything(tmp_path: Path) -> None:
         assert value in text
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("server", [pytest.param("refused", marks=pytest.mark.slow), "silent", "halfdead"])
 def test_without_a_server_the_run_goes_on_offline_and_ends_on_time(tmp_path: Path, server: str) -> None:
     out, seconds = train(server, tmp_path)

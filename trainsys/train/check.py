@@ -16,8 +16,10 @@ MOST_EPOCHS = 4
 """Up to four passes over data are nearly as good as new data (Muennighoff et al. 2023, arXiv:2305.16264, figure 3)."""
 
 # What the path itself is wrong about, wherever the run is started; anything else is the disk's or the network's.
-_THE_PATHS = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ELOOP,
-              errno.EINVAL}  # fmt: skip
+_THE_PATHS = {
+    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
+    errno.ELOOP, errno.EINVAL,
+}  # fmt: skip
 
 
 def check_folders(cfg: RunConfig) -> None:
@@ -46,7 +48,9 @@ def check_folders(cfg: RunConfig) -> None:
                 file = next(p for p in (Path(path), *Path(path).parents) if p.is_symlink() or p.exists())
                 why = "it is a link to nothing" if file.is_symlink() and not file.exists() else f"{file} is a file"
             fault = UserError if error.errno in _THE_PATHS else MachineFault
-            raise fault(f"{key}={shown}: no folder can be made or written there ({why}); name a writable folder") from None
+            raise fault(
+                f"{key}={shown}: no folder can be made or written there ({why}); name a writable folder"
+            ) from None
 
 
 def doubts(cfg: RunConfig, source: Source) -> Iterator[str]:
@@ -66,6 +70,7 @@ def doubts(cfg: RunConfig, source: Source) -> Iterator[str]:
     epochs = steps * cfg.train.global_batch / source.n_samples
     if cfg.data.source != "synthetic" and epochs > MOST_EPOCHS:
         yield (
-            f"this run reads its data {epochs:.3g} times: {source.n_samples:,} sequences of {cfg.train.seq_len} tokens, and "
-            f"train.steps={steps} of train.global_batch={cfg.train.global_batch}; beyond {MOST_EPOCHS} times it gains little"
+            f"this run reads its data {epochs:.3g} times: {source.n_samples:,} sequences of {cfg.train.seq_len} tokens, "
+            f"and train.steps={steps} of train.global_batch={cfg.train.global_batch}; beyond {MOST_EPOCHS} times "
+            "it gains little"
         )
