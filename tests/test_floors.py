@@ -18,7 +18,7 @@ PACKAGE = ROOT / "trainsys"
 # to trainsys gives it a floor here.
 FLOORS = (
     {"errors", "shipped_yaml", "layout", "context", "flops", "hardware", "config", "schedules", "capabilities"},
-    {"telemetry", "profiler", "planner", "launch", "sweep"},
+    {"telemetry", "profiler", "planner", "launch", "sweep", "threads"},
     {"parallel", "memory", "optim", "data", "ops", "models", "comm"},
     {"train", "engines", "resilience", "checkpoint", "bench", "dryrun"},
     {"cli", "__main__"},

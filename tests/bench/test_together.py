@@ -61,6 +61,7 @@ def test_repeat_stamps_every_call() -> None:
     assert len(slow.times_s) == 5
 
 
+@pytest.mark.timing
 def test_processes_work_at_the_same_time_with_their_threads() -> None:
     stamps = run_together(_sleeper, 2, processes=3, threads=2, seconds=0.05, device="cpu")
     assert [[s.amount for s in variant] for variant in stamps] == [[2.0] * 3, [102.0] * 3]

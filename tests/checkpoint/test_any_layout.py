@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint.matrix import (
+    AFTER,
+    BEFORE,
     EXPERT_LAYOUTS,
     LAYOUTS,
     Pieces,
@@ -18,6 +20,7 @@ from checkpoint.matrix import (
     train_and_save,
 )
 
+from support.parity import reference
 from support.ranks import run_ranks
 
 Saved = dict[str, tuple[str, dict[str, np.ndarray], list[float]]]
@@ -59,10 +62,12 @@ def check(layout: str, saved: Saved) -> None:
             assert np.array_equal(got[name], want), f"{source} -> {layout}: {name} is not the same to the bit"
             assert want.any(), f"{name} is zero: equality says nothing"
         resumed = by_rank[0][i][1]
-        assert len(resumed) == 5
+        assert len(resumed) == AFTER
         if source == layout:
             assert resumed == losses, "the same layout must go on to the bit"
-        np.testing.assert_allclose(resumed, losses, rtol=1e-5, err_msg=f"{source} -> {layout}")
+        want = reference(config(source), BEFORE + AFTER)
+        for run in (losses, resumed):
+            want.check_losses(run, first=BEFORE)
         assert max(losses) - min(losses) > 1e-3, "the loss does not move: this compares dead models"
 
 

@@ -88,6 +88,7 @@ def test_four_processes_at_once_build_once(tmp_path: Path) -> None:
     assert documents.reads() == 1
 
 
+@pytest.mark.timing
 def test_killed_builder_holds_nobody_up(tmp_path: Path) -> None:
     """Its lock goes with it, its unfinished folder is not taken for a cache, and the next builder removes
     it."""
@@ -108,6 +109,7 @@ def test_killed_builder_holds_nobody_up(tmp_path: Path) -> None:
     assert not list((tmp_path / "c" / "tokens").glob("*.tmp-*"))
 
 
+@pytest.mark.timing
 def test_waiting_says_who_is_building(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -79,9 +79,10 @@ def test_jsonl_plain_and_gzipped(tmp_path: Path) -> None:
     ("line", "match"),
     [
         ('{"text": "cut', r"a\.jsonl:2: not valid JSON"),
-        ('{"body": "x", "id": 1}', r"a\.jsonl:2: no text under data\.text_key=text; the line has: body, id"),
-        ('{"text": 7}', r"a\.jsonl:2: no text under"),
-        ("[1]", r"a\.jsonl:2: no text under data\.text_key=text; the line has: list"),
+        ('{"body": "x", "id": 1}', r"a\.jsonl:2: no key data\.text_key=text; the line has: body, id"),
+        ('{"text": 7}', r"a\.jsonl:2: data\.text_key=text is a number there, not text"),
+        ('{"text": null}', r"a\.jsonl:2: data\.text_key=text is null there, not text; leave such records out"),
+        ("[1]", r"a\.jsonl:2: the line is a list, not an object with data\.text_key"),
     ],
 )
 def test_bad_json_line_names_file_and_line(tmp_path: Path, line: str, match: str) -> None:
@@ -121,7 +122,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert read("parquet", tmp_path) == texts
     with pytest.raises(UserError, match=r"no column data\.text_key=body; the file has: text, n"):
         read("parquet", tmp_path, text_key="body")
-    with pytest.raises(UserError, match="column n holds int, not text"):
+    with pytest.raises(UserError, match=r"data\.text_key=n is a number there, not text"):
         read("parquet", tmp_path, text_key="n")
     (tmp_path / "b.parquet").write_text("no")
     with pytest.raises(UserError, match=r"b\.parquet: not a parquet file"):

@@ -72,6 +72,7 @@ MODEL: dict[str, Any] = {
     "qk_norm": True, "init_std": 0.1,
 }  # fmt: skip
 SAVED_AT = 3
+AFTER = 2
 
 
 def config(layout: str, **train: Any) -> RunConfig:
@@ -151,7 +152,7 @@ def save(cfg: RunConfig, root: str) -> tuple[Pieces, list[float]]:
     saver.close()
     after = Trace()
     held = pieces(engine.state())
-    steps(engine, mesh, SAVED_AT, 2, after)
+    steps(engine, mesh, SAVED_AT, AFTER, after)
     stop(engine)
     return held, after.losses
 
@@ -166,7 +167,7 @@ def resume(cfg: RunConfig, roots: list[str]) -> list[tuple[Pieces, list[float]]]
         load(found, engine, Ranks())
         assert engine.updates == SAVED_AT
         held, after = pieces(engine.state()), Trace()
-        steps(engine, mesh, SAVED_AT, 2, after)
+        steps(engine, mesh, SAVED_AT, AFTER, after)
         out.append((held, after.losses))
     stop(engine)
     return out

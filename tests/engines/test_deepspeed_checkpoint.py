@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deepspeed_cases import LAYOUTS, config, pieces, resume, save, start, steps, stop
+from deepspeed_cases import AFTER, LAYOUTS, SAVED_AT, config, pieces, resume, save, start, steps, stop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.parity import Trace, assemble
+from support.parity import Trace, assemble, reference
 from support.ranks import run_ranks
 from trainsys.checkpoint.atoms import AtomReader
 from trainsys.checkpoint.deepspeed_universal import export, import_, is_one
@@ -76,20 +76,21 @@ def test_any_engine_and_layout_goes_on_from_any_other(tmp_path: Path) -> None:
             "megatron, tp and sp": (2, of_engine("megatron", tp=2)),
             "megatron, pp and dp": (4, of_engine("megatron", micro_batch=3, pp=2, dp_shard=2)),
         }
-    roots, held, losses = {}, {}, {}
+    want = reference(NATIVE, SAVED_AT + AFTER)
+    roots, held = {}, {}
     for name, (world, cfg) in {**{n: deepspeed[n] for n in SAVING}, **native, **megatron}.items():
         roots[name] = str(tmp_path / name.replace(" ", "_"))
         ranks = run_ranks(world, save, cfg, roots[name], timeout_s=180)
-        held[name], losses[name] = assemble([r[0] for r in ranks]), ranks[0][1]
+        held[name] = assemble([r[0] for r in ranks])
         assert held[name].keys() == held[SAVING[0]].keys()
-        assert np.allclose(losses[name], losses[SAVING[0]], rtol=1e-4, atol=0)
+        want.check_losses(ranks[0][1], first=SAVED_AT)
     for world, cfg in [*(deepspeed[n] for n in RESUMING), *native.values(), *megatron.values()]:
         by_rank = run_ranks(world, resume, cfg, list(roots.values()), timeout_s=180)
         for i, name in enumerate(roots):
             got = assemble([rank[i][0] for rank in by_rank])
             for atom, data in held[name].items():
                 assert np.array_equal(got[atom], data), f"{atom} of {name} is not what was saved"
-            assert np.allclose(by_rank[0][i][1], losses[name], rtol=1e-4, atol=0), f"from {name} by {cfg.engine}"
+            want.check_losses(by_rank[0][i][1], first=SAVED_AT)
 
 
 def write_theirs(layout: str, root: str) -> list[Any]:
@@ -157,13 +158,14 @@ def test_it_reads_the_universal_checkpoint_that_we_write(tmp_path: Path) -> None
     run_ranks(2, save, layered("zero3"), str(tmp_path / "ours"))
     folder = export(resolve(tmp_path / "ours"), tmp_path / "theirs")
     assert folder.name == "global_step3"
-    want, losses = run_ranks(1, resume, NATIVE, [str(tmp_path / "ours")])[0][0]
+    saved, _ = run_ranks(1, resume, NATIVE, [str(tmp_path / "ours")])[0][0]
+    want = reference(NATIVE, SAVED_AT + AFTER)
     for layout in ("zero2 of 3", "zero3"):
         by_rank = run_ranks(LAYOUTS[layout][0], read_theirs, layout, str(tmp_path / "theirs"))
         got = assemble([held for held, _ in by_rank])
-        for name, data in assemble([want]).items():
+        for name, data in assemble([saved]).items():
             assert np.array_equal(got[name], data), f"{layout}: {name}"
-        assert by_rank[0][1] == pytest.approx(losses[0], rel=1e-4)
+        want.check_losses([by_rank[0][1]], first=SAVED_AT)
 
 
 def test_there_and_back_is_the_same_to_the_bit(tmp_path: Path) -> None:

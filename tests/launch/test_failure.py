@@ -99,6 +99,7 @@ def test_a_rank_that_waits_for_one_that_failed_is_not_the_cause(tmp_path: Path) 
     assert (failure.rank, failure.code) == (1, 2)
 
 
+@pytest.mark.timing
 def test_a_crash_is_one_block_that_names_the_rank(tmp_path: Path) -> None:
     report, lost = tmp_path / "failure.json", tmp_path / "lost"
     until = "while not os.path.exists({!r}): time.sleep(0.01)\n    {}".format
@@ -133,6 +134,7 @@ def test_a_file_that_cannot_be_made_silences_nobody(tmp_path: Path) -> None:
     assert done == [(2, "trainsys: error: x\n")]
 
 
+@pytest.mark.timing
 def test_a_failing_rank_leaves_at_once_whatever_waits_at_exit(tmp_path: Path) -> None:
     hang = "import threading; threading.Thread(target=time.sleep, args=(600,)).start(); raise ValueError('x')"
     done = ranks([hang, "pass"], tmp_path / "failure.json")

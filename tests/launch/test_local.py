@@ -150,6 +150,7 @@ def test_mistakes_are_found_before_any_process_starts(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("mode", "code", "said"),
     [

@@ -231,12 +231,14 @@ def host(namespace: str, rank: int, **env: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.timing
 def test_two_hosts_meet_over_interfaces_of_different_names(two_hosts: tuple[str, str]) -> None:
     ranks = [host(name, rank) for rank, name in enumerate(two_hosts)]
     said = [rank.communicate(timeout=200) for rank in ranks]
     assert [out.split() for out, _ in said] == [["left0", "3.0"], ["right0", "3.0"]], said
 
 
+@pytest.mark.timing
 def test_the_wrong_interface_is_an_error_and_not_a_hang(two_hosts: tuple[str, str], tmp_path: Path) -> None:
     started = time.monotonic()
     agreed = str(tmp_path / "failure.json")

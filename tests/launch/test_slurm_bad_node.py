@@ -27,7 +27,7 @@ from support.slurm import (
 )
 from trainsys.launch import slurm
 
-pytestmark = needs_slurm
+pytestmark = [pytest.mark.timing, *needs_slurm]
 
 FULL_DISK = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 9, 0)"
 

@@ -30,7 +30,7 @@ from support.slurm import (
 from trainsys.cli import main
 from trainsys.launch import slurm
 
-pytestmark = needs_slurm
+pytestmark = [pytest.mark.timing, *needs_slurm]
 
 
 def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(

@@ -5,8 +5,12 @@ Forward of the ring itself is in `test_overlap`, with the other switches.
 
 from __future__ import annotations
 
+import pytest
+
 from support.overlap.context import HOPS, WORLD, waits
 from support.ranks import run_ranks
+
+pytestmark = pytest.mark.timing
 
 
 def _exposed(flavour: str, compute_s: float, comm_s: float, expected: float, way: str = "forward") -> float:

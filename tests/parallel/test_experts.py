@@ -117,6 +117,7 @@ def test_rows_arrive_in_the_same_order_by_either_route() -> None:
 # ---- overlap: work that sleeps, a link that is slow ----------------------------------------------------
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("chunks", [1, CHUNKS])
 def test_chunks_hide_what_arithmetic_says(chunks: int) -> None:
     trip_s, compute_s = 0.12, 0.16

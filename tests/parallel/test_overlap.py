@@ -7,6 +7,8 @@ import pytest
 from support.overlap import CASES, Switch, exposed
 from support.ranks import run_ranks
 
+pytestmark = pytest.mark.timing
+
 ROUNDS = 4
 """On a machine that is busy with other things ranks wake late, in every attempt of one round perhaps."""
 

@@ -140,15 +140,11 @@ def test_same_answer_as_one_process(case: Case) -> None:
     check(config(case.parallel, **case.options), case.world, axes=case.axes)
 
 
-# bf16 keeps 8 bits: one rounding is 4e-3. Seen: loss off by 1.5e-4, the worst gradient by 2.4e-2 in the 2-norm.
-BF16_LOSS, BF16_GRADIENT = 1e-3, 6e-2
-
-
 @pytest.mark.parametrize("name", ["ddp2", "fsdp2", "tp2_sp", "fsdp2_tp2_sp", "hsdp2x2"])
-def test_bf16_within_bounds_of_one_bf16_process(name: str) -> None:
+def test_bf16_is_off_by_no_more_than_one_bf16_process(name: str) -> None:
     case = BASE[name]
     cfg = config(case.parallel, dtype="bf16")
-    check(cfg, case.world, axes=case.axes, steps=2, tolerance=BF16_LOSS, gradient_tolerance=BF16_GRADIENT)
+    check(cfg, case.world, axes=case.axes, steps=2)
 
 
 @pytest.mark.timeout(400)

@@ -183,12 +183,14 @@ def measured(name: str) -> float:
     return seconds
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("name", NAMES)
 def test_sleeping_within_five_percent(name: str) -> None:
     predicted = simulate(build(name, RANKS, MICROS), times_of(name)).step_time
     assert abs(measured(name) / predicted - 1) < CLOSE, f"{measured(name):.3f} s, simulated {predicted:.3f} s"
 
 
+@pytest.mark.timing
 def test_zero_bubble_is_measurably_below_1f1b() -> None:
     # Simulated: 1F1B 1.32 s, ZB-H1 1.08 s, ZB-V 1.02 s.
     one = measured("1f1b")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from support.parity import assemble, check, distance, train_on_this_rank
+from support.parity import assemble, check, train_on_this_rank
 from support.pipeline_cases import DDP, EIGHT, FSDP, PLAIN_TP, TIED, TP, Case
 from support.ranks import run_ranks
+from support.rounding import distance
 from trainsys.config.run import ParallelConfig
 from trainsys.schedules import NAMES
 
 STEPS = 2
 ZERO1 = {"shard": {"optim": "over_replicas"}}
 SPLITS = ("zero_bubble", "zbv", "dualpipev", "blockwise")
-
-
-def equal(case: Case, **options: Any) -> None:
-    check(case.config, case.world, axes=case.axes, steps=STEPS, **options)
 
 
 CASES = [
@@ -74,7 +69,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_same_answer_as_one_process(case: Case) -> None:
-    equal(case)
+    check(case.config, case.world, axes=case.axes, steps=STEPS)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])

@@ -160,6 +160,7 @@ def test_nobody_to_compare_with() -> None:
     assert find_blame(one) == []
 
 
+@pytest.mark.timing
 def test_the_live_watch_says_it_once_and_shows_the_waterfall() -> None:
     found: list[Verdict] = []
     shown: list[tuple[int, dict[str, float]]] = []

@@ -22,6 +22,8 @@ from trainsys.profiler.trace.reader import read_trace
 from trainsys.profiler.trace.source import Limits
 from trainsys.profiler.trace.synthetic import Job, simulate, write_rank
 
+pytestmark = pytest.mark.timing
+
 SLOW = settings(max_examples=80, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

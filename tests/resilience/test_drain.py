@@ -66,6 +66,7 @@ def test_before_the_first_step_it_leaves_at_once(tmp_path: Path) -> None:
     assert was_drained(tmp_path)
 
 
+@pytest.mark.timing
 def test_the_grace_time_is_kept_whatever_the_loop_does(tmp_path: Path) -> None:
     done = rank(tmp_path, "deep", signal.SIGUSR1, grace=0.3)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -11,7 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from trainsys.checkpoint.folder import Folder
+
+pytestmark = pytest.mark.timing
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """\

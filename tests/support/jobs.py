@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,16 @@ from pathlib import Path
 import support.ranks  # noqa: F401  # imports what must be there before a fork
 import trainsys.engines.native  # else every rank imports it for itself
 import trainsys.telemetry.report  # noqa: F401
-from trainsys.errors import UserError
+from trainsys.errors import MachineFault, UserError
+from trainsys.launch.failure import exit_code
 from trainsys.train.main import train
 
 
 class Job:
     """``world`` ranks that train ``config`` with ``overrides``; what they print goes to ``log``.
 
-    ``prepare`` runs in each rank before it trains. A rank's exit code is the command line's: 0, 2 after a mistake
-    told in one line, 1 for anything else.
+    ``prepare`` runs in each rank before it trains. A rank's exit code is the command line's: 0, 2 or 75 after
+    a mistake or a fault told in one line, 1 for anything else.
     """
 
     def __init__(
@@ -49,14 +51,15 @@ class Job:
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world), LOCAL_WORLD_SIZE=str(self.world),
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
             )  # fmt: skip
             prepare(rank)
             code = train(str(config), overrides)
-        except UserError as error:
-            code = 2
+        except (UserError, MachineFault) as error:
+            code = exit_code(error)
             os.write(2, f"trainsys: {error}\n".encode())
         except BaseException as error:
             os.write(2, f"rank {rank}: {type(error).__name__}: {error}\n".encode()[:2000])

@@ -3,6 +3,8 @@
 import threading
 import time
 
+import pytest
+
 from trainsys.telemetry.batches import Batches
 
 
@@ -20,6 +22,7 @@ def test_everything_comes_in_order_from_another_thread() -> None:
     assert {thread for _, thread in seen} != {threading.get_ident()}
 
 
+@pytest.mark.timing
 def test_one_that_hangs_is_left_behind() -> None:
     hang = threading.Event()
     batches: Batches[int] = Batches(lambda some: hang.wait(30) and None, "test", every_s=0.001)

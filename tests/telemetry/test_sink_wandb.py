@@ -107,6 +107,7 @@ def test_attempts_are_one_run_of_their_lineage(tmp_path: Path) -> None:
     assert len(rows) == 8
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("server", [pytest.param("refused", marks=pytest.mark.slow), "silent", "halfdead"])
 def test_without_a_server_the_run_goes_on_offline_and_ends_on_time(tmp_path: Path, server: str) -> None:
     out, seconds = train(server, tmp_path)

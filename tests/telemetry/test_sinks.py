@@ -93,6 +93,7 @@ def test_a_sink_that_raises_is_off_with_one_warning(tmp_path: Path, method: str)
     ]
 
 
+@pytest.mark.timing
 def test_a_slow_sink_loses_steps_instead_of_holding_the_run(tmp_path: Path) -> None:
     gate = threading.Event()
     slow, good = Notebook("slow", gate=gate), Notebook()
@@ -112,6 +113,7 @@ def test_a_slow_sink_loses_steps_instead_of_holding_the_run(tmp_path: Path) -> N
     assert warnings == [f"slow could not keep up: {50 - len(kept)} steps are missing there"]
 
 
+@pytest.mark.timing
 def test_a_sink_that_hangs_is_left_behind_and_the_console_hears_of_it(tmp_path: Path) -> None:
     console = Notebook("console")
     gate = threading.Event()

@@ -18,6 +18,7 @@ def note(i: int) -> Message:
     return Message(level="info", text=f"note {i}", time_s=float(i))
 
 
+@pytest.mark.timing
 def test_records_reach_the_disk_by_themselves(tmp_path: Path) -> None:
     writer = EventWriter(tmp_path / "e.jsonl", flush_s=0.01)
     writer.put(note(1))
@@ -31,6 +32,7 @@ def test_records_reach_the_disk_by_themselves(tmp_path: Path) -> None:
     assert read_events(writer.path)[0] == [note(1), note(2)]
 
 
+@pytest.mark.timing
 def test_a_killed_process_leaves_whole_records(tmp_path: Path) -> None:
     code = f"""
 import itertools, time

@@ -24,7 +24,7 @@ from trainsys.telemetry.vectors import to_vector
 from trainsys.train import desk_link
 from trainsys.train.desk_link import Brief, DeskLink
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timing, pytest.mark.timeout(120)]
 
 
 class Heard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +24,22 @@ from trainsys.checkpoint.lanes import sha256_each
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.peers import PeerMemory
 from trainsys.checkpoint.ranks import Ranks
-from trainsys.checkpoint.snapshot import Planned, Snapshot, file_bytes, order, plan_files
+from trainsys.checkpoint.snapshot import (
+    Planned,
+    Room,
+    Snapshot,
+    file_bytes,
+    order,
+    plan_files,
+    refuse_too_large,
+)
 from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import LocalTensor
 from trainsys.errors import FULL, MachineFault, UserError, is_machines
+from trainsys.hardware.machine import free_memory
 from trainsys.launch.blame import this_node
+from trainsys.layout.many import by_text
+from trainsys.threads import Lane
 
 WRITERS = 3
 """Files of a rank that are written at once: while one is made durable, the next is handed over."""
@@ -70,7 +82,7 @@ class _Part:
     host: str | None = None
     """Of the rank whose machine is at fault; empty: the shared disk's; None: no machine's fault."""
 
-    def fail(self, error: OSError | UserError, *, own_disk: bool = False) -> None:
+    def fail(self, error: OSError | UserError | MemoryError, *, own_disk: bool = False) -> None:
         self.error = _tell(error)
         if isinstance(error, OSError) and is_machines(error):
             self.host = "" if error.errno in FULL and not own_disk else this_node()
@@ -103,8 +115,8 @@ class Saver:
         self._warn = warn
         self._file_bytes, self._retry_wait_s = file_bytes, retry_wait_s
         self._behind = ranks.beside()
-        self._writing = ThreadPoolExecutor(1, "trainsys-ckpt-write")
-        self._draining = ThreadPoolExecutor(1, "trainsys-ckpt-drain")
+        self._writing = Lane("ckpt-write")
+        self._draining = Lane("ckpt-drain")
         self._write: Future[_Part] | None = None
         self._busy: Future[Any] | None = None
         self._drains: list[Future[Saved | UserError | MachineFault | None]] = []
@@ -170,6 +182,12 @@ class Saver:
             self.memory.unproven = [path] if path.parent == self.memory.root else []
         self._awaited, self._doubted = True, False
 
+    def prepare(self) -> None:
+        """Plan the files and take the memory of the copy, which the first save would do; UserError where there is too
+        little. Once there is a state, and before steps that would be lost."""
+        if self._snapshot is None:
+            self._plan(self._state())
+
     def wait(self) -> None:
         """Until every save that was started is committed, and what is known of them written down; UserError or
         MachineFault where a save has failed."""
@@ -209,10 +227,21 @@ class Saver:
         pieces: list[Piece] = [
             (t.name, DTYPES[t.data.dtype], t.place.full_shape, t.place.bounds) for t in state
         ]
-        by_rank = self.ranks.to_first(pieces)
-        if by_rank:
+        told = self.ranks.to_first((pieces, Room(socket.gethostname(), free_memory())))
+        assigned: list[list[int]] = []
+        refused: UserError | None = None
+        if told:
+            by_rank = [theirs for theirs, _ in told]
             check_tiling(by_rank)
-        self._mine = order(pieces, self.ranks.each(assign(by_rank)))
+            assigned = assign(by_rank)
+            sizes = [sum(nbytes(theirs[i]) for i in mine) for theirs, mine in zip(by_rank, assigned, strict=True)]
+            try:
+                refuse_too_large(sizes, [room for _, room in told])
+            except UserError as error:
+                refused = error
+        if (refused := self.ranks.from_first(refused)) is not None:
+            raise refused
+        self._mine = order(pieces, self.ranks.each(assigned))
         mine = [pieces[i] for i in self._mine]
         size = sum(map(nbytes, mine))
         self._files = plan_files(mine, self.ranks.rank, self._file_bytes or file_bytes(size))
@@ -234,7 +263,7 @@ class Saver:
                 digests = pool.submit(sha256_each, [*map(self._pieces, self._files)], self._closing.is_set)
                 list(pool.map(lambda f: self._try(lambda: self._write_file(target, f)), self._files))
                 hashes = digests.result()
-        except (OSError, UserError) as error:
+        except (OSError, UserError, MemoryError) as error:
             part.fail(error, own_disk=self.cfg.local_dir is not None)
             return part
         for number, (planned, sha256) in enumerate(zip(self._files, hashes, strict=True)):
@@ -272,7 +301,7 @@ class Saver:
         if self.cfg.local_dir and not part.error:
             try:
                 self._try(lambda: self._copy_from_local(part, progress.step, token))
-            except (OSError, UserError) as error:
+            except (OSError, UserError, MemoryError) as error:
                 part.fail(error)
         parts = self._behind.to_first(part)
         outcome: Saved | UserError | MachineFault = UserError("")
@@ -297,11 +326,10 @@ class Saver:
     def _commit(
         self, parts: list[_Part], saving: Path, progress: Progress, began: float
     ) -> Saved | UserError | MachineFault:
-        failed = [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]
-        if failed:
+        if failed := _errors(parts):
             newest = next(iter(self.folder.read_all()[0]), None)
             rest = f"; the newest complete one is {newest[0]}" if newest else "; there is no complete one yet"
-            text = f"checkpoint of step {progress.step} was not written ({'; '.join(failed)}){rest}"
+            text = f"checkpoint of step {progress.step} was not written ({failed}){rest}"
             return _failed(parts, text)
         self._try(self.may_write)
         manifest = self._manifest(parts, progress)
@@ -365,16 +393,16 @@ class Saver:
                 sha256 = memory.keep(progress.step, planned.name, planned.head, data)
                 part.files.append((planned.name, len(planned.head) + len(data), sha256))
                 part.parts += [(piece, number, offset) for piece, offset in planned.parts]
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             part.error = _tell(error)
         parts = self._behind.to_first(part)
-        failed = [f"rank {rank}: {p.error}" for rank, p in enumerate(parts) if p.error]
+        failed = _errors(parts)
         listed = [[(name, size) for name, size, _ in p.files] for p in parts]
         manifest = self._manifest(parts, progress) if parts and not failed else None
         failed, listed, manifest = self._behind.from_first((failed, listed, manifest))
         if manifest is None:
             memory.discard(progress.step)
-            self._warn(f"no copy in memory of step {progress.step}: {'; '.join(failed)}")
+            self._warn(f"no copy in memory of step {progress.step}: {failed}")
             return
         memory.exchange(progress.step, listed, self._behind)
         memory.commit(manifest, self._behind)
@@ -403,7 +431,14 @@ def _failed(parts: Sequence[_Part], text: str) -> UserError | MachineFault:
     return MachineFault(text, host=hosts.pop() if len(hosts) == 1 else "")
 
 
+def _errors(parts: Sequence[_Part]) -> str:
+    """What failed on which ranks; empty: nothing."""
+    return by_text({rank: part.error for rank, part in enumerate(parts) if part.error})
+
+
 def _tell(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "out of host memory"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

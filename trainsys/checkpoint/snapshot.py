@@ -15,7 +15,10 @@ from torch import Tensor
 from trainsys.checkpoint.atoms import Piece, nbytes
 from trainsys.checkpoint.container import ITEM_BYTES, Entry, arrange
 from trainsys.checkpoint.lanes import LANES
+from trainsys.errors import UserError
+from trainsys.layout import words
 from trainsys.models.boxes import Box, shape_of
+from trainsys.telemetry import text as say
 
 SMALLEST_FILE, LARGEST_FILE = 16 << 20, 256 << 20
 
@@ -67,12 +70,52 @@ def order(pieces: Sequence[Piece], indices: Sequence[int]) -> list[int]:
     return sorted(indices, key=lambda i: (-ITEM_BYTES[pieces[i][1]], i))
 
 
+@dataclass(frozen=True)
+class Room:
+    """Where a rank is, and how much host memory may still be taken there (None: not known)."""
+
+    node: str
+    free: int | None
+
+
+def refuse_too_large(sizes: Sequence[int], rooms: Sequence[Room]) -> None:
+    """UserError where the copies of ``sizes`` bytes, one a rank, do not fit into what their nodes have free. Asked
+    beforehand: Linux gives memory that it has not, and kills the process that touches it."""
+    need: dict[str, list[int]] = {}
+    free: dict[str, int] = {}
+    for size, room in zip(sizes, rooms, strict=True):
+        need.setdefault(room.node, []).append(size)
+        if room.free is not None:
+            free[room.node] = min(room.free, free.get(room.node, room.free))
+    short = [node for node, sizes in need.items() if node in free and sum(sizes) > free[node]]
+    if short:
+        node = max(short, key=lambda node: sum(need[node]) - free[node])
+        raise UserError(
+            f"{node}: saving copies the state to host memory first, which takes {say.size(sum(need[node]))} for the "
+            f"{words.ranks(len(need[node]))} there, and {say.size(free[node])} are free"
+            f"{f' (and {len(short) - 1} more nodes)' if len(short) > 1 else ''}; {_HELPS}"
+        )
+
+
+_HELPS = (
+    "ask the scheduler for more memory, shard the state over more nodes (parallel.dp_shard), "
+    "or save nothing (checkpoint.every=0)"
+)
+
+
 class Snapshot:
-    """Host memory for the boxes that this rank writes."""
+    """Host memory for the boxes that this rank writes; UserError where it is not to be had."""
 
     def __init__(self, size: int, pinned: bool) -> None:
-        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         self._pinned = pinned
+        try:
+            self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        except (RuntimeError, MemoryError) as error:
+            kind = "pinned " if pinned else ""
+            raise UserError(
+                f"the copy of the state that a save takes, {say.size(size)} of {kind}host memory, cannot be allocated "
+                f"({str(error).splitlines()[0] if str(error) else 'out of memory'}); {_HELPS}"
+            ) from None
         self.memory.zero_()  # touched now: the first save does not pay for the pages
 
     def fill(self, tensors: Sequence[Tensor]) -> None:

@@ -174,7 +174,7 @@ class OptimConfig(Strict):
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_steps: NonNegativeInt | None = Field(
-        default=None, description="wsd: length of the final decay; None: a tenth of the run"
+        default=None, description="wsd: length of the final decay; None: a tenth of the run; 0: no decay"
     )
     clip_norm: NonNegativeFloat = Field(default=1.0, description="global gradient norm; 0: no clipping")
     z_loss: NonNegativeFloat = Field(default=0.0, description="coefficient of log(Z)^2 (PaLM, section 5)")

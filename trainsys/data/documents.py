@@ -18,6 +18,7 @@ from isal import igzip, igzip_lib
 
 from trainsys.config.run import DataConfig
 from trainsys.errors import UserError
+from trainsys.layout.many import first_few
 
 # Not read from the standard library: tests (large, odd encodings), what pip installs, and what differs
 # between two builds or set-ups of one Python version.
@@ -160,13 +161,13 @@ class JsonLines(LocalFiles):
                     record = json.loads(line)
                 except ValueError as error:  # JSON and UTF-8 mistakes alike
                     raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
-                text = record.get(self.text_key) if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}:{number}: the line is {_kind(record)}, not an object with data.text_key")
+                if self.text_key not in record:
                     raise UserError(
-                        f"{path}:{number}: no text under data.text_key={self.text_key}; the line has: {has}"
+                        f"{path}:{number}: no key data.text_key={self.text_key}; the line has: {first_few(record)}"
                     )
-                yield text
+                yield _text(record[self.text_key], self.text_key, f"{path}:{number}")
 
 
 @dataclass
@@ -189,12 +190,7 @@ class Parquet(LocalFiles):
                 )
             for group in range(file.num_row_groups):
                 for value in file.read_row_group(group, [self.text_key]).column(0).to_pylist():
-                    if not isinstance(value, str):
-                        raise UserError(
-                            f"{path}: row group {group}: column {self.text_key} holds "
-                            f"{type(value).__name__}, not text"
-                        )
-                    yield value
+                    yield _text(value, self.text_key, f"{path}: row group {group}")
 
 
 class HubDataset:
@@ -223,12 +219,19 @@ class HubDataset:
 
     def __iter__(self) -> Iterator[str]:
         for number, row in enumerate(self._rows):
-            text = row[self._text_key]
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{self.name}: row {number}: {self._text_key} holds {type(text).__name__}, not text"
-                )
-            yield text
+            yield _text(row[self._text_key], self._text_key, f"{self.name}: row {number}")
+
+
+def _text(value: object, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: data.text_key={key} is {_kind(value)} there, not text; leave such records out")
+    return value
+
+
+def _kind(value: object) -> str:
+    """What JSON calls it."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), "text" if isinstance(value, str) else type(value).__name__)
 
 
 def _load_dataset(datasets: Any, path: str, split: str) -> Any:

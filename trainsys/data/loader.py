@@ -19,6 +19,7 @@ from typing import Protocol
 from trainsys.data.packing import Batch, Counts
 from trainsys.data.source import Source
 from trainsys.errors import UserError
+from trainsys.threads import helper
 
 _POLL_S = 0.1
 
@@ -93,9 +94,7 @@ class Loader:
         self._ready: queue.Queue[StepData | BaseException] = queue.Queue(prefetch)
         self._thread: threading.Thread | None = None
         if prefetch:
-            self._thread = threading.Thread(
-                target=self._work, args=(start_step,), name="trainsys-data", daemon=True
-            )
+            self._thread = helper("data", self._work, start_step)
             self._thread.start()
 
     def state_dict(self) -> dict[str, int]:

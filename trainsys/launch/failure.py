@@ -78,7 +78,11 @@ def guard() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave(interrupted_code())
     except Exception as error:
-        _leave(_report(error))
+        code = EXIT_FAILED
+        try:
+            code = report(error)
+        finally:  # whatever became of the report: without memory it may fail too
+            _leave(code)
 
 
 def interrupted_code() -> int:
@@ -116,7 +120,7 @@ def accuse(failure: Failure) -> None:
         note(failure.host, f"rank {failure.rank}: {failure.line}", sure)
 
 
-def _report(error: Exception) -> int:
+def report(error: Exception) -> int:
     """Print ``error`` if this rank is the first to fail; the exit code."""
     rank, world = _identity()
     error = fault_of(error)

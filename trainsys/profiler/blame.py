@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from trainsys.layout.many import ranks_named
 from trainsys.profiler.late_phase import COMPUTE, DATA, PHASE_ADVICE, late_phase
 from trainsys.profiler.links import slow_links
 from trainsys.profiler.places import slow_places
@@ -122,7 +123,7 @@ def _garbage(table: StepTable, step_s: float) -> list[Verdict]:
     # Whose pauses are a sizeable part of it; the rest is what any program has.
     named = tuple(table.ranks[c] for c in who[total >= 0.25 * total.max()])
     n, mean = int(long.sum()), float(gc[long].mean())
-    told = f"rank{'s' * (len(named) > 1)} {', '.join(map(str, named[:8]))}" + (" …" if len(named) > 8 else "")
+    told = ranks_named(named)
     return [Verdict(
         "gc", f"garbage collection pauses {told}: {n} pauses of {1e3 * mean:.0f} ms, and all others wait",
         f"in {100 * float(long.any(axis=1).mean()):.0f}% of the steps some rank collects while others do not",

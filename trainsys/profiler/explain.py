@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from trainsys.layout.many import rank_numbers, ranks_named
 from trainsys.profiler.advice import Advice, advise, to_fit
 from trainsys.profiler.blame import Blame
 from trainsys.profiler.flops_split import load_config, split_flops
@@ -254,15 +255,13 @@ class _Heat:
 def _missing(run: RunData, steps: RunSteps, clock_spread_s: float) -> list[str]:
     out = []
     if run.missing:
-        shown = ", ".join(map(str, run.missing[:8])) + (" …" if len(run.missing) > 8 else "")
         out.append(
-            f"{len(run.missing)} of {run.start.world} ranks left no events ({shown}): terms are means of the others"
+            f"{len(run.missing)} of {run.start.world} ranks left no events ({rank_numbers(run.missing)}): terms are means of the others"
         )
     unended = [rank for rank, r in sorted(run.ranks.items()) if r.end is None]
     if unended and run.status != "done":
-        shown = ", ".join(map(str, unended[:8])) + (" …" if len(unended) > 8 else "")
         last = max((r.last_step for r in run.ranks.values()), default=-1)
-        out.append(f"no last record from ranks {shown} (killed, or running still); the last step on file is {last}")
+        out.append(f"no last record from {ranks_named(unended)} (killed, or running still); the last step on file is {last}")
     out += [str(damage) for damage in run.damages]
     partial = int((~steps.whole).sum())
     if partial:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from trainsys.layout.many import first_few, ranks_named
 from trainsys.profiler.steps import Floats, StepTable, axes_of
 from trainsys.profiler.straggler import find_stragglers
 from trainsys.profiler.verdict import Verdict
@@ -153,10 +154,9 @@ def _verdict(
 ) -> Verdict:  # fmt: skip
     ranks = tuple(table.ranks[c] for c in columns)
     hosts = sorted({table.hosts.get(r, "") for r in ranks} - {""})
-    where = f" ({', '.join(hosts[:4])})" if len(hosts) > 1 else ""
-    told = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+    where = f" ({first_few(hosts, 4)})" if len(hosts) > 1 else ""
     return Verdict(
-        "link", f"the link of {axis} between ranks {told}{where} is slow: {ratio:.1f} times the usual time",
+        "link", f"the link of {axis} between {ranks_named(ranks)}{where} is slow: {ratio:.1f} times the usual time",
         evidence,
         "check the cable, switch port and NIC counters between these ranks, and NCCL_DEBUG=INFO for a fallback path",
         cost, cost / step_s, ranks, axis, int(table.steps[since]),

@@ -6,7 +6,6 @@ Nothing here grows with the run: the last ``KEEP`` windows are kept, each one me
 from __future__ import annotations
 
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from trainsys.profiler.steps import Capture, Floats, table_of_windows
 from trainsys.profiler.verdict import ALPHA, Verdict
 from trainsys.profiler.waterfall import Work, waterfall
 from trainsys.telemetry.events import Flops
+from trainsys.threads import helper
 
 KEEP = 32
 EVERY = 8
@@ -49,7 +49,7 @@ class LiveWatch:
         self._count = 0
         self._captures: list[Capture] = []
         self._calls: queue.SimpleQueue[tuple[Floats, Flops | None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="trainsys-watch", daemon=True)
+        self._thread = helper("watch", self._work)
         self._thread.start()
 
     def add(self, ranks: Floats, flops: Flops | None) -> None:

@@ -12,19 +12,21 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 from trainsys.config.run import ResilienceConfig
 from trainsys.errors import UserError
+from trainsys.layout.many import rank_numbers
 
 Action = Literal["skip", "rollback", "stop"]
 _MIN_HISTORY = 8
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 # A loss that hardly moves has a deviation of nothing: then this share of the median is taken for it.
 _FLOOR = 0.005
+_NO_LABELS = "no token of the global batch has a label: what follows each is another document, or padding"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Guard:
         self.cfg, self.file = cfg, file
         self.losses: deque[float] = deque(maxlen=cfg.window)
         self.last: Anomaly | None = None
+        self.labels = 1
+        """Tokens of the next global batch that are to be predicted: without any, its loss is no number."""
         self._recent: deque[int] = deque()
         self._at = (0, 0)
 
@@ -80,6 +84,8 @@ class Guard:
     def record(self, samples: list[int]) -> None:
         """Write the latest anomaly down, with the sample numbers of its global batch."""
         assert self.last is not None
+        if self.last.reason == _NO_LABELS:
+            self.last = replace(self.last, reason=f"{_NO_LABELS} (samples {rank_numbers(samples)})")
         if self.file is None:
             return
         line = (
@@ -98,12 +104,19 @@ class Guard:
         if self.last.action == "stop":
             raise UserError(f"{where}, and resilience says stop; skip or rollback would go on")
         if len(self._recent) > self.cfg.max_anomalies:
+            cause = (
+                "the data are at fault: use longer documents, data.packing=concat or a larger train.global_batch"
+                if self.last.reason.startswith(_NO_LABELS)
+                else "the run diverges; try a lower optim.lr"
+            )
             raise UserError(
                 f"{where}; {len(self._recent)} such steps within {self.cfg.window} are more than "
-                f"resilience.max_anomalies={self.cfg.max_anomalies}: the run diverges; try a lower optim.lr"
+                f"resilience.max_anomalies={self.cfg.max_anomalies}: {cause}"
             )
 
     def _weigh(self, loss: float, grad_norm: float) -> tuple[str, Action]:
+        if not self.labels:
+            return _NO_LABELS, self.cfg.nonfinite
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 return f"{name} is {value}", self.cfg.nonfinite

@@ -22,6 +22,7 @@ from typing import NoReturn
 from trainsys.checkpoint.durable import write_durable
 from trainsys.errors import MachineFault, UserError
 from trainsys.launch.failure import interrupted_code
+from trainsys.threads import helper
 
 MARKER = "drained.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -65,6 +66,11 @@ class Drain:
         """What a process that was asked to stop, and did, exits with."""
         return interrupted_code() if self.interrupted else 0
 
+    @property
+    def has_stepped(self) -> bool:
+        """A step was done, by this process or by one before it that saved."""
+        return self._began or self.saved_step is not None
+
     def begin(self) -> None:
         """The first step is done: from now on there is something to save."""
         with self._lock:
@@ -98,7 +104,7 @@ class Drain:
         # sends through this socket reaches the thread at once.
         self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, name="trainsys-drain", daemon=True)
+        self._thread = helper("drain", self._listen)
         self._thread.start()
         return self
 
@@ -140,7 +146,7 @@ class Drain:
             began = self._began
         if not began:
             self._leave("before the first step: nothing to save")
-        threading.Thread(target=self._limit, name="trainsys-grace", daemon=True).start()
+        helper("grace", self._limit).start()
 
     def _limit(self) -> None:
         if not self._over.wait(self.grace_s):

@@ -22,6 +22,7 @@ import msgspec
 from trainsys.checkpoint.durable import make_dir
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.errors import MachineFault, UserError
+from trainsys.threads import helper
 
 NAME = "lease.json"
 BEAT_S = 5.0
@@ -122,7 +123,7 @@ class Lease:
         if (error := ranks.from_first(error)) is not None:
             raise error
         if self._mine is not None:
-            threading.Thread(target=self._keep, name="trainsys-lease", daemon=True).start()
+            helper("lease", self._keep).start()
         return self
 
     def __exit__(

@@ -25,7 +25,7 @@ from trainsys.engines.base import SAVE, STOP, Engine, StepResult
 from trainsys.errors import UserError
 from trainsys.launch.blame import this_node
 from trainsys.layout import PLACED, Layout
-from trainsys.parallel.mesh import AXES, Mesh
+from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.anomalies import Guard
 from trainsys.resilience.drain import Drain
 from trainsys.resilience.lease import Lease
@@ -155,10 +155,9 @@ class Session:
                 "checkpoint.memory_every: there is one node only, so copies in memory survive processes, not it"
             )
         if cfg.resilience.hang_timeout_s:
-            groups = {axis: mesh.ranks(axis) for axis in AXES}
             limits = cfg.resilience.hang_timeout_s, cfg.resilience.setup_timeout_s
             hosts = self.ranks.to_all(this_node())
-            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, groups, *limits, hosts)
+            self._dog = Watchdog(run_dir / "hang", self.ranks.rank, self.ranks.world, *limits, hosts)
             mesh.ledger.recorder = self._dog.watch(run.recorder)
             self._dog.start()
         if self.found is not None:
@@ -169,6 +168,9 @@ class Session:
                 load_weights(self.weights, engine)
             for note in self.weights.notes:
                 run.warn(note)
+        if self.cfg.saves or self.cfg.checkpoint.memory_every:
+            with self._patient():
+                self._saver.prepare()
         for line in self.origin.lines if self.ranks.rank == 0 else ():
             run.say(line)
         self._saved_at = self._clock()

@@ -1,7 +1,7 @@
 """A step that does not end: stacks, flight recorder and who is missing, then abort, so that a restart can follow.
 
-Each rank's watchdog is a thread of its own and needs no other rank: it writes what its rank is doing to
-``RUN/hang/``, waits a moment for the others' files there, and the first to be ready says what they add up to.
+Each rank's watchdog is a thread of its own and needs no other rank: it writes what its rank is doing to ``RUN/hang/``.
+The first rank there reads the others' files, each once, and says what they add up to; the others only wait for that.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainsys.layout.many import ranks_named
 from trainsys.resilience.flight import dump_flight_recorder
 from trainsys.resilience.hung import blame
 from trainsys.telemetry.recorder import Recorder
+from trainsys.threads import helper
 
 EXIT_HUNG = 70
 _OTHERS_S = 4.0
-"""How long a rank waits for the others' files: their limits ran out at nearly the same time."""
+"""How long the reader waits for the others' files: their limits ran out at nearly the same time."""
+_POLL_S = 0.2
+_MOST_PLACES = 4
+"""Collectives, or places in the code, that a report shows."""
 
 
 @dataclass
@@ -45,24 +50,28 @@ class RankState:
 
 
 class Watchdog:
-    """Ends this process when no ``beat`` comes for ``timeout_s`` seconds (``setup_s`` before the first).
+    """Ends this process when no ``beat`` comes for ``timeout_s`` seconds (``setup_s`` before the first), also when
+    there is no memory left: what that takes is made beforehand.
 
-    ``groups``: axis -> the ranks of this rank's group on it. ``hosts``: each rank's node, for who blames nodes.
+    ``hosts``: each rank's node, for who blames nodes.
     """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, groups: dict[str, Sequence[int]], timeout_s: float, setup_s: float,
-        hosts: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        self.hosts = hosts
-        self.folder, self.rank, self.world, self.groups = folder, rank, world, groups
+        self, folder: Path, rank: int, world: int, timeout_s: float, setup_s: float, hosts: Sequence[str] = ()
+    ) -> None:
+        self.folder, self.rank, self.world, self.hosts = folder, rank, world, hosts
         self.timeout_s = timeout_s
         self._limit = setup_s
         self._state = RankState(rank, -1, 0.0)
         self._last_beat = time.monotonic()
         self._over = threading.Event()
         self._main = threading.main_thread().ident
-        self._thread = threading.Thread(target=self._watch, name="trainsys-watchdog", daemon=True)
+        self._thread = helper("watchdog", self._watch)
+        self._stacks = f"rank_{rank:05d}.stacks.txt"
+        self._last_words = (
+            f"trainsys: hang: rank {rank} has not ended its step in time, and there was no memory to say more; "
+            f"stacks: {folder / self._stacks}\n"
+        ).encode()
 
     def start(self) -> None:
         self._thread.start()
@@ -92,41 +101,78 @@ class Watchdog:
         return WatchedRecorder(recorder, self._state)
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._limit / 4)):
-            silent = time.monotonic() - self._last_beat
-            if silent > self._limit:
-                self._abort(silent)
+        while True:
+            try:
+                if self._over.wait(min(1.0, self._limit / 4)):
+                    return
+                silent = time.monotonic() - self._last_beat
+                if silent > self._limit:
+                    self._abort(silent)
+            except (MemoryError, RuntimeError):  # the latter from a lock that there is no memory for
+                # There may be some again; and if not, that is when a watchdog is needed.
+                time.sleep(0.1)
 
     def _abort(self, silent: float) -> None:
-        state = self._state
-        state.seconds = silent
-        state.where = _where(self._main)
-        with suppress(OSError):  # a full disk must not keep a hung rank alive
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f"rank_{self.rank:05d}.stacks.txt", "w", encoding="utf-8") as out:
-                faulthandler.dump_traceback(out, all_threads=True)
-            device = dump_flight_recorder(self.folder / f"rank_{self.rank:05d}.flight.pickle")
-            if device is not None:
-                # The host launches and goes on: what it is in says nothing about its device.
-                state.doing, state.last, state.counts = device.doing, device.last, device.counts
-            beside = self.folder / f".rank_{self.rank:05d}"
-            beside.write_text(json.dumps(asdict(state)), encoding="utf-8")
-            beside.replace(self.folder / f"rank_{self.rank:05d}.json")
+        """Leave what is known behind, each part whatever became of the one before, and end the process."""
+        try:
+            parts: tuple[Callable[[], None], ...] = self._dump_stacks, self._dump_collectives, self._tell_state
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._state.seconds = silent
+            for part in parts:
+                # A full disk, or no memory, must not keep a hung rank alive.
+                with suppress(OSError, MemoryError):
+                    part()
             self._report()
-        os._exit(EXIT_HUNG)
+        except BaseException:
+            os.write(2, self._last_words)
+        finally:
+            os._exit(EXIT_HUNG)
+
+    def _dump_stacks(self) -> None:
+        with open(self.folder / self._stacks, "w", encoding="utf-8") as out:
+            faulthandler.dump_traceback(out, all_threads=True)
+
+    def _tell_state(self) -> None:
+        self._state.where = _where(self._main)
+        beside = self.folder / f".rank_{self.rank:05d}"
+        beside.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
+        beside.replace(self.folder / f"rank_{self.rank:05d}.json")
+
+    def _dump_collectives(self) -> None:
+        device = dump_flight_recorder(self.folder / f"rank_{self.rank:05d}.flight.pickle")
+        if device is not None:
+            # The host launches and goes on: what it is in says nothing about its device.
+            self._state.doing, self._state.last, self._state.counts = device.doing, device.last, device.counts
 
     def _report(self) -> None:
-        """Wait for the others' files, then, as the first to come here, say what they add up to."""
+        """As the first to come here: wait for the others' files and say what they add up to. Else: until that is said,
+        since a launcher ends every rank when one has ended."""
+        report = self.folder / "report.txt"
         deadline = time.monotonic() + _OTHERS_S
-        while len(states := read_states(self.folder)) < self.world and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with suppress(FileExistsError), open(self.folder / "report.txt", "x", encoding="utf-8") as out:
-            text = explain(states, self.world, {axis: list(r) for axis, r in self.groups.items()})
-            text += f"; stacks and flight recorder: {self.folder}"
-            out.write(text + "\n")
-            sys.stderr.write(f"trainsys: hang: {text}\n")
-            sys.stderr.flush()
-            blame(EXIT_HUNG, f"hang: {text}", states, self.world, self.hosts)
+        try:
+            os.close(os.open(self.folder / ".reader", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            while not report.exists() and time.monotonic() < deadline + _OTHERS_S:
+                time.sleep(_POLL_S)
+            return
+        except OSError:
+            report = None  # nowhere to write: what this rank knows of itself
+        states = {self.rank: self._state}
+        while report and time.monotonic() < deadline:
+            read_states(self.folder, states)
+            if len(states) == self.world:
+                break
+            time.sleep(_POLL_S)
+        text = explain(states, self.world)
+        text += f"; stacks and flight recorder: {self.folder}"
+        # Past Python's own buffer, whose lock the hung thread may hold.
+        os.write(2, f"trainsys: hang: {text}\n".encode())
+        blame(EXIT_HUNG, f"hang: {text}", states, self.world, self.hosts)
+        if report:
+            beside = self.folder / ".report"
+            beside.write_text(text + "\n", encoding="utf-8")
+            beside.replace(report)
 
 
 class WatchedRecorder:
@@ -137,9 +183,6 @@ class WatchedRecorder:
 
     def collective_span(self, axis: str, op: str, nbytes: int) -> AbstractContextManager[None]:
         return _Watched(self._state, axis, op, self._recorder.collective_span(axis, op, nbytes))
-
-    def waiting(self, axis: str, stream: Any) -> AbstractContextManager[None]:
-        return self._recorder.waiting(axis, stream)
 
 
 class _Watched:
@@ -162,49 +205,62 @@ class _Watched:
             self._state.doing, self._state.last = "", self._doing
 
 
-def read_states(folder: Path) -> dict[int, RankState]:
-    states = {}
-    for path in sorted(folder.glob("rank_*.json")):
+def read_states(folder: Path, states: dict[int, RankState]) -> dict[int, RankState]:
+    """``states`` and what other ranks left in ``folder``; files of ranks that are there already are not read again."""
+    for name in os.listdir(folder):
+        number = name.removeprefix("rank_").removesuffix(".json")
+        if not number.isdigit() or int(number) in states:
+            continue
         with suppress(ValueError, TypeError, OSError):
-            state = RankState(**json.loads(path.read_text(encoding="utf-8")))
+            state = RankState(**json.loads((folder / name).read_text(encoding="utf-8")))
             states[state.rank] = state
     return states
 
 
-def explain(states: dict[int, RankState], world: int, groups: dict[str, list[int]]) -> str:
-    """One line: the last collective, who waits in it, and who is missing from it.
+def explain(states: dict[int, RankState], world: int) -> str:
+    """One line of bounded length: the last collective, who waits in it, and who is missing from it.
 
     A rank that left no word is missing; so is one that is in no collective while others wait; else those that
     have entered the fewest collectives are behind, and the others wait for them.
     """
-    silent = [rank for rank in range(world) if rank not in states]
     waiting = {rank: s for rank, s in states.items() if s.doing}
     step = max((s.step for s in states.values()), default=-1) + 1
     said = [f"step {step} has not ended after {max(s.seconds for s in states.values()):.0f} s"]
-    if waiting:
-        by_work: dict[str, list[int]] = {}
-        for rank, s in waiting.items():
-            by_work.setdefault(s.doing, []).append(rank)
-        said += [f"{_ranks(ranks)} in {doing}" for doing, ranks in by_work.items()]
-    missing = [f"rank {rank} is missing: no word from it (stopped or lost)" for rank in silent]
-    for rank, s in states.items():
-        if not s.doing:
-            after = f", after {s.last}" if s.last else ""
-            missing.append(f"rank {rank} is missing: in no collective{after}, at {s.where}")
+    missing = []
+    if silent := set(range(world)) - states.keys():
+        missing.append(f"{_are(silent)} missing: no word (stopped or lost)")
+    idle = {
+        rank: f"in no collective{f', after {s.last}' if s.last else ''}, at {s.where}"
+        for rank, s in states.items()
+        if not s.doing
+    }
+    missing += [f"{_are(ranks)} missing: {place}" for place, ranks in _rarest_first(idle)]
     if not missing and waiting:
         total = {rank: sum(s.counts.values()) for rank, s in waiting.items()}
         low = min(total.values())
         if any(n > low for n in total.values()):
             behind = [rank for rank, n in total.items() if n == low]
-            missing = [f"{_ranks(behind)} behind: {low} collectives where others have {max(total.values())}"]
+            missing = [f"{_are(behind)} behind: {low} collectives where others have {max(total.values())}"]
+    said += [f"{_are(ranks)} in {doing}" for doing, ranks in _rarest_first({r: s.doing for r, s in waiting.items()})]
     return "; ".join(said + missing)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+def _rarest_first(said: dict[int, str]) -> Iterator[tuple[str, list[int]]]:
+    """(text, ranks) by rising number of ranks, as what few do is what holds up the many; those beyond
+    ``_MOST_PLACES`` together."""
+    groups: dict[str, list[int]] = {}
+    for rank, text in said.items():
+        groups.setdefault(text, []).append(rank)
+    order = sorted(groups.items(), key=lambda group: (len(group[1]), group[1]))
+    yield from order[:_MOST_PLACES]
+    if rest := order[_MOST_PLACES:]:
+        yield f"{len(rest):,} other places", [rank for _, ranks in rest for rank in ranks]
+
+
+def _are(ranks: Collection[int]) -> str:
+    return f"{ranks_named(ranks)} {'is' if len(ranks) == 1 else 'are'}"
 
 
 def _where(thread: int | None) -> str:
     frame = sys._current_frames().get(thread or 0)
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else "?"
-

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from trainsys.threads import helper
+
 EVERY_S = 1.0
 
 T = TypeVar("T")
@@ -22,7 +24,7 @@ class Batches(Generic[T]):
         self._handle, self._every_s = handle, every_s
         self._items: deque[T] = deque()
         self._wake, self._over = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = helper(name, self._run)
         self._thread.start()
 
     def __len__(self) -> int:

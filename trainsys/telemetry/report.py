@@ -13,6 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from trainsys.layout.many import rank_numbers
 from trainsys.telemetry import text as say
 from trainsys.telemetry.events import COMM, PHASES
 from trainsys.telemetry.run_data import RankData, RunData, Sums, load_run
@@ -287,7 +288,7 @@ class _Page:
         lines = []
         if run.missing:
             lines.append(
-                f"{len(run.missing)} of {run.start.world} ranks left no events: {_listed(run.missing)}"
+                f"{len(run.missing)} of {run.start.world} ranks left no events: {rank_numbers(run.missing)}"
             )
         no_end = [rank for rank, r in sorted(run.ranks.items()) if r.end is None]
         if no_end and run.status != "done":
@@ -296,7 +297,7 @@ class _Page:
                 time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seen)) if math.isfinite(seen) else "unknown"
             )
             lines.append(
-                f"no last record from rank{'s' * (len(no_end) > 1)} {_listed(no_end)} (killed, or running"
+                f"no last record from rank{'s' * (len(no_end) > 1)} {rank_numbers(no_end)} (killed, or running"
                 f" still): last step {max(r.last_step for r in run.ranks.values()) + 1:,}, last sign of life {at}"
             )
         lines += [str(damage) for damage in run.damages]
@@ -349,8 +350,3 @@ def _range(values: dict[int, float]) -> str:
     if _ms(values[low]) == _ms(values[high]):
         return f"{_ms(values[low]):>7} on every rank"
     return f"{_ms(values[low]):>7} (rank {low}) – {_ms(values[high])} (rank {high})"
-
-
-def _listed(ranks: list[int], most: int = 8) -> str:
-    shown = ", ".join(str(r) for r in ranks[:most])
-    return shown + (f" and {len(ranks) - most} more" if len(ranks) > most else "")

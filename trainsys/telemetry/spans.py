@@ -18,6 +18,12 @@ STALL = "stall/"
 MAX_SAMPLES = 256
 
 
+def _say_where(error: BaseException, name: str) -> None:
+    """The innermost phase that ``error`` left, for who tells of it."""
+    if not any(note.startswith("during ") for note in getattr(error, "__notes__", ())):
+        error.add_note(f"during {name}")
+
+
 class Phase:
     """A reusable context manager. It holds no state of a call, so one object a name serves any nesting."""
 
@@ -37,7 +43,9 @@ class Phase:
         claimed = c.claimed_ns
         c.begun.append(c.now() - claimed)
 
-    def __exit__(self, kind: object, error: object, tb: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
+        if error is not None:
+            _say_where(error, self.name)
         c = self._clock
         claimed = c.claimed_ns
         own = c.now() - claimed - c.begun.pop()
@@ -143,7 +151,9 @@ class Pause:
             self._before = c.counts()
             self._t0 = c.now()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
+        if error is not None:
+            _say_where(error, self._kind)
         c = self._clock
         c.stall_depth -= 1
         if c.device is not None:

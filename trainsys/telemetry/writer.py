@@ -22,6 +22,7 @@ import msgspec
 from trainsys.telemetry import block, tail
 from trainsys.telemetry.events import Event, RunEnd, RunStart, Step
 from trainsys.telemetry.records import Gathering, NoColumns
+from trainsys.threads import helper
 
 FLUSH_S = 0.5
 MAX_PENDING = 100_000
@@ -74,7 +75,7 @@ class EventWriter:
         left = tail.read(self.path)
         self._tail = tail.Tail(tail.path_of(self.path))
         self._adopt(left)
-        self._thread = threading.Thread(target=self._run, name="trainsys-events", daemon=True)
+        self._thread = helper("events", self._run)
         self._thread.start()
         atexit.register(self.close)
 

@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 import trainsys
 from trainsys.config.run import TelemetryConfig
+from trainsys.launch.failure import FAILURE_FILE
 from trainsys.layout import Layout
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.batches import Batches
 from trainsys.telemetry.sinks.base import RunInfo
+from trainsys.threads import helper
 
 DEPTH = 1024
 """Windows that may wait for a desk that is behind."""
@@ -77,8 +79,8 @@ class DeskLink:
                 )  # fmt: skip
             except OSError as error:
                 self._lost(f"did not start: {error}")
-        self._calls: Batches[tuple[str, tuple[Any, ...]]] = Batches(self._send, "trainsys-desk")
-        threading.Thread(target=self._listen, name="trainsys-desk-replies", daemon=True).start()
+        self._calls: Batches[tuple[str, tuple[Any, ...]]] = Batches(self._send, "desk")
+        helper("desk-replies", self._listen).start()
         self._send(brief)
 
     def message(self, level: str, text: str) -> None:
@@ -144,8 +146,11 @@ class DeskLink:
 
 
 def _environment() -> dict[str, str]:
-    """Of the desk: this very package, no device, no threads of numpy's that would take cores from ranks."""
+    """Of the desk: this very package, no device, no threads of numpy's that would take cores from ranks. It is no rank:
+    its end must not be told as one's failure."""
     above = str(Path(trainsys.__file__).parents[1])
     path = os.pathsep.join(filter(None, (above, os.environ.get("PYTHONPATH"))))
     ours = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return {**os.environ, **ours, "WANDB_PROGRAM": os.environ.get("WANDB_PROGRAM", sys.argv[0])}
+    of_a_rank = ("RANK", "WORLD_SIZE", FAILURE_FILE, "TORCHELASTIC_ERROR_FILE")
+    theirs = {name: value for name, value in os.environ.items() if name not in of_a_rank}
+    return {**theirs, **ours, "WANDB_PROGRAM": os.environ.get("WANDB_PROGRAM", sys.argv[0])}

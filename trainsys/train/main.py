@@ -23,7 +23,9 @@ from trainsys.layout import Layout
 from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.drain import Drain
 from trainsys.resilience.lease import Lease
+from trainsys.resilience.out_of_memory import out_of_memory
 from trainsys.resilience.session import Session, attempt
+from trainsys.train.check import check_folders, doubts
 from trainsys.train.evict import Eviction
 from trainsys.train.process import Process, process
 from trainsys.train.report import Reporter
@@ -39,12 +41,15 @@ def train(path: str, overrides: Sequence[str] = ()) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cfg.resilience.elastic:
         cfg = replan(cfg, world)
+    check_folders(cfg)
     with Drain(cfg.checkpoint_folder, cfg.resilience.grace_s, rank) as drain:
         try:
             with process(cfg.train) as proc, Lease(cfg.checkpoint_folder, proc.ranks, attempt()) as lease:
                 step, stopped = run(cfg, proc, drain, lease)
         except Exception as error:
             drain.lost_peer(error)
+            if told := out_of_memory(error, cfg, held=drain.has_stepped):
+                raise told from error
             raise
     if rank == 0 and step >= cfg.train.steps and (named := os.environ.get(DONE_FILE)):
         write_durable(Path(named), content(step))
@@ -82,7 +87,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int,
             prefetch=cfg.data.prefetch,
         ) as loader,
     ):
-        for text in warnings:
+        for text in (*warnings, *doubts(cfg, source)):
             reporter.warn(text)
         mesh.ledger.recorder = reporter.recorder
         engine = build(cfg, mesh, reporter.recorder)
@@ -93,6 +98,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int,
                 data = next(loader)
             while loader.retried:
                 reporter.warn(f"data: {loader.retried.pop(0)}")
+            session.guard.labels = data.valid_tokens_global
             result = engine.train_step(session.step, data, session.guard.judge, session.asks)
             reporter.end_step(session.step, data, result)
             session.after(data, result)

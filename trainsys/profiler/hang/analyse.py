@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from trainsys.errors import UserError
+from trainsys.layout.many import first_few, rank_numbers
 from trainsys.profiler.hang.dumps import Dump, Operation, load_content, parse_dump
 from trainsys.profiler.hang.report import HangReport, Mismatch, Root, Waiter
 
@@ -122,7 +123,7 @@ def judge(dumps: dict[int, Dump], said: Counter[str]) -> HangReport:
     for rank in sorted(suspects):
         if rank not in dumps:
             waiters = sorted(r for r in on if rank in on[r])
-            evidence = f"ranks {_few(waiters)} wait for it and it left no dump"
+            evidence = f"ranks {rank_numbers(waiters)} wait for it and it left no dump"
             report.roots.append(Root(rank, "no_dump", evidence, 0, ""))
         elif not on[rank]:
             report.roots.append(_root(rank, wait, on, ahead[rank]))
@@ -146,18 +147,18 @@ def _root(rank: int, wait: Wait, on: dict[int, list[int]], finished: list[int]) 
     waiters = sorted(r for r in on if rank in on[r])
     if head is not None and finished:
         evidence = (
-            f"has not finished {head.text(wait.groups)}, which ranks {_few(finished)} have; "
+            f"has not finished {head.text(wait.groups)}, which ranks {rank_numbers(finished)} have; "
             f"{outstanding} operations outstanding"
         )
         return Root(rank, "device_stalled", evidence, outstanding, where)
     if head is not None:
-        evidence = f"ranks {_few(waiters)} wait for it; it is in {head.text(wait.groups)}, which all its members entered"
+        evidence = f"ranks {rank_numbers(waiters)} wait for it; it is in {head.text(wait.groups)}, which all its members entered"
         return Root(rank, "in_operation", evidence, outstanding, where)
     heads = [h for r in waiters if (h := wait.head[r]) is not None]
     # The collective most of them wait in says more than one pipeline neighbour's send.
     operation = max(heads, key=lambda o: (not o.p2p, sum(h.group == o.group for h in heads)), default=None)
     assert operation is not None, "a root with an empty queue is one that others wait for"
-    evidence = f"never enqueued {operation.text(wait.groups)}, in which ranks {_few(waiters)} wait"
+    evidence = f"never enqueued {operation.text(wait.groups)}, in which ranks {rank_numbers(waiters)} wait"
     return Root(rank, "never_arrived", evidence, outstanding, where)
 
 
@@ -199,7 +200,7 @@ def explain_mismatch(m: Mismatch) -> str:
     ways = []
     for variant, ranks in sorted(m.variants.items(), key=lambda v: len(v[1])):
         line = f" at {m.where[variant]}" if m.where.get(variant) else ""
-        ways.append(f"rank{'s' * (len(ranks) > 1)} {_few(ranks)}: {variant}{line}")
+        ways.append(f"rank{'s' * (len(ranks) > 1)} {rank_numbers(ranks)}: {variant}{line}")
     return "; ".join(ways)
 
 
@@ -209,7 +210,7 @@ def _together(wait: Wait, on: dict[int, list[int]], roots: set[int]) -> list[str
         if operation is not None and not on[rank] and rank not in roots and operation.device:
             others = wait.members(rank, operation)
             if others and all(r in wait.dumps and not wait.finished(r, operation) for r in others):
-                out.add(f"{operation.text(wait.groups)}, ranks {_few(sorted((rank, *others)))}")
+                out.add(f"{operation.text(wait.groups)}, ranks {rank_numbers(sorted((rank, *others)))}")
     return sorted(out)
 
 
@@ -241,17 +242,12 @@ def _verdict(report: HangReport, wait: Wait) -> str:
             "no_dump": "left no dump (died?)",
             "in_operation": "stuck in an operation",
         }
-        who = ", ".join(f"rank {r.rank} {words[r.kind]}" for r in report.roots)
+        who = first_few(f"rank {r.rank} {words[r.kind]}" for r in report.roots)
         return f"{who}; {len(report.waiting)} ranks merely wait"
     if report.cycles:
-        return f"ranks {_few(report.cycles[0])} wait for each other in a ring: collectives issued in different orders"
+        return f"ranks {rank_numbers(report.cycles[0])} wait for each other in a ring: collectives issued in different orders"
     if report.together:
         return f"all members entered and none finished {report.together[0]}: suspect the network, not a rank"
     if all(o is None for o in wait.head.values()):
         return "every rank had finished all it enqueued: no hang in a collective"
     return "no rank waits for another: no hang in a collective"
-
-
-def _few(ranks: list[int], most: int = 8) -> str:
-    text = ", ".join(map(str, ranks[:most]))
-    return text if len(ranks) <= most else f"{text} and {len(ranks) - most} more"
