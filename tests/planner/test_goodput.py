@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainsys.errors import UserError
+from trainsys.planner.cluster import load_cluster
 from trainsys.planner.goodput import checkpoint_seconds, goodput, young_daly
 
 
@@ -54,7 +55,15 @@ def test_more_nodes_fail_more_and_llama3_scale_is_lived_with() -> None:
 
 
 def test_checkpoint_time_scales_with_nodes() -> None:
-    assert checkpoint_seconds(70e9, 128, 2.0) == pytest.approx(0.1 * 12 * 70e9 / 256e9)
+    assert checkpoint_seconds(70e9, 128, 2.0, 2000.0) == pytest.approx(0.1 * 12 * 70e9 / 256e9)
+    # 2,048 nodes could write 4 TB/s; what they write to takes 2.
+    assert checkpoint_seconds(405e9, 2048, 2.0, 2000.0) == pytest.approx(0.1 * 12 * 405e9 / 2e12)
+
+
+def test_failures_of_a_cluster_are_llama_3s() -> None:
+    """419 unexpected interruptions in 54 days on 2,048 nodes (arXiv:2407.21783, section 3.3.4): one in 3.1 hours."""
+    mtbf_hours = load_cluster("dgx-h100").mtbf_hours_per_node / 2048
+    assert mtbf_hours == pytest.approx(54 * 24 / 419, rel=1e-3)
 
 
 def test_refuses_nonsense() -> None:

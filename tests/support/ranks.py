@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing as mp
 import os
 import signal
@@ -35,6 +36,7 @@ with contextlib.suppress(ImportError):
 torch.set_num_threads(1)
 
 DEFAULT_TIMEOUT_S = 60.0
+_PR_SET_PDEATHSIG = 1
 _pools: dict[int, _Pool] = {}
 
 
@@ -77,6 +79,21 @@ class _Pool:
             self._processes.append(process)
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        """Between tasks the ranks are stopped: each process group keeps a thread that polls, a hundred times a second,
+        and a few idle pools would take a whole core."""
+        self._signal(signal.SIGCONT)
+        try:
+            return self._run(fn, args, timeout_s)
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            if process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
+
+    def _run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
         for rank, pipe in enumerate(self._pipes):
             try:
                 pipe.send((sys.path, fn.__module__, fn.__qualname__, args))
@@ -111,10 +128,7 @@ class _Pool:
         return f"rank {rank} of {len(self._processes)} died, exit status {self._processes[rank].exitcode}{words}"
 
     def kill(self) -> None:
-        for process in self._processes:
-            if process.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         for process in self._processes:
             process.join(5)
         self._folder.cleanup()
@@ -123,6 +137,9 @@ class _Pool:
 def _work(rank: int, world: int, folder: str, pipe: Connection) -> None:
     code = 0
     try:
+        # A stopped rank would not see that its parent was killed.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         for other in (p for p in _pools.values()):
             for connection in other._pipes:
                 connection.close()
@@ -161,19 +178,26 @@ def _work(rank: int, world: int, folder: str, pipe: Connection) -> None:
 
 class _Groups:
     """In place of ``dist.new_group``: what an earlier task had made for the same ranks, for each group keeps threads
-    that poll, and hundreds of tasks would leave thousands of them. Within a task every call gets a group of its own."""
+    that poll, and hundreds of tasks would leave thousands of them. Within a task every call gets a group of its own.
+    Groups with options of their own (Megatron's) go when the next task begins."""
 
     def __init__(self) -> None:
         self._real = dist.new_group
         self._made: dict[tuple[tuple[int, ...], int], Any] = {}
         self._asked: Counter[tuple[int, ...]] = Counter()
+        self._own: list[dist.ProcessGroup] = []
 
     def begin(self) -> None:
         self._asked.clear()
+        while self._own:
+            dist.destroy_process_group(self._own.pop())
 
     def __call__(self, ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
         if ranks is None or args or kwargs:
-            return self._real(ranks, *args, **kwargs)
+            group = self._real(ranks, *args, **kwargs)
+            if isinstance(group, dist.ProcessGroup):  # or a mark of what this rank is not in
+                self._own.append(group)
+            return group
         key = tuple(ranks)
         self._asked[key] += 1
         place = key, self._asked[key]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from trainsys.errors import UserError
 from trainsys.planner.cases import RECOMPUTES, SCHEDULES, Array
@@ -10,7 +13,7 @@ from trainsys.planner.constants import Constants
 from trainsys.planner.memory import GIB, peak_memory
 from trainsys.planner.memory_constants import MemoryConstants
 from trainsys.planner.search import Found
-from trainsys.planner.settings import KEYS
+from trainsys.planner.settings import Columns, key_and_value
 from trainsys.planner.space import enumerate_layouts, to_cases
 from trainsys.planner.step_time import StepTime, step_time
 
@@ -80,14 +83,12 @@ def parse_favourite(text: str) -> dict[str, float]:
     """``tp=8,pp=4``. Raises UserError for anything else."""
     wanted: dict[str, float] = {}
     for item in text.split(","):
-        key, _, value = (x.strip() for x in item.partition("="))
-        if key not in KEYS:
-            raise UserError(f"--why {text!r}: {key!r} is not one of {', '.join(KEYS)}")
-        names = {"schedule": SCHEDULES, "recompute": RECOMPUTES}.get(key)
+        name, _, value = (x.strip() for x in item.partition("="))
         try:
-            wanted[key] = float(names.index(value)) if names else float(value)
-        except ValueError:
-            raise UserError(f"--why {text!r}: {value!r} is no value of {key}") from None
+            key, wanted_value = key_and_value(name, value)
+        except UserError as error:
+            raise UserError(f"--why {text!r}: {error}") from None
+        wanted[key] = wanted_value
     return wanted
 
 
@@ -95,13 +96,10 @@ def why_not(found: Found, text: str, k: Constants, m: MemoryConstants) -> str:
     """Why the best layout matching ``text`` (``tp=8,pp=4``) did not win."""
     wanted = parse_favourite(text)
     layouts = enumerate_layouts(found.job)
-    match = np.ones(len(layouts["pp"]), bool)
-    for key, value in wanted.items():
-        match &= layouts[key] == value
+    holds = {key: layouts[key] == value for key, value in wanted.items()}
+    match = np.logical_and.reduce(list(holds.values()))
     if not match.any():
-        engine = found.job.stack.engine
-        unable = "" if engine == "native" else f", or {engine} cannot run it (docs/capabilities.md)"
-        return f"{text}: divides neither the model, the batch nor {found.job.world} devices{unable}"
+        return f"{text}: {_none_such(found, layouts, holds)}"
     index = np.flatnonzero(match)
     cases = to_cases(found.job, layouts).take(index)
     mem = peak_memory(cases, m)
@@ -118,6 +116,21 @@ def why_not(found: Found, text: str, k: Constants, m: MemoryConstants) -> str:
     if gap < 1e-6:
         return f"{text}: is the first pick"
     return f"{text}: {gap:.1f}% slower than the first pick: {differences(found.time, 0, whole, best)}"
+
+
+def _none_such(found: Found, layouts: Columns, holds: Mapping[str, NDArray[np.bool_]]) -> str:
+    """Which of the wanted values, each of which ``holds`` of some layouts, no layout has beside the others."""
+    for key in holds:
+        rest = np.logical_and.reduce([np.ones(len(layouts[key]), bool), *(h for k, h in holds.items() if k != key)])
+        if rest.any():
+            there = sorted(set(layouts[key][rest].astype(int)))
+            names: Sequence[str] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}.get(key, ())
+            values = ", ".join(names[v] if names else str(v) for v in there)
+            others = " with the rest" if len(holds) > 1 else ""
+            return (
+                f"no such layout for {found.job.stack.engine} on {found.job.world} devices: {key} can be {values}{others}"
+            )
+    return f"no layout has any two of these for {found.job.stack.engine} on {found.job.world} devices"
 
 
 def sensitivity(found: Found, k: Constants) -> list[tuple[str, float]]:

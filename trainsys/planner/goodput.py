@@ -60,7 +60,12 @@ def goodput(
     return Goodput(mtbf, interval, checkpoint_s, interval / wall)
 
 
-def checkpoint_seconds(params: float, nodes: int, gb_s_per_node: float, blocking: float = 0.1) -> float:
-    """Seconds training stands still for a checkpoint of 12 bytes a parameter (fp32 master and two moments) that all
-    nodes write at once; ``blocking``: share of the write that is not hidden by asynchronous saving."""
-    return blocking * 12.0 * params / (gb_s_per_node * 1e9 * nodes)
+def checkpoint_seconds(
+    params: float, nodes: int, gb_s_per_node: float, storage_gb_s: float, blocking: float = 0.1
+) -> float:
+    """Seconds training stands still for a checkpoint of 12 bytes a parameter (fp32 master and two moments).
+
+    All nodes write at once, at ``gb_s_per_node`` each and ``storage_gb_s`` together at most; ``blocking``: share of the
+    write that is not hidden by asynchronous saving.
+    """
+    return blocking * 12.0 * params / (1e9 * min(gb_s_per_node * nodes, storage_gb_s))

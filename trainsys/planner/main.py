@@ -79,7 +79,7 @@ def result(found: Found, cluster: Cluster, top: int, why: str | None) -> dict[st
     k = shipped()
     nodes = max(found.job.world // cluster.gpus_per_node, 1)
     params = param_counts(found.job.model).total
-    save_s = checkpoint_seconds(params, nodes, cluster.checkpoint_gb_s)
+    save_s = checkpoint_seconds(params, nodes, cluster.checkpoint_gb_s, cluster.storage_gb_s)
     good = goodput(nodes, cluster.mtbf_hours_per_node * 3600.0, save_s, cluster.restart_s)
     first = entry(found, 0)
     return {

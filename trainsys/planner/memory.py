@@ -171,7 +171,9 @@ def peak_memory(c: Cases, m: MemoryConstants) -> Memory:
         own_head = np.where(c.pp > 1, head, head * (1.0 - c.tied)) * embed
         table = embeddings * embed - own_head
         block = dense_layer + expert_layer
-        *most, buffers = summits(c, kept_bytes, layers, block, table, own_head, head, live)
+        *most, buffers = summits(
+            c, kept_bytes, layers, block, expert_layer, table, own_head, head, live
+        )
         exact = (*most, buffers + m.overhead_bytes)
         if np.all(own):
             return exact

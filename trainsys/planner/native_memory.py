@@ -67,6 +67,7 @@ def summits(
     a_layer: Layer,
     layers: Array,
     block: Array,
+    experts: Array,
     first: Array,
     head: Array,
     loss_here: Array,
@@ -78,6 +79,7 @@ def summits(
         a_layer: `layer_bytes` of the cases.
         layers: of the stage.
         block: parameters of a mean layer on one rank, before FSDP.
+        experts: those of them that are routed experts, of which a rank of ep has its own already.
         first, head: parameters of the embedding and of a head of its own, 0 where the stage has none.
         loss_here: 1 where the stage ends in the loss.
         flight: micro-batches in flight when fullest.
@@ -86,7 +88,13 @@ def summits(
     n = c.opt_shard
     ends = first + head
     count = layers * block + ends
+    # FSDP shards experts over the n/ep ranks that hold the same ones, all else over n.
+    layers_owned = layers * (block + (c.ep - 1.0) * experts) / n
+    owned = layers_owned + ends / n
     keeps_blocks = piped | (c.zero < 3)
+    # Experts that no other rank of FSDP holds are no unit of it: nothing gathers them, and their casts are kept.
+    loose = np.where(sharded & (c.ep == n), experts, 0.0)
+    unit = block - loose
     whole, entry, kept, again = a_layer
     tail = np.where(loss_here > 0, entry + c.tokens * c.d_model * _ELEMENT, 0.0)
     acts = flight * (layers * kept + tail) + 2.0 * 4.0 * c.tokens * c.head_dim
@@ -97,16 +105,18 @@ def summits(
     whole_grads = np.where(many | (~sharded & (replicas > 1) & ~split), 4.0 * count, 0.0)
     # A replica's piece of them. The last buckets of a backward, the embedding's among them, are on their way until the
     # next one needs the room.
-    piece = 4.0 * count / (n * replicas)
+    piece = 4.0 * owned / replicas
     flying = 4.0 * (1.0 + 1.0 / replicas) * (first + 0.5 * block) / n
     held = np.where(pieced, np.where(many, piece + flying, 0.0), whole_grads)
-    state, moments = 4.0 * count / n, np.where(split, 2.0 * piece, 8.0 * count / n)
+    state, moments = 4.0 * owned, np.where(split, 2.0 * piece, 8.0 * owned)
     zero = np.zeros(())
 
     logits_n = np.where(loss_here > 0, c.tokens * c.vocab / c.tp, 0.0)
     # A weight's cast is kept once for each micro-batch in flight.
-    casts = np.where(sharded, 0.0, _ELEMENT * flight * np.where(again, head, count - first))
-    gathered = np.where(sharded, _ELEMENT * (ends + np.where(keeps_blocks, layers * block, 0.0)), 0.0)
+    casts = _ELEMENT * flight * np.where(
+        sharded, np.where(again, 0.0, layers * loose), np.where(again, head, count - first)
+    )
+    gathered = np.where(sharded, _ELEMENT * (ends + np.where(keeps_blocks, layers * unit, 0.0)), 0.0)
     # The gradient, and the fp32 piece that is worked on; of several, the one before goes only when the next is there.
     pieces = np.where(logits_n > _LOSS_PIECE, 8.0 * _LOSS_PIECE, 4.0 * logits_n)
     # In chunks: their logits and gradients, and the head's gradient in fp32, ready before backward, with a product that
@@ -131,11 +141,15 @@ def summits(
 
     # The last layer's backward: two blocks gathered, one layer again, four hidden states and three of the stream.
     gathered = np.where(
-        sharded, _ELEMENT * (ends + np.where(keeps_blocks, layers, np.minimum(layers, 2.0)) * block), 0.0
+        sharded, _ELEMENT * (ends + np.where(keeps_blocks, layers, np.minimum(layers, 2.0)) * unit), 0.0
     )
     width = np.where(c.n_experts > 0, c.top_k * c.d_expert + c.d_shared, c.d_ff)
     made = c.tokens * _ELEMENT * (4.0 * width / c.tp + 3.0 * c.d_model)
-    casts = np.where(sharded, 0.0, _ELEMENT * np.where(again, block, flight * (count - ends)))
+    casts = _ELEMENT * np.where(
+        sharded,
+        np.where(again, 1.0, flight * layers) * loose,
+        np.where(again, block, flight * (count - ends)),
+    )
     new = np.where(
         sharded,
         _ELEMENT * (head + 0.6 * block),
@@ -146,24 +160,28 @@ def summits(
         acts - tail + np.where(again, whole - kept, 0.0) + casts + made, zero, zero,
     )  # fmt: skip
 
+    # Gradients of stacked experts, as the next layer down makes them, beside those that are being reduced.
+    expert_grads = np.where(sharded & (c.ep == 1), 0.85 * _ELEMENT * experts, 0.0)
     # The block after that reduces its gradients, from a flat fp32 copy, while the next one is gathered, flat and whole.
     alone = sharded & ~piped
     reduced = (
-        state + _ELEMENT * (ends + np.where(keeps_blocks, layers, np.minimum(layers, 2.0) - 1.0) * block),
-        held + np.where(many, 0.0, _ELEMENT * (head + block)), moments,
-        np.where(alone, np.maximum(layers - 2.0, 0.0) * kept + np.where(again, whole, 0.0), -np.inf), zero,
-        (4.0 + np.where(keeps_blocks, 0.0, _ELEMENT)) * block,
+        state + _ELEMENT * (ends + np.where(keeps_blocks, layers, np.minimum(layers, 2.0) - 1.0) * unit),
+        held + np.where(many, 0.0, _ELEMENT * (head + unit) + 4.0 * loose), moments,
+        np.where(
+            alone, np.maximum(layers - 2.0, 0.0) * kept + np.where(again, whole, 0.0) + expert_grads, -np.inf
+        ), zero,
+        (4.0 + np.where(keeps_blocks, 0.0, _ELEMENT)) * unit,
     )  # fmt: skip
 
     # All gradients are there. Without a pipeline blocks are reduced one by one and only the root is left.
-    root = np.where(many, 4.0, _ELEMENT) * ends + 4.0 * (count - ends) / n
+    root = np.where(many, 4.0, _ELEMENT) * ends + 4.0 * layers_owned
     rest = (flight - 1.0) * (layers * kept + np.where(sharded | again, 0.0, _ELEMENT * layers * block))
     plain_grads = 4.0 * count + np.where(many, 4.0, 0.0) * first
     last = (
         state + np.where(sharded & piped, _ELEMENT * count, 0.0),
         np.where(sharded, np.where(piped, (4.0 + _ELEMENT) * count, root), plain_grads),
         moments,
-        np.where(piped, rest, zero) + entry,
+        np.where(piped, rest + expert_grads, zero) + entry,
         zero,
         np.where(sharded & ~piped, 4.0 * ends, 0.0),
     )  # fmt: skip

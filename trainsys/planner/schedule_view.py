@@ -21,17 +21,18 @@ _NAMES = {"F": "forward", "B": "backward", "I": "gradient of input", "W": "gradi
 
 
 def text(sim: Timeline, width: int = 100) -> str:
-    """One line a rank, ``width`` characters for the whole span: the kind that fills most of each slot, ``.`` idle."""
+    """One line a rank, ``width`` characters for the whole span: what most of each slot goes to, ``.`` idle."""
     step = sim.step_time / width
     lines = []
     for r, ops in enumerate(sim.ranks):
-        row = ["."] * width
-        share = [0.0] * width
+        # Slots may be longer than operations: what counts is how much of a slot each kind takes in all.
+        busy = {kind: np.zeros(width) for kind in _COLOURS}
         for t in ops:
             for x in range(int(t.start / step), min(int(np.ceil(t.end / step)), width)):
-                part = min(t.end, (x + 1) * step) - max(t.start, x * step)
-                if part > max(share[x], 0.5 * step - 1e-12):
-                    row[x], share[x] = t.action.op, part
+                busy[t.action.op][x] += min(t.end, (x + 1) * step) - max(t.start, x * step)
+        kinds = [*busy, "."]
+        idle = step * (1.0 + 1e-9) - sum(busy.values())
+        row = [kinds[i] for i in np.argmax(np.stack([*busy.values(), idle]), axis=0)]
         lines.append(f"{r:>3} " + "".join(row) + f"  in flight {sim.in_flight_rank[r]}")
     return "\n".join(lines) + f"\nbubble {100 * sim.bubble:.1f}%, span {sim.step_time:.4g} s"
 

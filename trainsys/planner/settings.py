@@ -8,12 +8,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainsys.errors import UserError
 from trainsys.planner.cases import RECOMPUTES, SCHEDULES
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 KEYS = (*AXES, "micro_batch", "vpp", "schedule", "recompute", "reshard")
 CONFIG_NAMES = {"interleaved": "interleaved_1f1b", "zb1": "zero_bubble"}
+_HEADINGS = {"mb": "micro_batch", "shard": "dp_shard", "rep": "dp_replicate"}
 Columns = dict[str, NDArray[np.float64]]
+
+
+def key_and_value(name: str, value: str) -> tuple[str, float]:
+    """What ``name`` (a key, or a heading of the table) and ``value`` are in the columns of layouts.
+
+    Raises:
+        UserError: no such key, or the key has no such value.
+    """
+    key = _HEADINGS.get(name, name)
+    if key not in KEYS:
+        raise UserError(f"{name!r} is not one of {', '.join(KEYS)}")
+    names = {"schedule": SCHEDULES, "recompute": RECOMPUTES}.get(key)
+    if names is not None:
+        planned = {told: name for name, told in CONFIG_NAMES.items()}.get(value, value)
+        if planned not in names:
+            raise UserError(f"{value!r}: {key} is one of {', '.join(names)}")
+        return key, float(names.index(planned))
+    try:
+        return key, float(value)
+    except ValueError:
+        raise UserError(f"{key}: {value!r} is not a number") from None
 
 
 def config_name(schedule: str) -> str:

@@ -18,7 +18,7 @@ from trainsys.flops import layer_params
 from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
 from trainsys.planner.machine import Machine
 from trainsys.planner.runnable import runnable
-from trainsys.planner.settings import KEYS, config_name
+from trainsys.planner.settings import KEYS, config_name, key_and_value
 from trainsys.planner.stacks import STACKS, Stack
 from trainsys.schedules.actions import rank_of, stages_of
 from trainsys.schedules.build import placement, problems, splits_backward
@@ -52,21 +52,15 @@ def parse_limits(texts: Iterable[str]) -> list[Limit]:
     limits = []
     for text in texts:
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|==|=|<|>)\s*([\w+]+)\s*", text)
-        if not match or match[1] not in KEYS:
+        if not match:
             raise UserError(
                 f"--limit {text!r}: write KEY<=N, KEY>=N or KEY=N with KEY one of {', '.join(KEYS)}"
             )
-        names = {"schedule": SCHEDULES, "recompute": RECOMPUTES}.get(match[1])
-        if names is not None:
-            if match[3] not in names:
-                raise UserError(f"--limit {text!r}: {match[1]} is one of {', '.join(names)}")
-            value = float(names.index(match[3]))
-        else:
-            try:
-                value = float(match[3])
-            except ValueError:
-                raise UserError(f"--limit {text!r}: {match[3]!r} is not a number") from None
-        limits.append(Limit(match[1], match[2], value))
+        try:
+            key, value = key_and_value(match[1], match[3])
+        except UserError as error:
+            raise UserError(f"--limit {text!r}: {error}") from None
+        limits.append(Limit(key, match[2], value))
     return limits
 
 
