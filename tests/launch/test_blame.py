@@ -15,6 +15,7 @@ def test_one_sure_finding_is_enough_and_others_must_come_twice() -> None:
     assert to_leave([once]) == {}
     assert to_leave([once, once]) == {}, "the same attempt"
     assert to_leave([once, Blame("n1", "slower", False, 3)]) == {"n1": "slower"}
+    assert to_leave([once, Blame("n1", "slow", False, 0, task=3)]) == {"n1": "slow"}, "two tasks of an array"
     assert to_leave([once, Blame("n2", "wrong", True, 0)]) == {"n2": "wrong"}
 
 

@@ -121,6 +121,15 @@ def test_what_the_user_has_set_stays() -> None:
     )
 
 
+def test_an_address_given_by_hand_saves_asking_for_the_head_nodes_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(network, "resolve", lambda host: asked.append(host) or host)
+    prepare(slurm_variables(SLURM_JOB_NODELIST="nowhere.invalid", MASTER_ADDR="127.0.0.1"))
+    assert asked == ["127.0.0.1"]
+
+
 def test_a_head_node_without_an_address_is_a_machines_fault_of_one_line() -> None:
     with pytest.raises(
         MachineFault, match=r"head node nowhere\.invalid: .* cannot resolve this name"
