@@ -11,6 +11,8 @@ import torch
 
 from trainsys.checkpoint.atoms import AtomReader
 from trainsys.checkpoint.convert import diff
+from trainsys.checkpoint.deepspeed_universal import export as universal
+from trainsys.checkpoint.deepspeed_universal import import_ as import_universal
 from trainsys.checkpoint.hf import INDEX, export, import_, open_folder, our_name, their_name
 from trainsys.checkpoint.hf_config import ARCHITECTURES, from_hf_config, to_hf_config
 from trainsys.checkpoint.inspect import open_checkpoint
@@ -247,3 +249,26 @@ def test_configs_come_back(tmp_path: Path) -> None:
     gelu = cfg.model_copy(update={"ffn_kind": "gelu"})
     with pytest.raises(UserError, match="ffn_kind=gelu"):
         to_hf_config(gelu)
+
+
+def test_nothing_is_written_into_a_folder_that_is_used(tmp_path: Path) -> None:
+    """An import would take the place of a run's newest checkpoint; a file in the way is no traceback either."""
+    save(tmp_path / "hf")
+    checkpoint = import_(tmp_path / "hf", tmp_path / "run")
+    universal(checkpoint, tmp_path / "universal")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "lineage").write_text("a run that saved nothing yet")
+    before = {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))}
+    writers: list[tuple[Any, Path]] = [
+        (import_, tmp_path / "hf"), (import_universal, tmp_path / "universal"), (export, checkpoint),
+        (convert, checkpoint), (universal, checkpoint),
+        (lambda source, target: convert(source, target, to="dcp"), checkpoint),
+    ]  # fmt: skip
+    for write, source in writers:
+        for target in ("run", "file"):
+            with pytest.raises(UserError, match=r"name a new") as error:
+                write(source, tmp_path / target)
+            assert len(str(error.value).splitlines()) == 1
+    assert {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))} == before
+    import_(tmp_path / "hf", tmp_path / "begun")

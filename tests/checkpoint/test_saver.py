@@ -170,7 +170,7 @@ def test_a_step_goes_on_while_the_save_is_written_and_the_next_save_waits(
     stuck.set()
     second.join(30)
     saver.close()
-    found = find(Folder(tmp_path), str(tmp_path / "step_0000000001"), Ranks())
+    found = find(Folder(tmp_path / "other"), str(tmp_path / "step_0000000001"), Ranks())
     assert found is not None
     load(found, engine, Ranks())
     for t in engine.state():
@@ -200,7 +200,7 @@ def test_convert_and_diff(tmp_path: Path) -> None:
     assert any(line.startswith("embed.weight: ") and "elements differ" in line for line in lines)
     weights = convert(tmp_path / "run", tmp_path / "weights", weights_only=True)
     assert diff(one, weights)[0].endswith(f"only in {one}")
-    with pytest.raises(UserError, match="has files"):
+    with pytest.raises(UserError, match="not an empty folder"):
         convert(tmp_path / "run", tmp_path / "whole")
     convert(tmp_path / "run", tmp_path / "dcp", to="dcp")
     state = {t.name: torch.zeros_like(t.data) for t in build(config("single")).state()}

@@ -40,6 +40,16 @@ def test_reads_what_the_format_says(tmp_path: Path, code: int, dtype: str, modes
         assert [corpus.doc_span(d) for d in range(corpus.n_docs)] == [(0, 3), (3, 6), (6, 10)]
 
 
+def test_other_tokens_under_the_same_index_are_other_data(tmp_path: Path) -> None:
+    prints = []
+    for tokens in (FLAT, [*FLAT[:-1], 9]):
+        prefix = write_megatron(tmp_path / "corpus")
+        prefix.with_suffix(".bin").write_bytes(np.array(tokens, "<u2").tobytes())
+        prints.append(open_megatron(str(prefix)).record)
+    assert prints[0]["fingerprint"] == prints[1]["fingerprint"]
+    assert prints[0]["tokens_fingerprint"] != prints[1]["tokens_fingerprint"]
+
+
 def test_source_from_megatron_masks_documents(tmp_path: Path, make_config: Any) -> None:
     prefix = write_megatron(tmp_path / "corpus")
     cfg = make_config(

@@ -192,7 +192,7 @@ def new_run(root: Path) -> Folder:
         p.name for p in _children(root) if p.name != LINEAGE and not p.name.startswith((_SAVING, _DROPPED))
     ]
     if used or (root.exists() and not root.is_dir()):
-        what = f"holds {sorted(used)[0]}" if used else "is no folder"
+        what = f"holds {max(used)}" if used else "is no folder"
         raise UserError(
             f"{root} {what}: an import begins a new run, so name a new folder; or train.init_from=DIR starts a run from "
             "weights that are not imported"

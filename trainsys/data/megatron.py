@@ -19,6 +19,7 @@ from trainsys.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+_BLOCK = 4096
 # Codes of integer types; 6 and 7 are floats, which are no tokens.
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
@@ -74,8 +75,19 @@ def open_megatron(prefix: str) -> Corpus:
         "path": prefix,
         "fingerprint": hashlib.sha256(raw).hexdigest(),
         "fingerprint_of": "the .idx file",
+        "tokens_fingerprint": _fingerprint(raw, tokens, size),
     }
     # Empty documents would make two boundaries of one: dropped.
     offsets = np.unique(ends[documents])
     # The format names neither vocabulary nor padding id. Padding is masked in labels, so any id serves: 0.
     return Corpus(prefix, [Segment(np.memmap(tokens, dtype, "r"), offsets)], 0, None, record)
+
+
+def _fingerprint(index: bytes, tokens: Path, size: int) -> str:
+    """Of the whole index and of 256 blocks of 4 KiB spread over the tokens, which may be terabytes."""
+    digest = hashlib.sha256(index)
+    with open(tokens, "rb") as file:
+        for at in sorted({max(0, size - _BLOCK) * i // 255 for i in range(256)}):
+            file.seek(at)
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()

@@ -26,8 +26,6 @@ class RunInfo:
     """This attempt's."""
     run_dir: Path
     steps: int
-    lineage: str = ""
-    """The run's over all attempts: what a sink that can go on with an earlier attempt's record goes by."""
     first_step: int = 0
     world: int = 1
     layout: str = ""
@@ -40,6 +38,8 @@ class RunInfo:
     tags: Sequence[str] = ()
     pid: int | None = None
     """Of the process that trains, where that is another one."""
+    lineage: str = ""
+    """The run's over all attempts: what a sink that can go on with an earlier attempt's record goes by."""
 
 
 class Sink(Protocol):
