@@ -21,7 +21,7 @@ BASE = [
 CASES = {
     "fsdp": (8, {"dp_shard": 8}, ()),
     "hsdp": (8, {"dp_replicate": 2, "dp_shard": 4}, ()),
-    "tp": (8, {"dp_shard": 2, "tp": 4}, ("parallel.sequence_parallel=true",)),
+    "tp": (8, {"dp_shard": 2, "tp": 4}, ("parallel.sequence_parallel=true", "model.n_layers=2")),
     "cp": (4, {"dp_shard": 2, "cp": 2}, ("train.seq_len=1024", "model.n_layers=2")),
     "pp": (8, {"pp": 2, "dp_shard": 4}, ()),
     "replicas": (8, {"dp_replicate": 8, "dp_shard": 1}, ()),
