@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.made_run import as_lines
 
+from support.made_run import as_lines
 from trainsys import cli
 from trainsys.config.loader import load_run as load_config_file
 from trainsys.hardware import lookup

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.made_run import as_lines
 
+from support.made_run import as_lines
 from trainsys.errors import UserError
 from trainsys.telemetry.events import DeviceStep, Flops, RunStart
 from trainsys.telemetry.reader import event_file

@@ -7,6 +7,7 @@ of theirs is a column over the records that have it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -103,7 +104,7 @@ class Records:
         """The same typed, without those of some types; None for one that this version does not know."""
         for record in self.rows(but):
             try:
-                yield msgspec.convert(record, AnyEvent)  # type: ignore[arg-type]
+                yield msgspec.convert(record, AnyEvent)
             except msgspec.ValidationError:
                 yield None
 
@@ -211,7 +212,7 @@ def _put(record: dict[str, Any], route: list[str | int], value: Any) -> None:
     if not route:  # a record without anything
         return
     into: Any = record
-    for step, following in zip(route, route[1:], strict=False):
+    for step, following in pairwise(route):
         into = _slot(into, step, {} if isinstance(following, str) else [])
     _slot(into, route[-1], value)
 
