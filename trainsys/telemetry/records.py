@@ -40,7 +40,9 @@ class Records:
         self.shapes, self.shape_of = shapes, shape_of
         self.all_names = list(dict.fromkeys(name for names, _ in shapes for name in names))
         self._make = make
+        self._known = set(self.all_names)
         self._made: dict[str, Column] = {}
+        self._there: dict[str, Mask] = {}
         self._events = [_event_of(shape) for shape in shapes]
 
     def __len__(self) -> int:
@@ -53,7 +55,9 @@ class Records:
 
     def there(self, name: str) -> Mask:
         """[n]: which records have this column."""
-        return np.array([name in names for names, _ in self.shapes], bool)[self.shape_of]
+        if name not in self._there:
+            self._there[name] = np.array([name in names for names, _ in self.shapes], bool)[self.shape_of]
+        return self._there[name]
 
     def of(self, event: str) -> Mask:
         """[n]: which records are of this type."""
@@ -66,15 +70,15 @@ class Records:
         return list(dict.fromkeys(name.split(KEY)[0].split(PLACE)[0] for name in found))
 
     def column(self, event: str, *path: str) -> tuple[Floats, Mask]:
-        """A number of all records as floats, 0 where it is not there; and where it is. A place in a list is written
-        behind its name: ``at("all_reduce", 2)``."""
+        """A number of all records as floats, 0 where it is not there; and where it is. Not to be changed. A place in a
+        list is written after its name: ``at("all_reduce", 2)``."""
+        found = [name for kind in "if" if (name := kind + KEY.join((event, *path))) in self._known]
+        if len(found) == 1:
+            return self.raw(found[0]).astype(np.float64, copy=False), self.there(found[0])
         values, there = np.zeros(len(self)), np.zeros(len(self), bool)
-        for kind in "if":
-            name = kind + KEY.join((event, *path))
-            if name in self.all_names:
-                mask = self.there(name)
-                values[mask] = self.raw(name)[mask]
-                there |= mask
+        for name in found:
+            values += self.raw(name)
+            there |= self.there(name)
         return values, there
 
     def rows(self, but: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
