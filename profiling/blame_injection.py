@@ -32,7 +32,6 @@ from trainsys.profiler.blame import find_blame, judge_window  # noqa: E402
 from trainsys.profiler.links import own_time  # noqa: E402
 from trainsys.profiler.run_steps import load_steps  # noqa: E402
 from trainsys.profiler.steps import StepTable  # noqa: E402
-from trainsys.telemetry.run_data import load_run  # noqa: E402
 
 KINDS = ("compute", "data", "link", "gc", "none")
 LAYOUTS = (
@@ -86,7 +85,6 @@ def real_run(seed: int, only: str | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         spec = Standin(tuple(layout.items()), steps=steps, seed=seed, faults=faults)
         run_ranks(world, run, spec, folder, timeout_s=120)
-        start = load_run(folder)
         table = load_steps(folder)
         verdicts = find_blame(table)
     good = right(kind, ranks, axis, verdicts)

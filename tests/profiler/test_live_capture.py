@@ -37,7 +37,6 @@ def train(folder: Path) -> None:
 
 def test_a_capture_tells_products_from_the_rest_and_counts_in_no_mean(tmp_path: Path) -> None:
     train(tmp_path)
-    start = load_run(tmp_path)
     table = load_steps(tmp_path)
     assert [c.step for c in table.captures] == [7, 15]
     forward, backward = table.phases["forward"][7, 0], table.phases["backward"][7, 0]

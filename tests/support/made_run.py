@@ -1,7 +1,7 @@
 """Event files of a made-up run as a recorder would write them: pipeline, tensor and sharded-data ranks, with noise.
 
-Everything goes through a real ``Recorder`` on a clock of its own, so phases, collectives, calls, memory, FLOPs and MFU are
-what a training run has, at any speed.
+Everything goes through a real ``Recorder`` on a clock of its own, so phases, collectives, calls, memory, FLOPs and MFU
+are what a training run has, at any speed.
 """
 
 from __future__ import annotations

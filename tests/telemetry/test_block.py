@@ -84,7 +84,8 @@ def test_any_records_come_back(some: list[dict[str, object]]) -> None:
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
-    comm = {axis: {"all_reduce": Comm(draw(int64), draw(int64), draw(floats))} for axis in draw(st.sets(names, max_size=2))}
+    axes = draw(st.sets(names, max_size=2))
+    comm = {axis: {"all_reduce": Comm(draw(int64), draw(int64), draw(floats))} for axis in axes}
     return Step(
         step=draw(int64), start_s=draw(floats), step_time_s=draw(floats), comm=comm,
         phases=draw(st.dictionaries(names, floats, max_size=4)), stalls=draw(st.dictionaries(names, floats, max_size=2)),
@@ -112,7 +113,8 @@ def test_any_events_come_back_in_order(some: list[Event], possible: block.Possib
 
 def test_a_share_of_the_peak_is_kept_by_what_it_follows_from() -> None:
     peak, world = 9.89e14, 7
-    some = [Step(step=i, start_s=0.0, step_time_s=0.1 + i * 1e-6, flops=Flops(1e15 / (i + 1), None, 2e15)) for i in range(64)]
+    flops = [Flops(1e15 / (i + 1), None, 2e15) for i in range(64)]
+    some = [Step(step=i, start_s=0.0, step_time_s=0.1 + i * 1e-6, flops=f) for i, f in enumerate(flops)]
     plain = len(block.dump(gathered(some), (peak, world)))
     for s in some:
         s.mfu = s.flops.model / (s.step_time_s * peak * world)  # type: ignore[union-attr]
@@ -145,7 +147,8 @@ def test_columns_of_a_block_are_those_of_its_steps(tmp_path: Path) -> None:
 @given(st.binary(max_size=80), st.integers(0, 2000), st.integers(1, 255))
 def test_a_damaged_block_is_none(rubbish: bytes, at: int, change: int) -> None:
     assert block.of_line(b"#" + rubbish.replace(b"\n", b"") + b"\n") is None
-    whole = bytearray(block.to_line(block.dump(gathered([Step(step=i, start_s=i / 7, step_time_s=0.1) for i in range(40)]))))
+    steps = gathered([Step(step=i, start_s=i / 7, step_time_s=0.1) for i in range(40)])
+    whole = bytearray(block.to_line(block.dump(steps)))
     whole[at % (len(whole) - 1)] ^= change
     found = block.of_line(bytes(whole))
     assert found is None or isinstance(found, Records)

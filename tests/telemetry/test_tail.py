@@ -23,7 +23,8 @@ def step(i: int) -> Step:
 
 def columns(path: Path) -> list[int]:
     """The numbers of all steps, as the readers of columns see them."""
-    return [int(n) for records, _ in iter_parts(path, Damage()) for n in records.column("step", "step")[0][records.of("step")]]
+    parts = (records for records, _ in iter_parts(path, Damage()))
+    return [int(n) for records in parts for n in records.column("step", "step")[0][records.of("step")]]
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: Path, events: list[Event]) -> list[tuple[bytes, bytes]]:
-    """Writes events one flush each; (file, tail) as they were after each. The writer is left as a killed one leaves it."""
+    """Writes events one flush each; (file, tail) as they were after each. Leaves both as a killed writer does."""
     w = EventWriter(path, flush_s=3600)
     seen = []
     for event in events:

@@ -1,7 +1,7 @@
 """A run's steps from its event files, a window at a time: what is kept of a rank is where its records are.
 
-While ``telemetry.run_data.load_run`` reads the files, ``RunSteps.visit`` notes which steps each part of them holds. Then any
-of them can be read as a ``StepTable``. So memory grows with a window times ranks, not with steps times ranks.
+While ``telemetry.run_data.load_run`` reads the files, ``RunSteps.visit`` notes which steps each part of them holds. Then
+any of them can be read as a ``StepTable``. So memory grows with a window times ranks, not with steps times ranks.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 WINDOW = 200
 """Steps of a window, and those that are judged at a time."""
-CACHED = 256
-"""Parts of files that are kept as they were read: the next window begins in the ones where this one ends."""
+CACHED = 128
+"""Ranks of which what was read last is kept: the next window begins in the parts of files where this one ends."""
 
 
 @dataclass
@@ -98,7 +98,7 @@ class RunSteps:
         self._names: dict[str, list[str]] = {"phases": [], "stalls": [], "comm": []}
         self._micro: dict[int, Pairs] = {}
         self._calls: dict[int, dict[str, Floats]] = {}
-        self._cache: dict[tuple[int, int], Records] = {}
+        self._cache: dict[int, dict[int, Records]] = {}
 
     # ---- while the files are read ----------------------------------------------------------------
 
@@ -244,12 +244,12 @@ class RunSteps:
             yield cut[0], cut[1]
 
     def _records(self, rank: int, number: int, part: _Part) -> Records:
-        records = self._cache.pop((rank, number), None)
-        if records is None:
-            records = part.place.read()
-            while len(self._cache) >= CACHED:
-                del self._cache[next(iter(self._cache))]
-        self._cache[rank, number] = records
+        mine = self._cache.pop(rank, {})
+        records = mine.pop(number, None) or part.place.read()
+        while len(self._cache) >= CACHED:
+            del self._cache[next(iter(self._cache))]
+        # This one and the one before: those in which a window ends and the next one begins.
+        self._cache[rank] = {**dict(list(mine.items())[-1:]), number: records}
         return records
 
 

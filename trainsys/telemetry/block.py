@@ -30,8 +30,8 @@ Possible = tuple[float, int] | None
 
 class _Column(msgspec.Struct, array_like=True):
     form: str
-    """``i``: integers; ``1``, ``us``, ``ns``: floats in such units; ``f4``, ``f8``: the bits of floats; ``share``: follows
-    from others whole."""
+    """``i``: integers; ``1``, ``us``, ``ns``: floats in such units; ``f4``, ``f8``: the bits of floats; ``share``:
+    computed from other columns."""
     packed: Packed | None = None
     guessed: bool = False
     """Kept is the difference from what other columns say."""

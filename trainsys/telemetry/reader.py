@@ -172,7 +172,7 @@ class _Source:
         """What each line holds, and where it ends."""
         for ended, line, whole in self._lines():
             found = None if line is None else _decode(line, self.path)
-            if found is not None and found is not False:
+            if not (found is None or isinstance(found, bool)):
                 yield ended, found
             elif not whole:
                 # A record may be whole although its newline is not: then nothing is lost.

@@ -7,6 +7,7 @@ of theirs is a column over the records that have it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -39,7 +40,9 @@ class Records:
         self.shapes, self.shape_of = shapes, shape_of
         self.all_names = list(dict.fromkeys(name for names, _ in shapes for name in names))
         self._make = make
+        self._known = set(self.all_names)
         self._made: dict[str, Column] = {}
+        self._there: dict[str, Mask] = {}
         self._events = [_event_of(shape) for shape in shapes]
 
     def __len__(self) -> int:
@@ -52,7 +55,9 @@ class Records:
 
     def there(self, name: str) -> Mask:
         """[n]: which records have this column."""
-        return np.array([name in names for names, _ in self.shapes], bool)[self.shape_of]
+        if name not in self._there:
+            self._there[name] = np.array([name in names for names, _ in self.shapes], bool)[self.shape_of]
+        return self._there[name]
 
     def of(self, event: str) -> Mask:
         """[n]: which records are of this type."""
@@ -65,15 +70,15 @@ class Records:
         return list(dict.fromkeys(name.split(KEY)[0].split(PLACE)[0] for name in found))
 
     def column(self, event: str, *path: str) -> tuple[Floats, Mask]:
-        """A number of all records as floats, 0 where it is not there; and where it is. A place in a list is written
-        behind its name: ``at("all_reduce", 2)``."""
+        """A number of all records as floats, 0 where it is not there; and where it is. Not to be changed. A place in a
+        list is written after its name: ``at("all_reduce", 2)``."""
+        found = [name for kind in "if" if (name := kind + KEY.join((event, *path))) in self._known]
+        if len(found) == 1:
+            return self.raw(found[0]).astype(np.float64, copy=False), self.there(found[0])
         values, there = np.zeros(len(self)), np.zeros(len(self), bool)
-        for kind in "if":
-            name = kind + KEY.join((event, *path))
-            if name in self.all_names:
-                mask = self.there(name)
-                values[mask] = self.raw(name)[mask]
-                there |= mask
+        for name in found:
+            values += self.raw(name)
+            there |= self.there(name)
         return values, there
 
     def rows(self, but: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
@@ -103,7 +108,7 @@ class Records:
         """The same typed, without those of some types; None for one that this version does not know."""
         for record in self.rows(but):
             try:
-                yield msgspec.convert(record, AnyEvent)  # type: ignore[arg-type]
+                yield msgspec.convert(record, AnyEvent)
             except msgspec.ValidationError:
                 yield None
 
@@ -211,7 +216,7 @@ def _put(record: dict[str, Any], route: list[str | int], value: Any) -> None:
     if not route:  # a record without anything
         return
     into: Any = record
-    for step, following in zip(route, route[1:], strict=False):
+    for step, following in pairwise(route):
         into = _slot(into, step, {} if isinstance(following, str) else [])
     _slot(into, route[-1], value)
 

@@ -1,8 +1,9 @@
 """What of a step is kept on file: times to the microsecond or to one part in eight thousand, whichever is coarser.
 
-A step's own time and start are whole microseconds, and its phases sum to it: ``other`` takes what rounding moves. A single
-call of a phase is kept to one part in 512. Where a step has many (micro-batches times virtual stages) those of every second,
-third, ... step are kept, so that there are ``CALLS`` a step: medians and correlations over a run do not notice.
+A step's own time and start are whole microseconds, and its phases sum to it: ``other`` takes what rounding moves. A
+single call of a phase is kept to one part in 512. Where a step has many (micro-batches times virtual stages) those of
+every second, third, ... step are kept, so that there are ``CALLS`` per step: medians and correlations over a run do not
+notice.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ COARSE = 9
 ROUNDED = 2
 """Microseconds between a step's end and the next one's start that are rounding."""
 CALLS = 16
-"""Single calls kept a step, on average, once ``ALL_CALLS`` steps have had all of theirs."""
+"""Single calls kept per step, on average, once ``ALL_CALLS`` steps have had all of theirs."""
 ALL_CALLS = 256
 
 

@@ -47,15 +47,13 @@ class StepColumns:
     @property
     def stalled_s(self) -> Floats:
         """Seconds of stalls before the step's end."""
-        return np.sum([np.zeros(len(self)), *self.named("stalls").values()], axis=0)
+        return sum(self.named("stalls").values(), start=np.zeros(len(self)))
 
     @property
     def nbytes(self) -> dict[str, Floats]:
         """axis -> bytes."""
-        return {
-            axis: np.sum([self.of("comm", axis, at(op, 1)) for op in self.records.names(self.event, "comm", axis)], axis=0)
-            for axis in self.records.names(self.event, "comm")
-        }
+        ops = {axis: self.records.names(self.event, "comm", axis) for axis in self.records.names(self.event, "comm")}
+        return {axis: np.sum([self.of("comm", axis, at(op, 1)) for op in found], axis=0) for axis, found in ops.items()}
 
     def calls_us(self, phase: str) -> tuple[Floats, Ints]:
         """Microseconds of the single calls of ``phase`` [n, most], and how many each step tells [n]."""

@@ -1,8 +1,8 @@
 """The records of a block under way, as JSON lines in a file of their own beside the rank's.
 
-Its first line says behind which byte of the rank's file they belong. The block that takes their place is appended there
-before the tail is emptied: a reader that finds a whole block at that byte needs the tail no more, and one that does not has
-the tail. So there is no moment at which a killed process has lost what it had written.
+Its first line says after which byte of the rank's file they belong. The block that replaces them is appended there before
+the tail is emptied: a reader that finds a whole block at that byte ignores the tail, and one that does not reads the
+tail. So there is no moment at which a killed process has lost what it had written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tail:
         self._size = 0
 
     def write(self, lines: bytes, after: int) -> None:
-        """Appends whole lines, which belong behind byte ``after`` of the rank's file, or none. Raises OSError."""
+        """Appends whole lines, which belong after byte ``after`` of the rank's file, or none. Raises OSError."""
         if self._fd < 0:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
         data = lines if self._size else msgspec.json.encode(_Head(after)) + b"\n" + lines
@@ -70,7 +70,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def read(file: str | Path) -> tuple[int, bytes] | None:
-    """Behind which byte of the rank's file the tail belongs, and its lines; None where there is no tail, or where the
+    """After which byte of the rank's file the tail belongs, and its lines; None where there is no tail, or where the
     rank's file has them already. To be called before that is read."""
     try:
         with open(path_of(file), "rb") as lines:

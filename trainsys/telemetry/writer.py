@@ -1,8 +1,8 @@
 """Appending records to a file without the training step ever waiting for a disk.
 
-Records older than the block under way are in the rank's file, packed (``telemetry.block``); those of the block under way
-are JSON lines in its *tail* (``telemetry.tail``). So a process that is killed at any moment leaves all it had flushed, and
-a run takes a few tens of bytes a step.
+Finished blocks are in the rank's file, packed (``telemetry.block``); the records of the block under way are JSON lines in
+its *tail* (``telemetry.tail``). So a process that is killed at any moment leaves all it had flushed, and a run takes a
+few tens of bytes per step.
 """
 
 from __future__ import annotations
