@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from trainsys.errors import UserError
 from trainsys.profiler.trace.breakdown import break_down
 from trainsys.profiler.trace.classify import COMM, classify
 from trainsys.profiler.trace.columns import Activities, RankTrace
 from trainsys.profiler.trace.commlist import CommList, list_communications
+from trainsys.profiler.trace.health import examine
 from trainsys.profiler.trace.hostside import break_down_host
 from trainsys.profiler.trace.intervals import Ints
 from trainsys.profiler.trace.kernels import kernel_rows, launch_stats
@@ -98,6 +100,8 @@ def _analysed(path: Path, trace: RankTrace, device: int | None) -> Analysed:
     kinds, launches = loaded.kinds, loaded.launches
     comms = list_communications(trace, kinds, launches)
     breakdown = break_down(trace, kinds, launches) or break_down_host(trace, comms)
+    if breakdown is None or not (len(trace.device) or trace.host_busy[0].size or len(comms)):
+        raise UserError(_nothing_timed(path, trace))
     rows, work = products(trace, kinds, launches)
     if launches.unlinked:
         trace.said["unlinked: device activities without a recorded launch"] += launches.unlinked
@@ -121,9 +125,19 @@ def _analysed(path: Path, trace: RankTrace, device: int | None) -> Analysed:
         "",
         dict(trace.said),
         lane=device,
+        health=examine(trace, launches),
     )
     steps = [n for _, _, n in host_steps(trace)]
     return Analysed(report, comms, trace.device_memory, trace.stated, trace.span, steps)
+
+
+def _nothing_timed(path: Path, trace: RankTrace) -> str:
+    if not trace.n_events:
+        return f"{path}: no events in it: the profiler recorded nothing; stop it before exporting (byte 0)"
+    return (
+        f"{path}: {trace.n_events} events and none of them is a timed activity of a device or operator: record with "
+        "activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] and export after the profiler has stopped"
+    )
 
 
 def waits_of(loaded: Loaded, wait_by_start: dict[int, int]) -> Ints:

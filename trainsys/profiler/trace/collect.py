@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from trainsys.profiler.trace import columns as col
 from trainsys.profiler.trace.args import args_of, correlations_of, number, ranks, shapes
 from trainsys.profiler.trace.decode import EventDecoder, to_ns
 from trainsys.profiler.trace.events import DEVICE, KINDS, NOTE, OPERATOR, PYTHON, RUNTIME, AnyEvent, Args
-from trainsys.profiler.trace.intervals import EMPTY, Ints, Spans, merge, union
+from trainsys.profiler.trace.health import UNTIMED, timed
+from trainsys.profiler.trace.intervals import EMPTY, Ints, Spans, clip, merge, union
+from trainsys.profiler.trace.kernel_names import LONGEST
 from trainsys.profiler.trace.opflops import COUNTED
+from trainsys.profiler.trace.untyped import Tracks
 
 _MERGE_EVERY = 64
 _ACTIVITY = {
@@ -40,8 +44,23 @@ def _ints(values: list[int]) -> Ints:
     return np.fromiter(values, np.int64, len(values))
 
 
+def _middle(start: Ints) -> int:
+    """A start in the middle of those that are no placeholder."""
+    real = start[start != 0]
+    return int(np.sort(real)[real.size // 2]) if real.size else 0
+
+
 MAX_NS = 1 << 62
 """The year 2116; two of them still make a number of 64 bits."""
+
+
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f]")
+
+
+def clean(name: str) -> str:
+    """Without terminal escapes and control characters, which would act on the reader's terminal; of bounded length."""
+    name = name[:LONGEST]
+    return name if name.isprintable() else _CONTROL.sub(" ", name).strip()
 
 
 class _Numbers(dict[Any, int]):
@@ -74,6 +93,7 @@ class Collector:
         self._low, self._high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
         self._per_unit = 0
         self._flags = _Flags()
+        self._tracks = Tracks()
 
     def add(self, events: list[AnyEvent]) -> bool:
         """Keep what matters of a chunk. False where its times need decoding as decimals first."""
@@ -94,6 +114,7 @@ class Collector:
         self._operators(*timed[OPERATOR])
         self._notes(*timed[NOTE])
         self._python(*timed[PYTHON])
+        self._tracks.add([e for e in rest if not e.cat])
         return True
 
     def _times(self, bucket: list[AnyEvent]) -> tuple[list[AnyEvent], Ints, Ints] | None:
@@ -250,7 +271,9 @@ class Collector:
     def finish(self) -> col.RankTrace:
         """The columns, in order of start; host spans merged."""
         trace = self.trace
-        trace.names = list(self._names)
+        if not self._parts["device"]:
+            self._untyped()
+        trace.names = [clean(n) for n in self._names]
         for part, kind, width in (
             ("device", col.Activities, 11),
             ("runtime", col.Calls, 5),
@@ -259,10 +282,42 @@ class Collector:
         ):
             chunks = self._parts.pop(part)
             if chunks:
-                merged = [np.concatenate([c[i] for c in chunks]) for i in range(width)]
+                merged = self._of_this_recording([np.concatenate([c[i] for c in chunks]) for i in range(width)])
                 order = np.argsort(merged[0], kind="stable")
                 setattr(trace, part, kind(*(m[order] for m in merged)))
         trace.host_busy = merge(*self._busy) if self._busy else EMPTY
         if self._high >= self._low:
             trace.span = (int(self._low), int(self._high))
+        if trace.said[UNTIMED]:
+            parts = [p for p in (trace.device, trace.runtime, trace.notes, trace.ops) if len(p)]
+            trace.span = (min(int(p.start.min()) for p in parts), max(int(p.end.max()) for p in parts))
+            trace.host_busy = clip(trace.host_busy, *trace.span)
         return trace
+
+    def _of_this_recording(self, columns: list[Ints]) -> list[Ints]:
+        good = timed(columns[0], _middle(columns[0]))
+        if good.all():
+            return columns
+        self.said[UNTIMED] += int((~good).sum())
+        return [c[good] for c in columns]
+
+    def _untyped(self) -> None:
+        """Device activities of a trace without categories, by its tracks."""
+        found = self._tracks.device_events()
+        times = self._times([e for e, _, _ in found])
+        if not found or times is None or len(times[0]) != len(found):
+            return
+        self.said["assumed: events without a category are the device's where their track is"] += 1
+        args = args_of(times[0], self.said)
+        none = [-1] * len(found)
+        columns = [
+            [col.MEMCPY if e.name.lower().startswith(("memcpy", "memset")) else col.KERNEL for e, _, _ in found],
+            [device for _, device, _ in found],
+            [stream for _, _, stream in found],
+            none,
+            none,
+            [a.bytes for a in args],
+            [0] * len(found),
+            none,
+        ]
+        self._parts["device"].append([*times[1:], self._name_ids(times[0]), *map(_ints, columns)])

@@ -37,8 +37,9 @@ _REPAIRS: tuple[tuple[str, re.Pattern[bytes], bytes], ...] = (
     ("trailing comma", re.compile(rb",(\s*[}\]])"), rb"\1"),
     ("missing comma", re.compile(rb"\}(\s*)\{"), rb"},\1{"),
     ("bad escape", re.compile(rb'(?<!\\)((?:\\\\)*)\\(?![\\"/bfnrtu])'), rb"\1\\\\"),
-    ("control character in a string", re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]"), b" "),
 )
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.S)
+_CONTROL = re.compile(rb"[\x00-\x1f]")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.S)
 _RESYNC = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|name|cat|pid|tid|ts)"\s*:)')
 
@@ -49,6 +50,12 @@ def mend(text: bytes, said: Counter[str]) -> bytes:
         text, n = pattern.subn(by, text)
         if n:
             said[f"repaired: {what}"] += n
+    if _CONTROL.search(text):
+        # Tabs and line ends between tokens are JSON, inside a string they are not.
+        mended = _STRING.sub(lambda m: _CONTROL.sub(b" ", m[0]), text)
+        mended = re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b" ", mended)
+        said["repaired: control character in a string"] += mended != text
+        text = mended
     try:
         text.decode()
     except UnicodeDecodeError:

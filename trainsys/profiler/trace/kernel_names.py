@@ -50,7 +50,7 @@ RULES = (
           r"^Ep(?:Dispatch|Combine)|(?:^|_)(?:a2a|alltoall)_|moe_?all_?to_?all|moe_?comm|deep_?ep|hybrid_?ep|cached_notify|notify_(?:dispatch|combine)"),
     _rule("namespace", COMM, "DeepEP", r"^(?:intranode|internode|internode_ll)$"),
     _rule("leaf", COMM, "named after a collective",
-          r"all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|^broadcast_kernel_p2p"),
+          r"all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter|all[-_]?to[-_]?all|^collective-permute|^broadcast_kernel_p2p"),
     # What a library calls by a matmul's name and is none.
     _rule("leaf", COMPUTE, "casts and quantisation", r"quanti[sz]|dequant|_quant_|scaled_fp[48]|^quant_|^(?!flash_).*convert|_cast_|cast_transpose|cast_kernel"),
     _rule("leaf", COMPUTE, "unfolding for a convolution", r"im2col|col2im"),
@@ -64,7 +64,7 @@ RULES = (
     # Matrix products and convolutions.
     _rule("leaf", MATMUL, "cuBLAS on Hopper and later", r"^nvjet"),
     _rule("leaf", MATMUL, "TensorRT-LLM generated matmul", r"^bmm_(?:E\dm\d|Bfloat16|Fp16|MxE|E2m1)|^gemm_"),
-    _rule("leaf", MATMUL, "matrix product", r"gemm|gemv|matmul|^mm_kernel|_mm_kernel|_bmm_|splitk_?reduce|wvSplitK|marlin|machete|cutlass_\d+_|^dot_kernel|xmma|hgmma|qgmma"),
+    _rule("leaf", MATMUL, "matrix product", r"gemm|gemv|matmul|^dot(?:\.\d+)?$|^mm_kernel|_mm_kernel|_bmm_|splitk_?reduce|wvSplitK|marlin|machete|cutlass_\d+_|^dot_kernel|xmma|hgmma|qgmma"),
     _rule("leaf", MATMUL, "Tensile, hipBLASLt, Composable Kernel", r"^cijk|^custom_cijk|xdlops?|_wmma_|streamk"),
     _rule("leaf", MATMUL, "convolution", r"conv(?!ert)|scudnn|fprop|dgrad|wgrad|winograd|igemm"),
     _rule("namespace", MATMUL, "matrix product", r"^(?:gemvx|gemv|deep_gemm|cublasLt|cublaslt|cutlass_cudnn_train|cutlass_cudnn_infer|epilogue)$"),

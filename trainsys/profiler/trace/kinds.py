@@ -14,11 +14,23 @@ _RECORDER = re.compile(rb'"(?:pg_config|pg_status|nccl_version|comm_lib_version)
 _HEAD = 1 << 16
 
 
+_EXPORT = {
+    ".nsys-rep": "a report of Nsight Systems; export it with `nsys export --type sqlite` and give the .sqlite file",
+    ".qdrep": "a report of Nsight Systems; export it with `nsys export --type sqlite` and give the .sqlite file",
+    ".ncu-rep": "a report of Nsight Compute, which is of single kernels; give a timeline of Nsight Systems or PyTorch's profiler",
+    ".xplane.pb": "JAX's own protocol buffer; give the .trace.json.gz that jax.profiler writes beside it",
+    ".pftrace": "Perfetto's protocol buffer; export JSON instead (rocprofv3: --output-format json is not one either: "
+    "use PyTorch's profiler)",
+}
+"""What to give instead, by the end of a name."""
+
+
 @dataclass(slots=True)
 class Inputs:
     traces: list[Path] = field(default_factory=list)
     dumps: list[Path] = field(default_factory=list)
     snapshots: list[Path] = field(default_factory=list)
+    timelines: list[Path] = field(default_factory=list)
     unread: list[tuple[Path, str]] = field(default_factory=list)
 
 
@@ -46,11 +58,14 @@ def sort_inputs(paths: list[str | Path]) -> Inputs:
 
 def _place(path: Path, out: Inputs) -> None:
     kind = kind_of(path)
-    {"trace": out.traces, "dump": out.dumps, "snapshot": out.snapshots}[kind].append(path)
+    {"trace": out.traces, "dump": out.dumps, "snapshot": out.snapshots, "timeline": out.timelines}[kind].append(path)
 
 
 def kind_of(path: Path) -> str:
-    """``trace``, ``dump`` (flight recorder) or ``snapshot`` (allocator). Raises UserError for anything else."""
+    """``trace``, ``dump`` (flight recorder), ``snapshot`` (allocator) or ``timeline``. Raises UserError for anything else."""
+    for suffix, what in _EXPORT.items():
+        if path.name.endswith(suffix):
+            raise UserError(f"{path}: {what}")
     head = peek(path, _HEAD)
     if not head:
         raise UserError(f"{path}: empty file at byte 0")
@@ -62,6 +77,10 @@ def kind_of(path: Path) -> str:
             return "dump"
         # A trace whose header outgrows the head is still most likely a trace: the reader will tell.
         return "trace"
+    if head[:16] == b"SQLite format 3\0":
+        return "trace"
+    if head[:4] == b"PAR1":
+        return "timeline"
     if head[:2] == b"PK":
         raise UserError(f"{path}: a zip archive (byte 0); unpack it and give the folder")
     raise UserError(

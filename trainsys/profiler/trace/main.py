@@ -67,7 +67,8 @@ def analyse(
     if critical and report.ranks:
         _critical(report, options, waits_by_start(windows, hosts) if len(hosts) > 1 else {})
     _others(inputs, report)
-    if not (report.ranks or report.hang or report.memory):
+    _timelines(inputs, report)
+    if not (report.ranks or report.hang or report.memory or report.timelines):
         raise UserError(_nothing(paths, report))
     if model is not None:
         if seq_len is None or tokens_per_step is None:
@@ -182,7 +183,7 @@ def _windows(captures: list[Analysed]) -> list[dict[int, CommList]]:
 
 def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]) -> None:
     """Of the rank that took longest; a faster rank's path ends in waiting for it."""
-    timed = [r for r in report.ranks if r.breakdown is not None]
+    timed = [r for r in report.ranks if r.breakdown is not None and r.trusted("idle")]
     if not timed:
         return
     slowest = max(
@@ -208,6 +209,16 @@ def _others(inputs: Inputs, report: Report) -> None:
 
         try:
             report.memory += analyse_snapshot(path)
+        except UserError as error:
+            report.unread.append(Unread(str(path), str(error)))
+
+
+def _timelines(inputs: Inputs, report: Report) -> None:
+    for path in inputs.timelines:
+        from trainsys.profiler.trace.optimeline import analyse_timeline
+
+        try:
+            report.timelines.append(analyse_timeline(path))
         except UserError as error:
             report.unread.append(Unread(str(path), str(error)))
 

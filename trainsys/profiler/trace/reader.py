@@ -25,8 +25,22 @@ def read_trace(path: str | Path, *, limits: Limits | None = None, keep_truncated
     events of a file that was cut off. What was mended or dropped is counted in ``RankTrace.said``.
     """
     path = Path(path)
-    trace = _read(path, limits, keep_truncated, exact=False)
-    return trace if trace is not None else _must(_read(path, limits, keep_truncated, exact=True))
+    if is_sqlite(path):
+        from trainsys.profiler.trace.nsight import read_nsight
+
+        trace = read_nsight(path)
+        name_device(trace)
+        return trace
+    read = _read(path, limits, keep_truncated, exact=False)
+    return read if read is not None else _must(_read(path, limits, keep_truncated, exact=True))
+
+
+def is_sqlite(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(16) == b"SQLite format 3\0"
+    except OSError:
+        return False  # whoever reads it says why it cannot be
 
 
 def _must(trace: RankTrace | None) -> RankTrace:

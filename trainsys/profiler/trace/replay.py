@@ -24,6 +24,10 @@ from trainsys.profiler.trace.intervals import Ints, covered
 from trainsys.profiler.trace.link import Launches
 
 NEAR_NS = 20_000
+HELD_NS = 50_000
+"""A host that does nothing for less may as well be thinking."""
+RETURN_NS = 15_000
+"""It goes on this soon after what it waited for has ended."""
 _NONE = -1
 
 
@@ -58,6 +62,10 @@ def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
     nd, nh = len(device), len(runtime)
     synced = np.array([SYNC.search(n) is not None for n in trace.names], bool)
     is_sync = synced[runtime.name] if nh else np.zeros(0, bool)
+    thread_prev = _previous(runtime.thread, np.arange(nh)) if nh else np.zeros(0, np.int64)
+    is_sync |= _held(trace, launches, runtime.start, runtime.end) >= 0
+    begin_gap = np.where(thread_prev >= 0, runtime.end[np.maximum(thread_prev, 0)], runtime.start) if nh else runtime.start
+    held_by = _held(trace, launches, begin_gap, runtime.start)
     start = np.concatenate([runtime.start, device.start])
     end = np.concatenate([runtime.end, device.end])
     kind = np.concatenate([np.where(is_sync, SYNCED, HOST), kinds]).astype(np.int64)
@@ -70,7 +78,6 @@ def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
     place[order] = np.arange(nh + nd)
 
     stream_prev, other = _stream_causes(trace, launches)
-    thread_prev = _previous(runtime.thread, np.arange(nh)) if nh else np.zeros(0, np.int64)
     waited = _waited_for(trace, is_sync)
     loading = data_spans(trace)
     g = Graph([], [], [], [], [], [], [], np.concatenate([runtime.name, device.name])[order].tolist(), [], 0)
@@ -81,6 +88,9 @@ def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
         if node < nh:
             if thread_prev[node] >= 0:
                 causes.append(int(place[thread_prev[node]]))
+            if held_by[node] >= 0:
+                causes.append(int(place[nh + held_by[node]]))
+                g.inferred += 1
         else:
             i = node - nh
             if stream_prev[i] >= 0:
@@ -138,6 +148,25 @@ def _stream_causes(trace: RankTrace, launches: Launches) -> tuple[Ints, Ints]:
     # Equal instants and zero lengths could otherwise make a cause of what comes later.
     seen &= candidate != np.arange(n)
     return before, np.where(seen, candidate, _NONE)
+
+
+def _held(trace: RankTrace, launches: Launches, begin: Ints, end: Ints) -> Ints:
+    """For each stretch of a host thread: the activity whose end ended it, or -1.
+
+    A program that reads a result, copies to pageable memory or polls an event makes no synchronising call, or a
+    short one again and again; what shows is that it goes on just after something ended that it had launched before.
+    """
+    device = trace.device
+    out = np.full(begin.size, _NONE, np.int64)
+    if not len(device) or not begin.size:
+        return out
+    by_end = np.argsort(device.end, kind="stable")
+    last = by_end[np.maximum(np.searchsorted(device.end[by_end], end, "right") - 1, 0)]
+    after = end - device.end[last]
+    hit = (end - begin >= HELD_NS) & (after >= 0) & (after <= RETURN_NS) & (device.end[last] > begin)
+    hit &= (launches.start[last] >= 0) & (launches.start[last] <= begin)
+    out[hit] = last[hit]
+    return out
 
 
 def _waited_for(trace: RankTrace, is_sync: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Ints:

@@ -12,7 +12,9 @@ from trainsys.profiler.memory_snapshot.report import MemoryReport
 from trainsys.profiler.trace.across import Across
 from trainsys.profiler.trace.breakdown import Breakdown
 from trainsys.profiler.trace.critical import CriticalPath
+from trainsys.profiler.trace.health import Finding
 from trainsys.profiler.trace.kernels import KernelRow, LaunchStats
+from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.roofline import ProductRow, Work
 
 SCHEMA = "trainsys.trace/1"
@@ -53,6 +55,12 @@ class RankReport:
     """Which of its rank's captures: 0 for the first stretch of time that was captured."""
     lane: int | None = None
     """The device of a file with several; each is a row of its own. None: the file has one."""
+    health: list[Finding] = field(default_factory=list)
+    """What is missing or contradicts itself, and what is withheld for it."""
+
+    def trusted(self, what: str) -> bool:
+        """Whether nothing spoils this kind of figure: ``time``, or ``idle`` (which all that spoils time spoils too)."""
+        return not any(f.spoils == "time" or f.spoils == what for f in self.health)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,7 @@ class Report:
     critical_rank: int | None = None
     hang: HangReport | None = None
     memory: list[MemoryReport] = field(default_factory=list)
+    timelines: list[TimelineReport] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
     schema: str = SCHEMA

@@ -9,6 +9,7 @@ from trainsys.profiler.hang.report import HangReport
 from trainsys.profiler.memory_snapshot.report import MemoryReport
 from trainsys.profiler.trace.across import Across
 from trainsys.profiler.trace.breakdown import Terms
+from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.report import RankReport, Report
 
 MOST_RANKS = 16
@@ -36,7 +37,7 @@ def share(part: float, whole: float) -> str:
 
 
 def render(report: Report) -> str:
-    out: list[str] = []
+    out = _health(report)
     if report.verdicts:
         out.append("What is wrong")
         for i, v in enumerate(report.verdicts, 1):
@@ -47,7 +48,7 @@ def render(report: Report) -> str:
     if report.across is not None and report.across.ranks:
         out += _across(report.across)
     elif report.across is not None:
-        out += ["Across ranks: nothing is compared, for want of evidence (see Notes)", ""]
+        out += ["Across ranks: nothing is compared, for want of evidence (see Trace health)", ""]
     if report.critical is not None:
         c = report.critical
         out.append(f"Critical path of rank {report.critical_rank} ({ms(c.span_ns)} ms)")
@@ -65,8 +66,29 @@ def render(report: Report) -> str:
         out += _hang(report.hang)
     for m in report.memory:
         out += _memory(m)
+    for line in report.timelines:
+        out += _timeline(line)
     out += _said(report)
     return "\n".join(out).rstrip() + "\n"
+
+
+def _health(report: Report) -> list[str]:
+    """What is missing, before anything is said: by finding, with the ranks that have it."""
+    by_text: dict[str, list[str]] = {}
+    for r in report.ranks:
+        for f in r.health:
+            by_text.setdefault(f.text, []).append(report.label(r))
+    lines = [
+        text if len(report.ranks) == 1 else f"rank {', '.join(ranks[:8])}{' and more' * (len(ranks) > 8)}: {text}"
+        for text, ranks in by_text.items()
+    ]
+    n = len({r.rank for r in report.ranks})
+    if report.world > n:
+        lines.append(f"{n} of {report.world} ranks were given: nothing is said of the others")
+    if report.across is not None:
+        lines += [f"not compared: {why}" for why in report.across.withheld[:10]]
+    lines += [f"not read: {u.why}" for u in report.unread[:10]]
+    return ["Trace health", *(f"  {line}" for line in lines), ""] if lines else []
 
 
 def _ranks(report: Report) -> list[str]:
@@ -238,6 +260,15 @@ def _memory(m: MemoryReport) -> list[str]:
     return [*out, ""]
 
 
+def _timeline(t: TimelineReport) -> list[str]:
+    out = [
+        f"Op timeline of {t.workers} workers, {t.steps} steps: {t.step_time_s * 1e3:,.1f} ms a step, {t.slowdown:.2f} times "
+        "what it were with every operation ideal"
+    ]
+    rows = [(kind, f"{s:.3f}") for kind, s in sorted(t.by_kind.items(), key=lambda i: -i[1])]
+    return [*out, *table(("kind of operation", "slowdown by it alone"), rows), ""]
+
+
 def _each(sizes: list[int]) -> str:
     low, high = (f"{s / 2**20:.1f}" for s in (min(sizes), max(sizes)))
     return low if low == high else f"{low} to {high}"
@@ -253,7 +284,4 @@ def _said(report: Report) -> list[str]:
         for what, n in said.items():
             total[what] = total.get(what, 0) + n
     out = [f"  {what}: {n}" for what, n in sorted(total.items())]
-    if report.across is not None:
-        out += [f"  withheld: {why}" for why in report.across.withheld[:10]]
-    out += [f"  not read: {u.why}" for u in report.unread[:10]]
     return ["Notes", *out] if out else []

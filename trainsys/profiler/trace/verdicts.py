@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainsys.profiler.hang.report import HangReport
 from trainsys.profiler.memory_snapshot.report import OutOfMemory
 from trainsys.profiler.trace.breakdown import Terms
+from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.report import RankReport, Report, Verdict
 
 _AXIS_ADVICE = {
@@ -23,11 +24,14 @@ def judge(report: Report) -> list[Verdict]:
     out: list[Verdict] = []
     if report.hang is not None and (report.hang.roots or report.hang.mismatches or report.hang.cycles):
         out.append(_hang(report.hang))
-    timed = [r for r in report.ranks if r.breakdown is not None and r.breakdown.whole.span > 0]
+    timed = [
+        r for r in report.ranks if r.breakdown is not None and r.breakdown.whole.span > 0 and r.trusted("time")
+    ]
     if timed:
         out += _time(report, timed)
     out += _across(report, timed)
     out += _memory(report)
+    out += [v for t in report.timelines if t.slowdown >= 1.05 for v in _timeline(t)]
     return sorted(out, key=lambda v: -v.share)
 
 
@@ -49,6 +53,22 @@ def _hang(hang: HangReport) -> Verdict:
     evidence = "; ".join(f"rank {r.rank}: {r.evidence}" for r in hang.roots[:4]) or hang.verdict
     advice = "look at these ranks' logs, host stacks and devices; the others only wait"
     return Verdict("hang", hang.verdict, evidence, advice, 1.0)
+
+
+def _timeline(t: TimelineReport) -> list[Verdict]:
+    lost = 1 - 1 / t.slowdown
+    evidence = f"replayed without it, {t.workers} workers over {t.steps} steps; a step takes {t.slowdown:.2f} times the ideal"
+    if t.worst_gives_back >= 0.5:
+        who = ", ".join(f"data rank {d} stage {s}" for d, s in t.worst[:4])
+        title = f"{who}: {_pct(t.worst_gives_back)} of the lost time is gone without what is slow there"
+        advice = "check that worker's clocks, thermals and neighbours; exclude it and compare"
+        return [Verdict("straggler", title, evidence, advice, lost * min(1.0, t.worst_gives_back))]
+    if t.last_stage_gives_back >= 0.5:
+        title = f"{_pct(t.last_stage_gives_back)} of the lost time is the last stage's"
+        return [Verdict("stage", title, evidence, "give the last stage fewer layers: it also computes the loss", lost)]
+    kind, by = max(t.by_kind.items(), key=lambda i: i[1])
+    title = f"uneven {kind} costs {_pct(1 - 1 / by)} of a step, and no single worker or stage explains it"
+    return [Verdict("uneven", title, evidence, "balance the work of micro-batches: sequence lengths, packing", lost)]
 
 
 def _mean(ranks: list[RankReport], part: str, key: str | None = None) -> float:
@@ -107,7 +127,7 @@ def _time(report: Report, ranks: list[RankReport]) -> list[Verdict]:
             0.05,
         ),
     }
-    for cause, (what, advice, floor) in causes.items():
+    for cause, (what, advice, floor) in causes.items() if all(r.trusted("idle") for r in ranks) else ():
         share = _mean(ranks, "idle_by_cause", cause)
         if share >= floor:
             n = sum(r.launch.short_count for r in ranks)
