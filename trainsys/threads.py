@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any, NoReturn, TypeVar
 
 from trainsys.errors import EXIT_MACHINE_FAULT, MachineFault
-from trainsys.launch.failure import report
+from trainsys.failure import report
 
 T = TypeVar("T")
 

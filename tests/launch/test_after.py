@@ -10,8 +10,8 @@ import pytest
 from support.slurm import RUN
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.manifest import Manifest
+from trainsys.failure import Failure
 from trainsys.launch.after import _MARKER, Attempt, _drained, cause, main, newest_saved, verdict
-from trainsys.launch.failure import Failure
 from trainsys.launch.proof import content, doubt, last_step
 
 

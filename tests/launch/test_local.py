@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from trainsys.errors import UserError
+from trainsys.failure import FAILURE_FILE
 from trainsys.launch import local
-from trainsys.launch.failure import FAILURE_FILE
 from trainsys.launch.local import launch
 from trainsys.launch.proof import DONE_FILE
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A rank without torch: what is tested is the launcher, the agent and the guard.
 RANK = """
 import os, signal, sys, time
-from trainsys.launch.failure import guard
+from trainsys.failure import guard
 rank = os.environ["RANK"]
 with guard():
     mode = sys.argv[1]

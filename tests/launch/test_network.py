@@ -218,7 +218,7 @@ def two_hosts() -> Iterator[tuple[str, str]]:
 
 REDUCE = """
 import os, sys
-from trainsys.launch.failure import guard
+from trainsys.failure import guard
 from trainsys.launch.network import settings
 with guard():
     settings("10.77.0.1", 29611, os.environ.get("TRAINSYS_INTERFACE"), os.environ)

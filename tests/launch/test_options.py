@@ -35,6 +35,7 @@ VALUES = {
     "time": '"1:00:00"',
     "warn_s": "90",
     "max_restarts": "7",
+    "retry_wait_s": "5",
     "account": "lab",
     "partition": "gpu",
     "qos": "high",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainsys.launch.failure import FAILURE_FILE, Failure, read_failure
+from trainsys.failure import FAILURE_FILE, Failure, read_failure
 from trainsys.resilience.hung import blame, missing
 
 

@@ -14,7 +14,7 @@ import support.ranks  # noqa: F401  # imports what must be there before a fork
 import trainsys.engines.native  # else every rank imports it for itself
 import trainsys.telemetry.report  # noqa: F401
 from trainsys.errors import MachineFault, UserError
-from trainsys.launch.failure import exit_code
+from trainsys.failure import exit_code
 from trainsys.train.main import train
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from trainsys.blame import BLAME_FILE, Blame, read
 from trainsys.config.run import TrainConfig
 from trainsys.errors import MachineFault, UserError
-from trainsys.launch.blame import BLAME_FILE, Blame, read
 from trainsys.train import process as module
 from trainsys.train.process import choose_device, process, raise_file_limit
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trainsys.blame import this_node
 from trainsys.checkpoint.atoms import DTYPES, Piece, assign, check_tiling, nbytes
 from trainsys.checkpoint.container import CHUNK, write_pieces
 from trainsys.checkpoint.durable import naming
@@ -37,7 +38,6 @@ from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import LocalTensor
 from trainsys.errors import FULL, MachineFault, UserError, is_machines
 from trainsys.hardware.machine import free_memory
-from trainsys.launch.blame import this_node
 from trainsys.layout.many import by_text
 from trainsys.threads import Lane
 

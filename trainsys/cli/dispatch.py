@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (UserError, MachineFault) as error:
-        from trainsys.launch.failure import error_lines, exit_code
+        from trainsys.failure import error_lines, exit_code
 
         sys.stderr.write(error_lines(error))
         return exit_code(error)

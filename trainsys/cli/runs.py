@@ -46,7 +46,7 @@ def _launch(args: argparse.Namespace) -> int:
 @command("train", "what every process of a run executes, under torchrun or alone", RUN, OVERRIDES)
 def _train(args: argparse.Namespace) -> int | None:
     from trainsys.config.loader import load_run
-    from trainsys.launch.failure import guard
+    from trainsys.failure import guard
     from trainsys.launch.rank import adopt
 
     with guard():
@@ -63,7 +63,7 @@ def _train(args: argparse.Namespace) -> int | None:
 )
 def _preflight(args: argparse.Namespace) -> int | None:
     from trainsys.config.loader import load_run
-    from trainsys.launch.failure import guard
+    from trainsys.failure import guard
     from trainsys.launch.rank import adopt
 
     with guard():

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainsys.blame import BLAME_FILE, read, to_leave
 from trainsys.config.loader import load_run
 from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, UserError, fault_of
-from trainsys.launch.blame import BLAME_FILE, read, to_leave
-from trainsys.launch.failure import FAILURE_FILE, Failure, accuse, read_failure
+from trainsys.failure import FAILURE_FILE, Failure, accuse, read_failure
 from trainsys.launch.proof import DONE_FILE, doubt
 
 _MARKER = (

@@ -26,10 +26,10 @@ from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.config.secrets import MASK, is_env
 from trainsys.errors import UserError
+from trainsys.failure import COMMAND, EXIT_FAILED, EXIT_INTERRUPTED, FAILURE_FILE, read_failure
 from trainsys.hardware.machine import cuda_devices, usable_cores
 from trainsys.launch import options
 from trainsys.launch.check import check_memory, check_paths
-from trainsys.launch.failure import COMMAND, EXIT_FAILED, EXIT_INTERRUPTED, FAILURE_FILE, read_failure
 from trainsys.launch.job import interpreter
 from trainsys.launch.proof import DONE_FILE, doubt
 from trainsys.launch.replan import replan

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from trainsys.config.loader import load_run
 from trainsys.errors import UserError
-from trainsys.launch.failure import guard
+from trainsys.failure import guard
 from trainsys.launch.local import pass_on, run_agent
 from trainsys.launch.network import settings
 

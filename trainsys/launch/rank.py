@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import MutableMapping
 
 from trainsys.errors import UserError
-from trainsys.launch.failure import guard
+from trainsys.failure import guard
 from trainsys.launch.network import settings
 
 _FIRST_PORT, _PORTS = 15000, 12000  # below Linux's range for outgoing connections, 32768 on

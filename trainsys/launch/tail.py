@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from trainsys.launch.failure import read_failure
+from trainsys.failure import read_failure
 
 ALL_RANKS = 32
 """A job of up to so many ranks is shown whole."""

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from trainsys.checkpoint.durable import write_durable
 from trainsys.errors import MachineFault, UserError
-from trainsys.launch.failure import interrupted_code
+from trainsys.failure import interrupted_code
 from trainsys.threads import helper
 
 MARKER = "drained.json"

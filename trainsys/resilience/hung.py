@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from trainsys.launch.failure import Failure, agreed_file, claim
+from trainsys.failure import Failure, agreed_file, claim
 
 
 class State(Protocol):

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Protocol
 
 from trainsys import __version__
+from trainsys.blame import this_node
 from trainsys.checkpoint.compare import changes
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.initial import load_weights, open_weights, refuse_unused
@@ -23,7 +24,6 @@ from trainsys.data import Source, StepData
 from trainsys.data.order import samples_seen
 from trainsys.engines.base import SAVE, STOP, Engine, StepResult
 from trainsys.errors import UserError
-from trainsys.launch.blame import this_node
 from trainsys.layout import PLACED, Layout
 from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.anomalies import Guard

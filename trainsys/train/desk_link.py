@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import trainsys
 from trainsys.config.run import TelemetryConfig
-from trainsys.launch.failure import FAILURE_FILE
+from trainsys.failure import FAILURE_FILE
 from trainsys.layout import Layout
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.batches import Batches

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainsys.blame import note
 from trainsys.config.launch import LaunchConfig
-from trainsys.launch.blame import note
 from trainsys.profiler.verdict import Verdict
 from trainsys.resilience.drain import Drain
 

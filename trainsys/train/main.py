@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainsys.blame import this_node
 from trainsys.capabilities import refuse_unable
 from trainsys.checkpoint.durable import write_durable
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.data import Loader, build_source
 from trainsys.engines import build
-from trainsys.launch.blame import this_node
-from trainsys.launch.failure import COMMAND
+from trainsys.failure import COMMAND
 from trainsys.launch.proof import DONE_FILE, content
 from trainsys.launch.replan import replan
 from trainsys.layout import Layout

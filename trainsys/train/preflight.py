@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from trainsys.blame import note, this_node
 from trainsys.config.loader import load_run
 from trainsys.launch.bandwidth import AxisRate, expected
-from trainsys.launch.blame import note, this_node
 from trainsys.launch.preflight import Report, judge
 from trainsys.layout import Axis, Layout
 from trainsys.parallel.mesh import Mesh

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainsys.blame import note, this_node
 from trainsys.checkpoint.ranks import TIMEOUT_S, Ranks
 from trainsys.config.run import TrainConfig
 from trainsys.errors import MachineFault, UserError
 from trainsys.hardware.machine import usable_cores
-from trainsys.launch.blame import note, this_node
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from trainsys.blame import this_node
 from trainsys.config.run import RunConfig
 from trainsys.data import StepData
 from trainsys.engines.base import StepResult
 from trainsys.flops import CONVENTIONS, param_counts
-from trainsys.launch.blame import this_node
 from trainsys.layout import Layout
 from trainsys.profiler.capture import StepCapture
 from trainsys.profiler.explain import explain_run, summary_of

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from trainsys.blame import BLAME_FILE, Blame, note, read, to_leave
 from trainsys.launch.after import exclusion
-from trainsys.launch.blame import BLAME_FILE, Blame, note, read, to_leave
 
 
 def test_one_sure_finding_is_enough_and_others_must_come_twice() -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from trainsys.blame import this_node
 from trainsys.errors import UserError, fault_of
-from trainsys.launch.blame import this_node
-from trainsys.launch.failure import FAILURE_FILE, Failure, error_lines, guard, read_failure
+from trainsys.failure import FAILURE_FILE, Failure, error_lines, guard, read_failure
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SETUP = (
-    "import os, sys, time; from trainsys.launch.failure import guard; "
+    "import os, sys, time; from trainsys.failure import guard; "
     "from trainsys.errors import MachineFault, UserError\n"
 )
 

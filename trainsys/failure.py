@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from trainsys.blame import note, this_node
 from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, UserError, fault_of
-from trainsys.launch.blame import note, this_node
 
 FAILURE_FILE = "TRAINSYS_FAILURE_FILE"
 """Environment variable: the file by which the ranks of a run agree on who failed first."""
@@ -114,7 +114,7 @@ def read_failure(path: Path) -> Failure | None:
 
 
 def accuse(failure: Failure) -> None:
-    """Note ``failure`` against the node it happened on: see :mod:`trainsys.launch.blame` for what comes of it."""
+    """Note ``failure`` against the node it happened on: see :mod:`trainsys.blame` for what comes of it."""
     sure = _BROKEN.search(failure.message) is not None
     if failure.host and (sure or not failure.lost_peer or _SUSPECT.search(failure.message)):
         note(failure.host, f"rank {failure.rank}: {failure.line}", sure)
