@@ -94,8 +94,8 @@ BESIDE = {
     "kubernetes.device": ["train.device=cuda"],
     "skypilot.use_spot": ["launch.skypilot.storage={/c: {name: b}}", "checkpoint.folder=/c/run"],
 }
-# Read by the ranks from the job's copy of the config, or by launch itself; each has a test of its own elsewhere.
-BY_RANKS = {"slurm": {"cluster", "evict_share"}}
+# Read by the ranks or the job script from the job's copy of the config, or by launch itself; each has a test of its own elsewhere.
+BY_RANKS = {"slurm": {"cluster", "evict_share", "max_restarts", "retry_wait_s"}}
 BY_LAUNCH = {
     "array_limit": "tests/launch/test_job_files.py::test_tasks_of_an_array_are_limited_and_split",
     "cluster": "tests/launch/test_check.py::test_a_model_that_cannot_fit_is_refused_with_the_figures"
