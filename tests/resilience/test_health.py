@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,12 @@ def test_a_suspect_checkpoint_is_not_what_the_folder_stands_for(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("action", ["rollback", "stop"])
-def test_a_roll_back_and_a_stop_leave_the_dead_behind(tmp_path: Path, action: str) -> None:
+def test_a_roll_back_and_a_stop_leave_the_dead_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    """Though what the bad step has shown is written down slowly, and behind it."""
+    real = Folder.mark
+    monkeypatch.setattr(Folder, "mark", lambda *args: (time.sleep(0.2), real(*args)))
     cfg = config(tmp_path, steps=12, resilience={"nonfinite": action})
     run = ToyRun(cfg, ToyEngine(poison={7}))
     if action == "stop":
