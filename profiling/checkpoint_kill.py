@@ -136,7 +136,8 @@ def damage(root: Path, kind: str, rng: random.Random) -> bool:
     found, _ = Folder(root).read_all()
     if len(found) < 2:
         return False
-    path = rng.choice(sorted((root / found[0][0]).iterdir()))
+    files = sorted(p for p in (root / found[0][0]).iterdir() if p.name != "health.json")
+    path = rng.choice(files)
     data = bytearray(path.read_bytes())
     if "truncate" in kind:
         data = data[: rng.randrange(len(data))]

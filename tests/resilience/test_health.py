@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,12 @@ def test_a_suspect_checkpoint_is_not_what_the_folder_stands_for(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("action", ["rollback", "stop"])
-def test_a_roll_back_and_a_stop_leave_the_dead_behind(tmp_path: Path, action: str) -> None:
+def test_a_roll_back_and_a_stop_leave_the_dead_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    """Though what the bad step has shown is written down slowly, and behind it."""
+    real = Folder.mark
+    monkeypatch.setattr(Folder, "mark", lambda *args: (time.sleep(0.2), real(*args)))
     cfg = config(tmp_path, steps=12, resilience={"nonfinite": action})
     run = ToyRun(cfg, ToyEngine(poison={7}))
     if action == "stop":
@@ -156,10 +162,30 @@ def test_a_damaged_checkpoint_takes_nobodys_place(tmp_path: Path, harm: str) -> 
     again = ToyRun(cfg, ToyEngine()).go(until=after(7))
     assert again.began == (4, 4.0)
     assert sorted(states(cfg)) == [4, 6], "4 must stay: 6 does not count, and 6.1 is not proven"
-    assert "step_0000000006.1" in folder.names()
+    kept = ["step_0000000004", "step_0000000006", "step_0000000006.1"]
+    assert folder.names() == kept, "nor does it go before two newer ones are there"
     ToyRun(cfg, ToyEngine()).go(until=after(9))
     names = folder.names()
     assert names == ["step_0000000006.1", "step_0000000008"], "two whole ones; the damaged one went with step 4"
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_damage_while_the_run_lives_is_seen_by_retention(tmp_path: Path, harm: str) -> None:
+    cfg = config(tmp_path, steps=20, keep_last=2)
+    folder = Folder(cfg.checkpoint_folder)
+
+    def damage(session: Any) -> bool:
+        if session.step == 7:
+            session._saver.wait()
+            (file,) = (folder.root / "step_0000000006").glob("*.safetensors")
+            if harm == "cut":
+                file.write_bytes(file.read_bytes()[:-1])
+            else:
+                file.unlink()
+        return bool(session.step == 9)
+
+    ToyRun(cfg, ToyEngine()).go(until=damage)
+    assert sorted(states(cfg)) == [4, 6, 8], "4 and 8 are the two that count"
 
 
 def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
