@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainsys.checkpoint.atoms import AtomReader
-from trainsys.checkpoint.convert import diff
+from trainsys.checkpoint.convert import convert, diff
 from trainsys.checkpoint.deepspeed_universal import export as universal
 from trainsys.checkpoint.deepspeed_universal import import_ as import_universal
 from trainsys.checkpoint.hf import INDEX, export, import_, open_folder, our_name, their_name
