@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from trainsys.errors import MachineFault, UserError
 from trainsys.resilience.drain import MARKER, Drain, was_drained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,3 +91,26 @@ def test_of_several_ranks_the_one_that_knows_who_asked_is_heard(tmp_path: Path, 
         drain.mark()
     note = json.loads((tmp_path / MARKER).read_text())
     assert (note["signal"], note["saved_step"]) == ("SIGTERM", 7)
+
+
+@pytest.mark.parametrize(
+    ("error", "drained"),
+    [
+        (RuntimeError("connection closed by peer"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (OSError(28, "No space left on device"), False),
+        (MachineFault("checkpoint of step 2 was not written"), False),
+        (UserError("checkpoint of step 2 was not written"), False),
+    ],
+)
+def test_of_a_run_that_is_stopping_only_a_lost_peer_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, drained: bool
+) -> None:
+    drain = Drain(tmp_path, 60.0)
+    left: list[str] = []
+    monkeypatch.setattr(drain, "_leave", left.append)
+    drain.lost_peer(error)
+    assert not left, "nobody had asked it to stop"
+    drain._asked = "SIGTERM"
+    drain.lost_peer(error)
+    assert bool(left) == drained

@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from trainsys.checkpoint.durable import write_durable
-from trainsys.errors import MachineFault, UserError
+from trainsys.errors import MachineFault, UserError, fault_of
 from trainsys.failure import interrupted_code
 from trainsys.threads import helper
 
@@ -92,7 +92,7 @@ class Drain:
     def lost_peer(self, error: Exception) -> None:
         """An error while a stop was under way: with a peer already gone that is the end of a drained run too,
         with what is saved. A UserError or a MachineFault (a save that failed) stays one."""
-        if self.requested and not isinstance(error, UserError | MachineFault | OSError):
+        if self.requested and not isinstance(fault_of(error), UserError | MachineFault):
             self._leave(f"while others had left; saved is step {self.saved_step}")
 
     def __enter__(self) -> Drain:
