@@ -110,38 +110,46 @@ def load(data: bytes) -> Records:
     shape_of = unpack(block.shape_of)
     if shape_of.size > MOST or (shape_of.size and not 0 <= shape_of.min() <= shape_of.max() < len(shapes)):
         raise ValueError("a block whose parts do not belong together")
-    ints: dict[str, Ints] = {}
+    return Records(shapes, shape_of, _Unpacking(by_name, block.possible).column)
 
-    def whole(name: str) -> Ints:
-        """A column's integers, over all records."""
-        if name not in ints:
-            column = by_name[name]
-            if column.packed is None:
-                raise ValueError(f"a column without values: {name!r}")
-            mask = records.there(name)
-            values = _spread(unpack(column.packed), mask)
-            guess = _guess(name, records, micros) if column.guessed else None
-            ints[name] = values if guess is None else np.where(mask, values + guess, 0)
-        return ints[name]
 
-    def micros(name: str) -> Ints | None:
-        return whole(name) if by_name[name].form == MICROS else None
+class _Unpacking:
+    """Makes a block's columns. It holds no ``Records``: in a circle they would stay until the collector comes round."""
 
-    def make(name: str) -> Column:
-        form = by_name[name].form
-        if form == "share" and block.possible is not None:
-            return _share(name, records, block.possible)
+    def __init__(self, columns: dict[str, _Column], possible: Possible) -> None:
+        self._columns, self._possible = columns, possible
+        self._micros: dict[str, Ints] = {}
+
+    def column(self, records: Records, name: str) -> Column:
+        form = self._columns[name].form
+        if form == "share" and self._possible is not None:
+            return _share(name, records, self._possible)
         if form == "i":
-            return whole(name)
+            return self._ints(records, name)
         if form in UNITS:
-            return whole(name) / UNITS[form]
+            return self._ints(records, name) / UNITS[form]
         if form not in BITS:
             raise ValueError(f"a column of an unknown form: {form!r}")
         kind, bits = BITS[form]
-        return whole(name).astype(bits).view(kind).astype(np.float64)
+        return self._ints(records, name).astype(bits).view(kind).astype(np.float64)
 
-    records = Records(shapes, shape_of, make)
-    return records
+    def _ints(self, records: Records, name: str) -> Ints:
+        """A column's integers, over all records."""
+        if name in self._micros:
+            return self._micros[name]
+        column = self._columns[name]
+        if column.packed is None:
+            raise ValueError(f"a column without values: {name!r}")
+        mask = records.there(name)
+        values = _spread(unpack(column.packed), mask)
+        if column.form == MICROS:
+            guess = _guess(name, records, lambda other: self._of_micros(records, other)) if column.guessed else None
+            values = values if guess is None else np.where(mask, values + guess, 0)
+            self._micros[name] = values
+        return values
+
+    def _of_micros(self, records: Records, name: str) -> Ints | None:
+        return self._ints(records, name) if self._columns[name].form == MICROS else None
 
 
 def _spread(values: Ints, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> Ints:

@@ -35,7 +35,7 @@ class NoColumns(ValueError):
 class Records:
     """Records in order. A column's name is ``i`` or ``f`` (integers or floats), the record's type, and the path in it."""
 
-    def __init__(self, shapes: Sequence[Shape], shape_of: Ints, make: Callable[[str], Column]) -> None:
+    def __init__(self, shapes: Sequence[Shape], shape_of: Ints, make: Callable[[Records, str], Column]) -> None:
         """``shape_of[n]``: each record's shape. ``make`` gives a column, when it is asked for first."""
         self.shapes, self.shape_of = shapes, shape_of
         self.all_names = list(dict.fromkeys(name for names, _ in shapes for name in names))
@@ -50,7 +50,7 @@ class Records:
 
     def raw(self, name: str) -> Column:
         if name not in self._made:
-            self._made[name] = self._make(name)
+            self._made[name] = self._make(self, name)
         return self._made[name]
 
     def there(self, name: str) -> Mask:
@@ -150,7 +150,7 @@ class Gathering:
                 kind = np.int64 if name[0] == "i" else np.float64
                 column = made.setdefault(name, np.zeros(shape_of.size, kind))
                 column[rows] = np.array(values, kind)
-        return Records(shapes, shape_of, made.__getitem__)
+        return Records(shapes, shape_of, lambda records, name: made[name])
 
 
 def at(name: str, place: int) -> str:
