@@ -1,4 +1,4 @@
-"""What a recording lacks is said first, what it spoils is withheld; other formats are read, or refused with what to export."""
+"""What a recording lacks is said first, what it spoils is withheld; other formats are read, or refused in one line."""
 
 from __future__ import annotations
 
@@ -24,12 +24,25 @@ def kernel(ts, dur, name=GEMM, correlation=-1, stream=7, cat="kernel"):
 
 def call(ts, name="cudaLaunchKernel", correlation=-1, dur=5):
     args = {"correlation": correlation}
-    return {"ph": "X", "cat": "cuda_runtime", "name": name, "pid": 9, "tid": 9, "ts": ts, "dur": dur, "args": args}
+    return {
+        "ph": "X",
+        "cat": "cuda_runtime",
+        "name": name,
+        "pid": 9,
+        "tid": 9,
+        "ts": ts,
+        "dur": dur,
+        "args": args,
+    }
 
 
 def report_of(tmp_path, events, name="trace.json"):
     path = tmp_path / name
-    path.write_text(json.dumps({"schemaVersion": 1, "distributedInfo": {"rank": 0, "world_size": 1}, "traceEvents": events}))
+    path.write_text(
+        json.dumps(
+            {"schemaVersion": 1, "distributedInfo": {"rank": 0, "world_size": 1}, "traceEvents": events}
+        )
+    )
     return analyse([path])
 
 
@@ -46,7 +59,11 @@ def test_times_of_no_recording_are_left_out_and_said(tmp_path, bad):
 
 def test_graph_launches_without_kernels_withhold_idle_verdicts(tmp_path):
     events = [call(T0, correlation=1), kernel(T0 + 10, 10, correlation=1)]
-    events += [call(T0 + 20, "cudaGraphLaunch", 2), call(T0 + 5000, correlation=3), kernel(T0 + 5010, 10, correlation=3)]
+    events += [
+        call(T0 + 20, "cudaGraphLaunch", 2),
+        call(T0 + 5000, correlation=3),
+        kernel(T0 + 5010, 10, correlation=3),
+    ]
     report = report_of(tmp_path, events)
     assert any("1 of 1 CUDA graph launches have no kernels" in t for t in texts(report))
     assert report.critical is None
@@ -79,7 +96,10 @@ def test_control_characters_lose_no_event(tmp_path, character):
     text = json.dumps({"traceEvents": [kernel(T0, 50, "my_kernel@x"), kernel(T0 + 50, 50)]}, indent=1)
     path.write_text(text.replace("@", character))
     (rank,) = analyse([path]).ranks
-    assert [k.name for k in rank.kernels] == ["my_kernel x", GEMM] or {k.name for k in rank.kernels} == {"my_kernel x", GEMM}
+    assert [k.name for k in rank.kernels] == ["my_kernel x", GEMM] or {k.name for k in rank.kernels} == {
+        "my_kernel x",
+        GEMM,
+    }
 
 
 def test_terminal_escapes_do_not_reach_the_terminal(tmp_path):
@@ -89,7 +109,7 @@ def test_terminal_escapes_do_not_reach_the_terminal(tmp_path):
 
 def test_what_holds_no_activity_is_refused_with_what_to_record(tmp_path):
     meta = [{"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "ts": 0, "args": {"name": "python"}}]
-    with pytest.raises(UserError, match="ProfilerActivity.CUDA"):
+    with pytest.raises(UserError, match=r"ProfilerActivity\.CUDA"):
         report_of(tmp_path, meta)
     with pytest.raises(UserError, match="no events in it"):
         report_of(tmp_path, [])
@@ -97,7 +117,12 @@ def test_what_holds_no_activity_is_refused_with_what_to_record(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("a.nsys-rep", "nsys export --type sqlite"), ("a.xplane.pb", "trace.json.gz"), ("a.ncu-rep", "timeline"), ("a.pftrace", "JSON")],
+    [
+        ("a.nsys-rep", "nsys export --type sqlite"),
+        ("a.xplane.pb", "trace.json.gz"),
+        ("a.ncu-rep", "timeline"),
+        ("a.pftrace", "JSON"),
+    ],
 )
 def test_other_files_are_refused_with_what_to_export(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"\x0a\x00binary")
@@ -111,10 +136,12 @@ def track(pid, name, tid=None):
 
 
 def test_jax_devices_are_read_by_their_tracks(tmp_path):
-    events = [track(1, "/device:GPU:0"), track(1, "Stream #1(Compute)", 1), track(1, "XLA Ops", 2), track(3, "/device:GPU:1"),
+    events = [track(1, "/device:GPU:0"), track(1, "Stream #1(Compute)", 1), track(1, "XLA Ops", 2),
+              track(3, "/device:GPU:1"),
               track(3, "Stream #1(Compute)", 1), track(2, "/host:CPU")]  # fmt: skip
     events += [{"ph": "X", "pid": p, "tid": t, "ts": ts, "dur": 50, "name": n, "args": {}} for p, t, ts, n in (
-        (1, 1, 100, "gemm_fusion_dot.3"), (1, 2, 100, "dot.3"), (1, 1, 160, "ncclDevKernel_AllReduce"), (3, 1, 100, "loop_add_fusion"),
+        (1, 1, 100, "gemm_fusion_dot.3"), (1, 2, 100, "dot.3"), (1, 1, 160, "ncclDevKernel_AllReduce"),
+        (3, 1, 100, "loop_add_fusion"),
         (2, 9, 0, "PjitFunction(f)"))]  # fmt: skip
     path = tmp_path / "jax.trace.json"
     path.write_text(json.dumps({"displayTimeUnit": "ns", "traceEvents": events}))
@@ -126,7 +153,10 @@ def test_jax_devices_are_read_by_their_tracks(tmp_path):
 
 def test_a_tpu_has_only_its_ops(tmp_path):
     events = [track(1, "/device:TPU:0"), track(1, "XLA Ops", 2), track(1, "XLA Modules", 3)]
-    events += [{"ph": "X", "pid": 1, "tid": t, "ts": 0, "dur": d, "name": n} for t, d, n in ((2, 50, "dot.1"), (3, 99, "jit_f"))]
+    events += [
+        {"ph": "X", "pid": 1, "tid": t, "ts": 0, "dur": d, "name": n}
+        for t, d, n in ((2, 50, "dot.1"), (3, 99, "jit_f"))
+    ]
     path = tmp_path / "tpu.json"
     path.write_text(json.dumps({"traceEvents": events}))
     (rank,) = analyse([path]).ranks
@@ -147,8 +177,12 @@ def nsight(path, rows):
         )
         for i, (start, end, name, stream) in enumerate(rows, 1):
             base.execute("INSERT INTO StringIds VALUES (?, ?)", (i, name))
-            base.execute("INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (?,?,0,?,?,?,?)", (start, end, stream, i, i, i))
-            base.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?,?,1,?,0)", (start - 20, start - 10, i))
+            base.execute(
+                "INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (?,?,0,?,?,?,?)", (start, end, stream, i, i, i)
+            )
+            base.execute(
+                "INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?,?,1,?,0)", (start - 20, start - 10, i)
+            )
         base.execute("INSERT INTO NVTX_EVENTS VALUES (0, 900, 'ProfilerStep#3', NULL, 1)")
     base.close()
 
@@ -232,7 +266,7 @@ def test_cases_give_these_terms(name, terms):
 def test_the_other_cases():
     if not CASES.is_dir():
         pytest.skip("../shared/data/cases is not here")
-    with pytest.raises(UserError, match="ProfilerActivity.CUDA"):
+    with pytest.raises(UserError, match=r"ProfilerActivity\.CUDA"):
         analyse([CASES / "c01_metadata_only.json"])
     report = analyse([CASES / "c42_interleaved_write.json"])
     assert "overlap another" in texts(report)[0]
