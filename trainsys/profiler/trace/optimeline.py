@@ -34,7 +34,7 @@ class TimelineReport:
 def analyse_timeline(path: Path) -> TimelineReport:
     """Raises UserError where the file is no op timeline, or parquet cannot be read here."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install 'trainsys[parquet]'") from None
     try:
