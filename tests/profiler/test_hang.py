@@ -245,9 +245,13 @@ def test_by_the_command(tmp_path, shared):
 @pytest.mark.parametrize("culprit", [0, 3])
 def test_a_mismatch_is_explained_with_its_line_and_its_own_advice(tmp_path, odd, what, advice, culprit):
     line = [{"filename": "/me/train.py", "line": 42, "name": "step"}]
-    dumps = {r: dump([entry(1, "0", 1, frames=line) | (odd if r == culprit else {})], WORLD) for r in range(4)}
+    dumps = {
+        r: dump([entry(1, "0", 1, frames=line) | (odd if r == culprit else {})], WORLD) for r in range(4)
+    }
     report = judge(tmp_path, dumps)
-    assert report.verdict.startswith(f"{what} mismatch at collective #1 of group 0 (desc 0): rank {culprit}: ")
+    assert report.verdict.startswith(
+        f"{what} mismatch at collective #1 of group 0 (desc 0): rank {culprit}: "
+    )
     assert report.verdict.count("at /me/train.py:42 in step") == 2
     (verdict,) = analyse([tmp_path]).verdicts
     assert advice in verdict.advice
@@ -259,7 +263,9 @@ def test_what_finished_everywhere_is_no_mismatch(tmp_path):
     assert judge(tmp_path, dumps).mismatches == []
 
 
-@pytest.mark.parametrize(("name", "rank"), [("send 0->1", 0), ("recv 1<-0", 1), ("recv 0->1", 1), ("send 1->0", 1)])
+@pytest.mark.parametrize(
+    ("name", "rank"), [("send 0->1", 0), ("recv 1<-0", 1), ("recv 0->1", 1), ("send 1->0", 1)]
+)
 def test_the_peer_is_the_other_rank(tmp_path, name, rank):
     groups = {"0": [4, 7]}
     path = tmp_path / "dump_0"

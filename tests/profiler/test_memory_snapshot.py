@@ -142,7 +142,13 @@ def test_out_of_memory_that_would_have_fitted(tmp_path, mapped):
         },
     ]
     blocks = [
-        {"address": at, "size": size, "requested_size": size, "state": "active_allocated", "frames": frames(1)}
+        {
+            "address": at,
+            "size": size,
+            "requested_size": size,
+            "state": "active_allocated",
+            "frames": frames(1),
+        }
         for at, size in ((gib, gib), (3 * gib, gib // 2))
     ]
     snapshot = {
@@ -177,7 +183,14 @@ def test_what_is_not_a_snapshot_is_refused_in_one_line(tmp_path, content):
 
 
 def block(address, size, state="active_allocated", **more):
-    return {"address": address, "size": size, "requested_size": size, "state": state, "frames": frames(1), **more}
+    return {
+        "address": address,
+        "size": size,
+        "requested_size": size,
+        "state": state,
+        "frames": frames(1),
+        **more,
+    }
 
 
 @pytest.mark.parametrize(
@@ -191,9 +204,23 @@ def block(address, size, state="active_allocated", **more):
 )
 def test_what_a_refused_request_could_have_used(tmp_path, segment, usable, fits, title):
     mib = 1 << 20
-    oom = {"action": "oom", "addr": 0, "size": 600 * mib, "device_free": 0, "stream": 0, "time_us": 1, "frames": frames(7)}
+    oom = {
+        "action": "oom",
+        "addr": 0,
+        "size": 600 * mib,
+        "device_free": 0,
+        "stream": 0,
+        "time_us": 1,
+        "frames": frames(7),
+    }
     segments = [
-        {"device": 0, "address": i * 4096 * mib, "total_size": 600 * mib, "blocks": [block(i * 4096 * mib, 200 * mib)], **segment}
+        {
+            "device": 0,
+            "address": i * 4096 * mib,
+            "total_size": 600 * mib,
+            "blocks": [block(i * 4096 * mib, 200 * mib)],
+            **segment,
+        }
         for i in range(2)
     ]
     report = report_of(tmp_path, {"segments": segments, "device_traces": [[oom]]})
@@ -244,13 +271,21 @@ def test_a_line_that_keeps_what_it_allocates_is_a_leak(tmp_path):
 
 def test_a_model_being_built_is_no_leak(tmp_path):
     content = history(40, True)
-    content["device_traces"] = [[e for e in content["device_traces"][0] if e["action"] == "alloc" and e["size"] == 50]]
+    content["device_traces"] = [
+        [e for e in content["device_traces"][0] if e["action"] == "alloc" and e["size"] == 50]
+    ]
     assert report_of(tmp_path, content).leaks == []
 
 
 def test_blocks_waiting_for_a_stream_are_said(tmp_path):
     blocks = [block(0, 500, "active_pending_free"), block(500, 500)]
-    report = report_of(tmp_path, {"segments": [{"device": 0, "address": 0, "total_size": 1000, "blocks": blocks}], "device_traces": [[]]})
+    report = report_of(
+        tmp_path,
+        {
+            "segments": [{"device": 0, "address": 0, "total_size": 1000, "blocks": blocks}],
+            "device_traces": [[]],
+        },
+    )
     assert report.pending_free == 500
 
 
@@ -258,7 +293,13 @@ def test_compiled_rows_are_one_region_and_layers_keep_their_order(tmp_path):
     generated = "/tmp/torchinductor_me/ab/cab.py"
     stacks = [[*frames(line, "call", generated), *frames(55)] for line in (10, 20, 30)] + [frames(7)] * 3
     blocks = [block(i * 100, 10 * (i + 1), frames=f) for i, f in enumerate(stacks)]
-    report = report_of(tmp_path, {"segments": [{"device": 0, "address": 0, "total_size": 1000, "blocks": blocks}], "device_traces": [[]]})
+    report = report_of(
+        tmp_path,
+        {
+            "segments": [{"device": 0, "address": 0, "total_size": 1000, "blocks": blocks}],
+            "device_traces": [[]],
+        },
+    )
     rows = {h.where: h for h in report.holders}
     assert rows["compiled region cab.py, called at me/model.py:55"].blocks == 3
     assert rows["me/model.py:7 in forward"].each == [40, 50, 60]

@@ -33,7 +33,8 @@ def write(path: Path, kernels: list[tuple[str, int, int]], *, rank: int | None =
         args: dict[str, object] = {"device": device, "stream": 7}
         if "nccl" in name:
             args |= {"stream": 20, "Collective name": "allreduce", "In msg nelems": 4096, "dtype": "BFloat16",
-                     "Group size": world, "Process Group Name": "0", "Process Group Description": "dp", "Seq": first}  # fmt: skip
+                     "Group size": world, "Process Group Name": "0", "Process Group Description": "dp",
+                     "Seq": first}  # fmt: skip
             first += 1
         events.append(
             {

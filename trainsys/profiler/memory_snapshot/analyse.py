@@ -180,12 +180,18 @@ def _timeline(
     return [(int(at[i]), int(active[i]), int(reserved[i])) for i in keep]
 
 
-def _failures(events: list[dict[str, Any]], segments: list[dict[str, Any]], stacks: Stacks) -> list[OutOfMemory]:
+def _failures(
+    events: list[dict[str, Any]], segments: list[dict[str, Any]], stacks: Stacks
+) -> list[OutOfMemory]:
     """Refused requests, in order, against what was free at that moment."""
     live = {int(b["address"]): int(b["size"]) for b in _blocks(segments) if b["state"] != "inactive"}
     out = []
     for event, free in refusals(events, segments_of(segments), live):
-        size, on_device, total = int(event.get("size", 0)), int(event.get("device_free") or 0), sum(free.usable)
+        size, on_device, total = (
+            int(event.get("size", 0)),
+            int(event.get("device_free") or 0),
+            sum(free.usable),
+        )
         out.append(
             OutOfMemory(
                 size,

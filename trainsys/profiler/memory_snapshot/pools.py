@@ -95,7 +95,11 @@ def _joined(segments: dict[int, Segment]) -> Iterator[tuple[int, int, Segment]]:
     held: tuple[int, int, Segment] | None = None
     for begin in sorted(segments):
         s = segments[begin]
-        alike = held is not None and (held[2].stream, held[2].private, held[2].small) == (s.stream, s.private, s.small)
+        alike = held is not None and (held[2].stream, held[2].private, held[2].small) == (
+            s.stream,
+            s.private,
+            s.small,
+        )
         if held is not None and alike and held[1] == begin:
             held = (held[0], begin + s.size, s)
             continue

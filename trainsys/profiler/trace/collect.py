@@ -282,7 +282,9 @@ class Collector:
         ):
             chunks = self._parts.pop(part)
             if chunks:
-                merged = self._of_this_recording([np.concatenate([c[i] for c in chunks]) for i in range(width)])
+                merged = self._of_this_recording(
+                    [np.concatenate([c[i] for c in chunks]) for i in range(width)]
+                )
                 order = np.argsort(merged[0], kind="stable")
                 setattr(trace, part, kind(*(m[order] for m in merged)))
         trace.host_busy = merge(*self._busy) if self._busy else EMPTY
@@ -311,7 +313,10 @@ class Collector:
         args = args_of(times[0], self.said)
         none = [-1] * len(found)
         columns = [
-            [col.MEMCPY if e.name.lower().startswith(("memcpy", "memset")) else col.KERNEL for e, _, _ in found],
+            [
+                col.MEMCPY if e.name.lower().startswith(("memcpy", "memset")) else col.KERNEL
+                for e, _, _ in found
+            ],
             [device for _, device, _ in found],
             [stream for _, _, stream in found],
             none,

@@ -101,7 +101,10 @@ def _settled(path: list[Stretch], trace: RankTrace, kinds: Ints) -> list[Stretch
             continue
         for kind, own in sets:
             spans = clip(own, part.start, part.end)
-            out += [Stretch(a, b, kind, "while the host went on") for a, b in zip(*(x.tolist() for x in spans), strict=True)]
+            out += [
+                Stretch(a, b, kind, "while the host went on")
+                for a, b in zip(*(x.tolist() for x in spans), strict=True)
+            ]
         left = complement(taken, part.start, part.end)
         out += [Stretch(a, b, part.kind, part.name) for a, b in zip(*(x.tolist() for x in left), strict=True)]
     return out

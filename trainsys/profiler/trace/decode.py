@@ -38,9 +38,10 @@ _REPAIRS: tuple[tuple[str, re.Pattern[bytes], bytes], ...] = (
     ("missing comma", re.compile(rb"\}(\s*)\{"), rb"},\1{"),
     ("bad escape", re.compile(rb'(?<!\\)((?:\\\\)*)\\(?![\\"/bfnrtu])'), rb"\1\\\\"),
 )
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.S)
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
 _CONTROL = re.compile(rb"[\x00-\x1f]")
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.S)
+# A run of plain characters at once: one step a character would need memory for each of a long name.
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.S)
 _RESYNC = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|name|cat|pid|tid|ts)"\s*:)')
 
 

@@ -30,14 +30,20 @@ class Finding:
 def examine(trace: RankTrace, launches: Launches) -> list[Finding]:
     """The findings of one trace, the gravest first."""
     if not len(trace.device):
-        return [Finding("no device activity was recorded: times are the host's, and what waits there looks busy")]
+        return [
+            Finding("no device activity was recorded: times are the host's, and what waits there looks busy")
+        ]
     found = [
         *_overlapping(trace),
         *_lost(trace, launches),
         *_untimed(trace),
     ]
     if not len(trace.runtime):
-        found.append(Finding("no launches were recorded: why the device was idle is not known, nor what the host held up"))
+        found.append(
+            Finding(
+                "no launches were recorded: why the device was idle is not known, nor what the host held up"
+            )
+        )
     return found
 
 
@@ -54,8 +60,8 @@ def _overlapping(trace: RankTrace) -> list[Finding]:
         return []
     return [
         Finding(
-            f"{over} of {order.size} kernels overlap another on their own stream, which no device does: several processes "
-            "wrote into this file, or its timestamps are wrong; no figure of it is to be trusted",
+            f"{over} of {order.size} kernels overlap another on their own stream, which no device does: several "
+            "processes wrote into this file, or its timestamps are wrong; no figure of it is to be trusted",
             "time",
         )
     ]
@@ -67,7 +73,9 @@ def _lost(trace: RankTrace, launches: Launches) -> list[Finding]:
     if not len(runtime):
         return []
     graph = np.array(["GraphLaunch" in n for n in trace.names], bool)[runtime.name]
-    launch = np.array(["LaunchKernel" in n or "LaunchCooperative" in n for n in trace.names], bool)[runtime.name]
+    launch = np.array(["LaunchKernel" in n or "LaunchCooperative" in n for n in trace.names], bool)[
+        runtime.name
+    ]
     # Activities before the first launch and launches after the last activity belong to what was not traced.
     inside = runtime.start < device.start.max()
     seen = np.isin(runtime.correlation, device.correlation) & (runtime.correlation >= 0)
@@ -97,7 +105,11 @@ def _untimed(trace: RankTrace) -> list[Finding]:
     n = trace.said.get(UNTIMED, 0)
     if not n:
         return []
-    return [Finding(f"{n} events have no time of this recording (ts 0, or years away) and are left out of every figure")]
+    return [
+        Finding(
+            f"{n} events have no time of this recording (ts 0, or years away) and are left out of every figure"
+        )
+    ]
 
 
 UNTIMED = "dropped: event whose time is not of this recording"

@@ -5,6 +5,8 @@ own name says nothing (``cutlass::Kernel<…>``). So ``fbgemm_gpu::permute_2D`` 
 Inductor that lists an all-reduce among its fused ops is no communication.
 """
 
+# ruff: noqa: E501  (a rule is a line)
+
 from __future__ import annotations
 
 import re
@@ -79,9 +81,12 @@ RULES = (
           r"elementwise|vectorized|reduce_?kernel|norm|softmax|cross_?entropy|adam|sgd|lamb|optimizer|multi_tensor|dropout|silu|swiglu|geglu|gelu|relu|act_and_mul|cat_?array|copy_kernel|fill_kernel|scatter|gather|index|sort|scan|arange|cumsum|triton|bn_(?:fw|bw)|pooling|masked|where|random|philox|argmax|sampling|LigerKernel|liger|_kernel$"),
 )  # fmt: skip
 _WRAPPERS = re.compile(
-    r"^(?:kernel2?|device_kernel\w*|kentry\w*|kernel_entry\w*|enable_\w+|cutlass_kernel|kernel_cutlass\w*|universal\w*)$", re.I
+    r"^(?:kernel2?|device_kernel\w*|kentry\w*|kernel_entry\w*|enable_\w+|cutlass_kernel|kernel_cutlass\w*|universal\w*)$",
+    re.I,
 )
-_ANONYMOUS = re.compile(r"\((?:anonymous|unnamed) namespace\)::|<unnamed>::|_GLOBAL__N__\w+::|\(anonymous class\)::")
+_ANONYMOUS = re.compile(
+    r"\((?:anonymous|unnamed) namespace\)::|<unnamed>::|_GLOBAL__N__\w+::|\(anonymous class\)::"
+)
 _MANGLED = re.compile(r"^_ZN?K?(?=\d|S)")
 
 

@@ -17,7 +17,7 @@ _HEAD = 1 << 16
 _EXPORT = {
     ".nsys-rep": "a report of Nsight Systems; export it with `nsys export --type sqlite` and give the .sqlite file",
     ".qdrep": "a report of Nsight Systems; export it with `nsys export --type sqlite` and give the .sqlite file",
-    ".ncu-rep": "a report of Nsight Compute, which is of single kernels; give a timeline of Nsight Systems or PyTorch's profiler",
+    ".ncu-rep": "a report of Nsight Compute, of single kernels; give a timeline of Nsight Systems or PyTorch's profiler",
     ".xplane.pb": "JAX's own protocol buffer; give the .trace.json.gz that jax.profiler writes beside it",
     ".pftrace": "Perfetto's protocol buffer; export JSON instead (rocprofv3: --output-format json is not one either: "
     "use PyTorch's profiler)",
@@ -58,11 +58,13 @@ def sort_inputs(paths: list[str | Path]) -> Inputs:
 
 def _place(path: Path, out: Inputs) -> None:
     kind = kind_of(path)
-    {"trace": out.traces, "dump": out.dumps, "snapshot": out.snapshots, "timeline": out.timelines}[kind].append(path)
+    {"trace": out.traces, "dump": out.dumps, "snapshot": out.snapshots, "timeline": out.timelines}[
+        kind
+    ].append(path)
 
 
 def kind_of(path: Path) -> str:
-    """``trace``, ``dump`` (flight recorder), ``snapshot`` (allocator) or ``timeline``. Raises UserError for anything else."""
+    """``trace``, ``dump`` (flight recorder), ``snapshot`` (allocator) or ``timeline``; UserError for anything else."""
     for suffix, what in _EXPORT.items():
         if path.name.endswith(suffix):
             raise UserError(f"{path}: {what}")

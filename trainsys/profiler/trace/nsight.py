@@ -30,7 +30,9 @@ def read_nsight(path: Path) -> col.RankTrace:
 
 
 def _read(path: Path, base: sqlite3.Connection) -> col.RankTrace:
-    tables = {name for (name,) in base.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
+    tables = {
+        name for (name,) in base.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")
+    }
     if not tables & {_KERNEL, _COPY, _API}:
         raise UserError(
             f"{path}: an SQLite file without CUDA activities: record with `nsys profile --trace=cuda,nvtx` and export it "
@@ -38,8 +40,12 @@ def _read(path: Path, base: sqlite3.Connection) -> col.RankTrace:
         )
     found = _RANK.findall(path.name) or _RANK.findall(path.parent.name)
     trace = col.RankTrace(path, int(found[-1]) if found else -1, 0, size_bytes=path.stat().st_size)
-    trace.said["assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")] += 1
-    strings: dict[int, str] = dict(base.execute("SELECT id, value FROM StringIds")) if "StringIds" in tables else {}
+    trace.said[
+        "assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")
+    ] += 1
+    strings: dict[int, str] = (
+        dict(base.execute("SELECT id, value FROM StringIds")) if "StringIds" in tables else {}
+    )
     names: dict[str, int] = {}
 
     def name_of(text: Any) -> int:
@@ -64,14 +70,16 @@ def _read(path: Path, base: sqlite3.Connection) -> col.RankTrace:
     if _SET in tables:
         query = f"SELECT start, end, deviceId, streamId, correlationId, bytes FROM {_SET}"
         rows += [
-            (s, e, name_of("Memset"), col.MEMSET, d, st, c, -1, b, 0, -1) for s, e, d, st, c, b in base.execute(query)
+            (s, e, name_of("Memset"), col.MEMSET, d, st, c, -1, b, 0, -1)
+            for s, e, d, st, c, b in base.execute(query)
         ]
     if rows:
         trace.device = col.Activities(*_sorted(rows))
     if _API in tables:
         query = f"SELECT start, end, nameId, globalTid, correlationId FROM {_API} WHERE end IS NOT NULL"
         calls = [
-            (s, e, name_of(re.sub(r"_v\d+$", "", str(strings.get(n, n)))), t, c) for s, e, n, t, c in base.execute(query)
+            (s, e, name_of(re.sub(r"_v\d+$", "", str(strings.get(n, n)))), t, c)
+            for s, e, n, t, c in base.execute(query)
         ]
         if calls:
             trace.runtime = col.Calls(*_sorted(calls))

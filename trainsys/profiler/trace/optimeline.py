@@ -13,7 +13,9 @@ _COLUMNS = ("dp_rank", "stage", "step", "optype", "start_ts", "duration", "seq_i
 
 @dataclass(slots=True)
 class TimelineReport:
-    """``slowdown``: step time over what it had been with every operation ideal. ``worst``: (data rank, stage), slowest first.
+    """``slowdown``: step time over what it had been with every operation ideal.
+
+    ``worst``: (data rank, stage), slowest first.
 
     ``worst_gives_back``, ``last_stage_gives_back``: share of the loss gone with those workers' operations ideal.
     """
@@ -32,14 +34,16 @@ class TimelineReport:
 def analyse_timeline(path: Path) -> TimelineReport:
     """Raises UserError where the file is no op timeline, or parquet cannot be read here."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install 'trainsys[parquet]'") from None
     try:
         table = parquet.read_table(path)
         missing = [c for c in _COLUMNS if c not in table.column_names]
         if missing:
-            raise UserError(f"{path}: not an op timeline: no column {', '.join(missing)} (has {', '.join(table.column_names)})")
+            raise UserError(
+                f"{path}: not an op timeline: no column {', '.join(missing)} (has {', '.join(table.column_names)})"
+            )
         line = Timeline(read_rows(table.select(_COLUMNS).to_pylist()))
     except (ArrowException, OSError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{path}: not an op timeline that can be replayed: {error}") from None

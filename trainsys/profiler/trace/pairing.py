@@ -65,7 +65,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """``left[i]`` of the one rank is ``right[i]`` of the other. The other's clock is ahead by ``ahead`` (ns, at each pair)."""
+    """``left[i]`` of the one rank is ``right[i]`` of the other, whose clock is ``ahead`` (ns) at that pair."""
 
     left: Ints
     right: Ints

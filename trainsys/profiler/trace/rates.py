@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from trainsys.config.model import ModelConfig
+from typing import TYPE_CHECKING
+
 from trainsys.errors import UserError
-from trainsys.flops import train_flops_per_token
 from trainsys.hardware import Device, lookup, match_device
 from trainsys.profiler.trace.report import Mfu, RankReport, Report
 from trainsys.profiler.trace.roofline import peak_of, with_roofline
+
+if TYPE_CHECKING:
+    from trainsys.config.model import ModelConfig
 
 
 def add_peaks(rank: RankReport, memory_bytes: int, device_name: str | None) -> None:
@@ -58,6 +61,9 @@ def add_model_mfu(report: Report, model: ModelConfig, seq_len: int, tokens_per_s
     ``tokens_per_step`` is of the whole world. Raises UserError where the traces have no steps or no known
     device: an MFU without its denominator is a guess.
     """
+    # A third of the start-up, for those who give a model only.
+    from trainsys.flops import train_flops_per_token
+
     flops = train_flops_per_token(model, seq_len) * tokens_per_step
     for rank in report.ranks:
         steps = rank.breakdown.steps if rank.breakdown is not None else []

@@ -64,7 +64,11 @@ def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
     is_sync = synced[runtime.name] if nh else np.zeros(0, bool)
     thread_prev = _previous(runtime.thread, np.arange(nh)) if nh else np.zeros(0, np.int64)
     is_sync |= _held(trace, launches, runtime.start, runtime.end) >= 0
-    begin_gap = np.where(thread_prev >= 0, runtime.end[np.maximum(thread_prev, 0)], runtime.start) if nh else runtime.start
+    begin_gap = (
+        np.where(thread_prev >= 0, runtime.end[np.maximum(thread_prev, 0)], runtime.start)
+        if nh
+        else runtime.start
+    )
     held_by = _held(trace, launches, begin_gap, runtime.start)
     start = np.concatenate([runtime.start, device.start])
     end = np.concatenate([runtime.end, device.end])

@@ -217,7 +217,8 @@ class _Writer:
             )
         )
         out.append(
-            f'  {{\n    "ph": "s", "id": {c}, "pid": 4000, "tid": 4000, "ts": {_us(self.job.clock(self.rank, launched))},\n'
+            f'  {{\n    "ph": "s", "id": {c}, "pid": 4000, "tid": 4000, '
+            f'"ts": {_us(self.job.clock(self.rank, launched))},\n'
             '    "cat": "ac2g", "name": "ac2g"\n  }'
         )
         return out

@@ -79,7 +79,9 @@ def _health(report: Report) -> list[str]:
         for f in r.health:
             by_text.setdefault(f.text, []).append(report.label(r))
     lines = [
-        text if len(report.ranks) == 1 else f"rank {', '.join(ranks[:8])}{' and more' * (len(ranks) > 8)}: {text}"
+        text
+        if len(report.ranks) == 1
+        else f"rank {', '.join(ranks[:8])}{' and more' * (len(ranks) > 8)}: {text}"
         for text, ranks in by_text.items()
     ]
     n = len({r.rank for r in report.ranks})
@@ -223,7 +225,9 @@ def _hang(h: HangReport) -> list[str]:
         f"  rank {r.rank} ({r.kind}): {r.evidence}" + (f"; at {r.where}" if r.where else "") for r in h.roots
     ]
     out += [
-        f"  rank {w.rank} waits in {w.operation}" + (f" for rank{'s' * (len(w.on) > 1)} {', '.join(map(str, w.on))}" if w.on else "") for w in h.waiting[:8]
+        f"  rank {w.rank} waits in {w.operation}"
+        + (f" for rank{'s' * (len(w.on) > 1)} {', '.join(map(str, w.on))}" if w.on else "")
+        for w in h.waiting[:8]
     ]
     if len(h.waiting) > 8:
         out.append(f"  and {len(h.waiting) - 8} more wait")
@@ -246,7 +250,8 @@ def _memory(m: MemoryReport) -> list[str]:
     ]
     if m.private or m.pending_free:
         out.append(
-            f"  of it {gib(m.private)} GiB in private pools (CUDA graphs), {gib(m.pending_free)} freed and waiting for a stream"
+            f"  of it {gib(m.private)} GiB in private pools (CUDA graphs), "
+            f"{gib(m.pending_free)} freed and waiting for a stream"
         )
     out.append("  peak by part: " + ", ".join(f"{k} {gib(v)}" for k, v in m.by_part.items()))
     out += table(
@@ -262,8 +267,8 @@ def _memory(m: MemoryReport) -> list[str]:
 
 def _timeline(t: TimelineReport) -> list[str]:
     out = [
-        f"Op timeline of {t.workers} workers, {t.steps} steps: {t.step_time_s * 1e3:,.1f} ms a step, {t.slowdown:.2f} times "
-        "what it were with every operation ideal"
+        f"Op timeline of {t.workers} workers, {t.steps} steps: {t.step_time_s * 1e3:,.1f} ms per step, "
+        f"{t.slowdown:.2f} times what it would be with every operation ideal"
     ]
     rows = [(kind, f"{s:.3f}") for kind, s in sorted(t.by_kind.items(), key=lambda i: -i[1])]
     return [*out, *table(("kind of operation", "slowdown by it alone"), rows), ""]

@@ -14,8 +14,12 @@ import msgspec
 from trainsys.profiler.trace.events import AnyEvent
 
 _DEVICE = re.compile(r"/device:(?:GPU|TPU|XPU):(\d+)|^Ascend Hardware|^NPU\b|^(?:HCCL|Communication)$", re.I)
-_REPEATS = re.compile(r"XLA Modules|Steps|Framework|Source|TraceMe|Name Scope|Launch Stats|^Plane|Overlap", re.I)
-_WAITS = frozenset({"EVENT_WAIT", "EVENT_RECORD", "NOTIFY_WAIT", "NOTIFY_RECORD", "NOTIFY_WAIT_SQE", "EVENT_WAIT_SQE"})
+_REPEATS = re.compile(
+    r"XLA Modules|Steps|Framework|Source|TraceMe|Name Scope|Launch Stats|^Plane|Overlap", re.I
+)
+_WAITS = frozenset(
+    {"EVENT_WAIT", "EVENT_RECORD", "NOTIFY_WAIT", "NOTIFY_RECORD", "NOTIFY_WAIT_SQE", "EVENT_WAIT_SQE"}
+)
 MOST = 5_000_000
 
 

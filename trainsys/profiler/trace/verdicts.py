@@ -25,7 +25,9 @@ def judge(report: Report) -> list[Verdict]:
     if report.hang is not None and (report.hang.roots or report.hang.mismatches or report.hang.cycles):
         out.append(_hang(report.hang))
     timed = [
-        r for r in report.ranks if r.breakdown is not None and r.breakdown.whole.span > 0 and r.trusted("time")
+        r
+        for r in report.ranks
+        if r.breakdown is not None and r.breakdown.whole.span > 0 and r.trusted("time")
     ]
     if timed:
         out += _time(report, timed)
@@ -39,8 +41,8 @@ _MISMATCH_ADVICE = {
     "size": "make the ranks' tensors equal before that line: uneven or last batches, unpadded sequences, parameters that "
     "not all ranks have",
     "dtype": "make the ranks' dtypes equal before that line: autocast, mixed precision or a cast differs between them",
-    "operation": "have all ranks issue the same collectives in the same order: a branch on rank or data, or an early exit, "
-    "is before that line",
+    "operation": "have all ranks issue the same collectives in the same order: a branch on rank or data, or an early "
+    "exit, is before that line",
 }
 
 
@@ -57,7 +59,7 @@ def _hang(hang: HangReport) -> Verdict:
 
 def _timeline(t: TimelineReport) -> list[Verdict]:
     lost = 1 - 1 / t.slowdown
-    evidence = f"replayed without it, {t.workers} workers over {t.steps} steps; a step takes {t.slowdown:.2f} times the ideal"
+    evidence = f"replayed without it, {t.workers} workers over {t.steps} steps; {t.slowdown:.2f} times the ideal step"
     if t.worst_gives_back >= 0.5:
         who = ", ".join(f"data rank {d} stage {s}" for d, s in t.worst[:4])
         title = f"{who}: {_pct(t.worst_gives_back)} of the lost time is gone without what is slow there"
@@ -65,10 +67,18 @@ def _timeline(t: TimelineReport) -> list[Verdict]:
         return [Verdict("straggler", title, evidence, advice, lost * min(1.0, t.worst_gives_back))]
     if t.last_stage_gives_back >= 0.5:
         title = f"{_pct(t.last_stage_gives_back)} of the lost time is the last stage's"
-        return [Verdict("stage", title, evidence, "give the last stage fewer layers: it also computes the loss", lost)]
+        return [
+            Verdict(
+                "stage", title, evidence, "give the last stage fewer layers: it also computes the loss", lost
+            )
+        ]
     kind, by = max(t.by_kind.items(), key=lambda i: i[1])
     title = f"uneven {kind} costs {_pct(1 - 1 / by)} of a step, and no single worker or stage explains it"
-    return [Verdict("uneven", title, evidence, "balance the work of micro-batches: sequence lengths, packing", lost)]
+    return [
+        Verdict(
+            "uneven", title, evidence, "balance the work of micro-batches: sequence lengths, packing", lost
+        )
+    ]
 
 
 def _mean(ranks: list[RankReport], part: str, key: str | None = None) -> float:
@@ -209,7 +219,9 @@ def _across(report: Report, timed: list[RankReport]) -> list[Verdict]:
     late = [
         r
         for r in across.ranks
-        if r.rank not in named and r.caused_ns > max(0.5 * total, 0.02 * span * peers) and 2 * r.last > r.collectives
+        if r.rank not in named
+        and r.caused_ns > max(0.5 * total, 0.02 * span * peers)
+        and 2 * r.last > r.collectives
     ]
     among = f" of the {peers + 1} recorded ranks" if report.world > peers + 1 else ""
     return out + [
@@ -231,7 +243,8 @@ def _memory(report: Report) -> list[Verdict]:
         out += [
             Verdict(
                 "memory",
-                f"device {m.device}: {leak.where} keeps allocating and nothing frees it: {leak.bytes / 2**20:.0f} MiB so far",
+                f"device {m.device}: {leak.where} keeps allocating and nothing frees it: "
+                f"{leak.bytes / 2**20:.0f} MiB so far",
                 f"{leak.blocks} blocks still in use, allocated throughout the history",
                 "a list of losses or outputs, or a graph kept alive: detach() or .item() what is kept, or drop it",
                 0.4,
@@ -274,10 +287,16 @@ def _refused(device: int, o: OutOfMemory) -> Verdict:
         evidence += f"; {o.elsewhere_free / 2**20:.0f} MiB more are free in private pools or of other streams"
     if not o.would_fit:
         how = "that free memory of other pools would have held"
-        advice = "let CUDA graphs share one pool (graph_pool_handle), capture fewer shapes, or free them before this request"
+        advice = "let CUDA graphs share one pool (graph_pool_handle), capture fewer shapes, or free them first"
     elif o.expandable:
         how = "that would have fitted"
         advice = "segments are expandable already: allocate fewer different sizes, or torch.cuda.empty_cache() before it"
     else:
         how, advice = "that would have fitted", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-    return Verdict("memory", f"device {device}: a request of {o.request / 2**20:.0f} MiB failed {how}", evidence, advice, 0.5)
+    return Verdict(
+        "memory",
+        f"device {device}: a request of {o.request / 2**20:.0f} MiB failed {how}",
+        evidence,
+        advice,
+        0.5,
+    )
