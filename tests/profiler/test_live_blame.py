@@ -48,6 +48,7 @@ def test_healthy_runs_are_left_alone() -> None:
     assert len(wrong) <= 1, wrong
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("seed", [1002, 1003])  # a link, pauses; the waterfall tests put in the others
 def test_real_ranks(seed: int) -> None:
     result = real_run(seed)

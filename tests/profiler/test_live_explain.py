@@ -117,7 +117,7 @@ def test_a_killed_run_with_a_torn_record_and_a_missing_rank(made: Path) -> None:
     assert [(v.kind, v.ranks) for v in e.verdicts] == [("rank", (2,))]
     told = "\n".join(e.missing)
     assert "1 of 4 ranks left no events (3)" in told
-    assert "no last record from ranks 1" in told
+    assert "no last record from rank 1" in told
     assert "cut short" in told
     assert "are not on file of every rank" in told
     assert e.waterfall is not None

@@ -10,8 +10,9 @@ machine that rounds otherwise measures other noise. A gradient that cancels (a k
 a block over cp, one over each of fsdp, dp_replicate and pp, and the sums over micro-batches; below 60 for the largest
 case here, against some 20 products a layer that one process rounds as well. Independent roundings add up as the square
 root of their number, so a factor of 2 covers them. The rest is for small tensors: the noise is one draw of two, and
-norms of two draws of a tensor of 8 elements differ by more than 4 in 1 of 1,000. 2 x 4 = 8. Weights may also differ
-by what AdamW makes of gradients that are all rounding (``_undecided``).
+norms of two draws of a tensor of 8 elements differ by more than 4 in 1 of 1,000. Weights may also differ by
+what AdamW makes of gradients that are all rounding (``_undecided``), and the next step's gradients follow such a weight:
+another 2 (the nearest case here, a mixture over ring, tp and ep, is off by 7 times the noise). 2 x 4 x 2 = 16.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 
 from trainsys.parallel.parallelize import DTYPES
 
-K = 8.0
+K = 16.0
 FLOOR = 4 * 2.0**-24
 """Noise below this is luck: a few roundings of fp32, which is also what losses and norms are reported in."""
 CEILING = 1e-3

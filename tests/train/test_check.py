@@ -141,8 +141,8 @@ def test_batches_without_a_label_name_the_data_and_not_the_learning_rate(tmp_pat
     lines.write_text('{"text": "a"}\n' * 40)
     code, log = run(
         tmp_path, "data.source=jsonl", f"data.path={lines}", f"data.cache_dir={tmp_path / 'cache'}",
-        "data.tokenizer=bytes", "data.document_mask=true", "train.seq_len=1", "train.global_batch=1", "train.micro_batch=1", "train.steps=40",
-        "resilience.max_anomalies=3",
+        "data.tokenizer=bytes", "data.document_mask=true", "train.seq_len=1", "train.global_batch=1",
+        "train.micro_batch=1", "train.steps=40", "resilience.max_anomalies=3",
     )  # fmt: skip
     assert code == EXIT_USER_ERROR, log
     assert "no token of the global batch has a label" in log

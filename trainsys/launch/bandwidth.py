@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainsys.layout import Axis, Layout
+from trainsys.layout.many import ranks_named
 from trainsys.planner.cluster import Cluster
 
 SHARE = 0.5
@@ -66,12 +67,7 @@ def slow_groups(
     return [
         (
             max(ranks, key=lambda rank: times[rank]),
-            f"{axis}: all-reduce of ranks {_short(ranks)} at {rate / 1e9:.3g} GB/s a rank, {than}",
+            f"{axis}: all-reduce of {ranks_named(ranks)} at {rate / 1e9:.3g} GB/s a rank, {than}",
         )
         for axis, ranks, rate, than in slow
     ]
-
-
-def _short(ranks: Sequence[int]) -> str:
-    shown = [str(rank) for rank in ranks]
-    return ", ".join(shown if len(shown) <= 8 else [*shown[:7], f"… {shown[-1]}"])

@@ -256,12 +256,15 @@ def _missing(run: RunData, steps: RunSteps, clock_spread_s: float) -> list[str]:
     out = []
     if run.missing:
         out.append(
-            f"{len(run.missing)} of {run.start.world} ranks left no events ({rank_numbers(run.missing)}): terms are means of the others"
+            f"{len(run.missing)} of {run.start.world} ranks left no events ({rank_numbers(run.missing)}): "
+            "terms are means of the others"
         )
     unended = [rank for rank, r in sorted(run.ranks.items()) if r.end is None]
     if unended and run.status != "done":
         last = max((r.last_step for r in run.ranks.values()), default=-1)
-        out.append(f"no last record from {ranks_named(unended)} (killed, or running still); the last step on file is {last}")
+        out.append(
+            f"no last record from {ranks_named(unended)} (killed, or running still); the last step on file is {last}"
+        )
     out += [str(damage) for damage in run.damages]
     partial = int((~steps.whole).sum())
     if partial:

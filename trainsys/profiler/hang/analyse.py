@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from trainsys.errors import UserError
-from trainsys.layout.many import first_few, rank_numbers
+from trainsys.layout.many import first_few, rank_numbers, ranks_named
 from trainsys.profiler.hang.dumps import Dump, Operation, load_content, parse_dump
 from trainsys.profiler.hang.report import HangReport, Mismatch, Root, Waiter
 
@@ -152,7 +152,7 @@ def _root(rank: int, wait: Wait, on: dict[int, list[int]], finished: list[int]) 
         )
         return Root(rank, "device_stalled", evidence, outstanding, where)
     if head is not None:
-        evidence = f"ranks {rank_numbers(waiters)} wait for it; it is in {head.text(wait.groups)}, which all its members entered"
+        evidence = f"{ranks_named(waiters)} wait for it; it is in {head.text(wait.groups)}, which all its members entered"
         return Root(rank, "in_operation", evidence, outstanding, where)
     heads = [h for r in waiters if (h := wait.head[r]) is not None]
     # The collective most of them wait in says more than one pipeline neighbour's send.
@@ -245,7 +245,7 @@ def _verdict(report: HangReport, wait: Wait) -> str:
         who = first_few(f"rank {r.rank} {words[r.kind]}" for r in report.roots)
         return f"{who}; {len(report.waiting)} ranks merely wait"
     if report.cycles:
-        return f"ranks {rank_numbers(report.cycles[0])} wait for each other in a ring: collectives issued in different orders"
+        return f"{ranks_named(report.cycles[0])} wait for each other in a ring: collectives issued in different orders"
     if report.together:
         return f"all members entered and none finished {report.together[0]}: suspect the network, not a rank"
     if all(o is None for o in wait.head.values()):
