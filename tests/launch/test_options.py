@@ -94,7 +94,7 @@ BESIDE = {
     "kubernetes.device": ["train.device=cuda"],
     "skypilot.use_spot": ["launch.skypilot.storage={/c: {name: b}}", "checkpoint.folder=/c/run"],
 }
-# Read by the ranks or the job script from the job's copy of the config, or by launch itself; each has a test of its own elsewhere.
+# Read by the ranks or the job script from the job's copy of the config, or by launch itself; each has its own test.
 BY_RANKS = {"slurm": {"cluster", "evict_share", "max_restarts", "retry_wait_s"}}
 BY_LAUNCH = {
     "array_limit": "tests/launch/test_job_files.py::test_tasks_of_an_array_are_limited_and_split",
@@ -213,6 +213,8 @@ def test_local_runs_the_setup_in_the_environment_of_the_job(small: Path) -> None
         "if 'RANK' in os.environ:\n"
         "    text = f\"rank {os.environ['GREETING']} {os.environ['MADE']} \"\n"
         "    open('ran', 'a').write(text + '\\n')\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        open(os.environ['TRAINSYS_DONE_FILE'], 'w').write('{\"step\": 1}')\n"
         "    os._exit(0)\n"
     )
     command = [

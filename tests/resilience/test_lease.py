@@ -117,7 +117,8 @@ def test_the_next_attempt_of_a_job_takes_over_at_once(
     write(tmp_path, kernel="another")
     with Lease(tmp_path, attempt=1, stale_s=1e6) as mine:
         assert "an earlier attempt of this job" in mine.notes[0]
-    with Lease(tmp_path, attempt=0, **FAST), pytest.raises(UserError, match="is in use"), Lease(tmp_path, attempt=0, stale_s=60):
+    again = Lease(tmp_path, attempt=0, stale_s=60)
+    with Lease(tmp_path, attempt=0, **FAST), pytest.raises(UserError, match="is in use"), again:
         pass
 
 
