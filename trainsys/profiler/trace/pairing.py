@@ -32,6 +32,8 @@ _MOST = 4_000_000
 _CANDIDATES = 16
 _CLEAR = 3.0
 """How much closer the ends must agree than under any other offset."""
+_WITNESSES = 4
+"""Pairs that are too few to be believed may still speak against others."""
 _RIVAL = 0.7
 """Share of its pairs that another offset must have to be one."""
 _RESOLUTION_NS = 1_000
@@ -180,7 +182,7 @@ def _coinciding(a: Column, b: Column, one_clock: bool, steps: bool, near: float)
     for offset in [0.0] if one_clock else _offsets(a, b, steps, near):
         left, right = _nearest(a, b, offset, near, steps)
         whole = left.size == len(a) == len(b)
-        if whole or left.size >= (1 if one_clock else fewest):
+        if whole or left.size >= (1 if one_clock else min(fewest, _WITNESSES)):
             found.append((_disagreement(a, b, left, right), not whole, left, right, offset))
     if not found:
         return "too few ends coincide to know which collectives are the same"
@@ -188,7 +190,7 @@ def _coinciding(a: Column, b: Column, one_clock: bool, steps: bool, near: float)
     rivals = [f[0] for f in found if f[4] != offset and f[2].size >= _RIVAL * left.size]
     if part and rivals and min(rivals) < _CLEAR * max(best, _RESOLUTION_NS):
         return "shifted by a step the ends agree as well, so which is which is not known"
-    if part and left.size < least * _in_common(a, b, offset):
+    if part and (left.size < least * _in_common(a, b, offset) or (left.size < fewest and not one_clock)):
         return "too few ends coincide to know which collectives are the same"
     if not (steps or one_clock) and best > _AGREE_NS:
         return "the ends coincide only roughly, and neither a clock nor a sequence says which are the same"

@@ -89,7 +89,6 @@ def _health(report: Report) -> list[str]:
         lines.append(f"{n} of {report.world} ranks were given: nothing is said of the others")
     if report.across is not None:
         lines += [f"not compared: {why}" for why in report.across.withheld[:10]]
-    lines += [f"not read: {u.why}" for u in report.unread[:10]]
     return ["Trace health", *(f"  {line}" for line in lines), ""] if lines else []
 
 
@@ -289,4 +288,5 @@ def _said(report: Report) -> list[str]:
         for what, n in said.items():
             total[what] = total.get(what, 0) + n
     out = [f"  {what}: {n}" for what, n in sorted(total.items())]
+    out += [f"  not read: {u.why}" for u in report.unread[:10]]
     return ["Notes", *out] if out else []
