@@ -32,6 +32,8 @@ def check_paths(run: RunConfig) -> None:
         wanted.append(("data.tokenizer", run.data.tokenizer))
     if run.checkpoint.resume not in ("auto", "never"):
         wanted.append(("checkpoint.resume", run.checkpoint.resume))
+    if run.train.init_from:
+        wanted.append(("train.init_from", run.train.init_from))
     for key, text in wanted:
         path = os.path.expanduser(text) if key.startswith("data.") else text
         if os.path.exists(path) or any(True for _ in glob.iglob(path, recursive=True)):

@@ -130,7 +130,10 @@ def settled(run: RunConfig) -> RunConfig:
             "tokenizer": data.tokenizer if data.tokenizer == "bytes" else _if_there(data.tokenizer),
         },
         "launch": {"cluster": _if_there(run.launch.cluster) if run.launch.cluster else None},
-        "train": {"device": "cuda" if train.device == "auto" else train.device},
+        "train": {
+            "device": "cuda" if train.device == "auto" else train.device,
+            **({"init_from": _if_there(train.init_from)} if train.init_from else {}),
+        },
     }
     return run.model_copy(
         update={section: getattr(run, section).model_copy(update=keys) for section, keys in paths.items()}
