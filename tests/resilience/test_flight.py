@@ -85,7 +85,7 @@ def test_the_report_names_the_rank_whose_host_never_came(tmp_path: Path) -> None
         states[rank] = RankState(
             rank, 7, 60.0, device.doing, device.last, device.counts, "train.py:10 in data"
         )
-    text = explain(states, 4, {"fsdp": [0, 1, 2, 3]})
+    text = explain(states, 4)
     assert "ranks 0, 1, 3 are in all_gather_base on fsdp" in text
     assert text.count("missing") == 1
     assert "rank 2 is missing" in text

@@ -144,7 +144,8 @@ def test_too_little_memory_for_a_save_ends_the_run_before_its_first_step(
     assert "for the 2 ranks there, and 1 KiB are free" in log
     assert "Traceback" not in log
     assert not any(tmp_path.rglob("step_*"))
-    codes, log = _run(tmp_path, lambda rank: None, 1, "checkpoint.every=0", "parallel.dp_shard=1")
+    never = ("checkpoint.every=0", "checkpoint.every_minutes=0")
+    codes, log = _run(tmp_path, lambda rank: None, 1, *never, "parallel.dp_shard=1")
     assert codes == [0], log
 
 

@@ -48,7 +48,7 @@ class ToyEngine:
 
     def __init__(self, poison: Collection[int] = (), bad: Collection[int] = ()) -> None:
         self.poison, self.bad = poison, bad
-        self.weights, self.updates = torch.zeros(4), 0
+        self.weights, self.moment, self.updates = torch.zeros(4), torch.zeros(1), 0
 
     def train_step(self, step: int, data: StepData, judge: Judge | None = None, ask: float = 0.0) -> StepResult:
         loss = LOST if data.step in self.bad or self.weights.isnan().any() else 1.0
@@ -60,6 +60,7 @@ class ToyEngine:
 
     def state(self) -> Iterator[LocalTensor]:
         yield LocalTensor("weights", self.weights, ShardSpec.whole((4,)))
+        yield LocalTensor("weights@moment", self.moment, ShardSpec.whole((1,)))
 
     parameters = gradients = state
 

@@ -99,7 +99,7 @@ def refuse_too_large(sizes: Sequence[int], rooms: Sequence[Room]) -> None:
 
 _HELPS = (
     "ask the scheduler for more memory, shard the state over more nodes (parallel.dp_shard), "
-    "or save nothing (checkpoint.every=0)"
+    "or save nothing (checkpoint.every=0 checkpoint.every_minutes=0)"
 )
 
 
