@@ -91,3 +91,20 @@ def test_links_and_files_exist(page: Path) -> None:
             path = word.rstrip(".,:")
             if path.startswith(PLACES) and not STANDS_FOR.search(path.replace("README.md", "")):
                 assert (ROOT / path).exists(), f"{page.name}: names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    missing = []
+    for file, name in re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)", page.read_text(encoding="utf-8")):
+        path = ROOT / "tests" / file
+        if not path.is_file() or f"def {name}(" not in path.read_text(encoding="utf-8"):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+def test_every_fault_names_the_test_that_shows_it() -> None:
+    text = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    assert [row for row in rows if not re.search(r"\.py::\w+` \|$", row)] == []

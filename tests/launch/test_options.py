@@ -97,7 +97,7 @@ BESIDE = {
 # Read by the ranks or the job script from the job's copy of the config, or by launch itself; each has its own test.
 BY_RANKS = {"slurm": {"cluster", "evict_share", "max_restarts", "retry_wait_s"}}
 BY_LAUNCH = {
-    "array_limit": "tests/launch/test_job_files.py::test_tasks_of_an_array_are_limited_and_split",
+    "array_limit": "tests/launch/test_job_files.py::test_more_tasks_than_an_array_takes_are_several_arrays",
     "cluster": "tests/launch/test_check.py::test_a_model_that_cannot_fit_is_refused_with_the_figures"
 }
 # One value stands for the backend that has it.

@@ -69,7 +69,7 @@ def _loaded(trace: RankTrace) -> Loaded:
 def _devices(trace: RankTrace) -> list[int]:
     """The devices with activities, busiest first."""
     device = trace.device
-    found = np.unique(device.device).tolist()
+    found: list[int] = np.unique(device.device).tolist()
     if len(found) < 2:
         return found
     busy = {d: int((device.end - device.start)[device.device == d].sum()) for d in found}

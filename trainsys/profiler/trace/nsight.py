@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def _columns(base: sqlite3.Connection, table: str) -> set[str]:
     return {row[1] for row in base.execute(f"PRAGMA table_info({table})")}
 
 
-def _sorted(rows: list[tuple[int, ...]]) -> list[Ints]:
+def _sorted(rows: Sequence[tuple[int, ...]]) -> list[Ints]:
     table = np.array(rows, np.int64)
     table = table[np.argsort(table[:, 0], kind="stable")]
     return [np.ascontiguousarray(c) for c in table.T]

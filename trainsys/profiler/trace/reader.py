@@ -88,8 +88,8 @@ def _header(trace: RankTrace, meta: Meta) -> None:
             ranks = tuple(r for r in group["ranks"] if isinstance(r, int))
             trace.groups[str(group.get("pg_name"))] = (str(group.get("pg_desc", "")), ranks)
     trace.stated = isinstance(rank, int) and rank >= 0
-    if trace.stated:
-        trace.rank = int(rank)
+    if isinstance(rank, int) and rank >= 0:
+        trace.rank = rank
     else:
         found = _RANK_IN_NAME.findall(trace.path.name) or _RANK_IN_NAME.findall(trace.path.parent.name)
         trace.rank = int(found[-1]) if found else -1
