@@ -41,20 +41,20 @@ def test_a_run_that_reached_its_last_step_proves_it(proof: Path) -> None:
 def test_a_run_that_stopped_before_proves_nothing(
     proof: Path, monkeypatch: pytest.MonkeyPatch, reached: int
 ) -> None:
-    monkeypatch.setattr(main, "run", lambda *_: reached)
+    monkeypatch.setattr(main, "run", lambda *_: (reached, ""))
     assert main.train("run.yaml", SMALL) == 0
     assert not proof.exists()
 
 
 def test_only_rank_0_proves(proof: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(main, "run", lambda *_: 2)
+    monkeypatch.setattr(main, "run", lambda *_: (2, ""))
     assert main.train("run.yaml", SMALL) == 0
     assert not proof.exists()
 
 
 def test_a_proof_that_cannot_be_written_is_not_success(proof: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DONE_FILE, str(proof.parent / "gone" / "done.json"))
-    monkeypatch.setattr(main, "run", lambda *_: 2)
+    monkeypatch.setattr(main, "run", lambda *_: (2, ""))
     with pytest.raises(OSError, match="No such file"):
         main.train("run.yaml", SMALL)
