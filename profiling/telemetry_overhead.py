@@ -2,7 +2,7 @@
 
     python profiling/telemetry_overhead.py --blocks 60 --out profiling/results/telemetry_overhead.json
 
-A step is 50 ms of real matrix products, cut into phases and collectives as a model's would be. "On" is what a training
+A step is 50 ms of real matmuls, cut into phases and collectives as a model's would be. "On" is what a training
 run has: the ledger's span around every collective, recorder and event file, memory, FLOPs and MFU, each step's window of
 all ranks, live waterfall and blame, and every sink there is (console, JSON lines, TensorBoard, Prometheus, W&B
 offline; ``--sinks none``: JSON lines alone). "Off" is the same work without any of it.

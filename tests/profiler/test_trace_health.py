@@ -226,7 +226,7 @@ def test_the_host_holds_up_only_an_idle_device(tmp_path):
     c, whole = report.critical, report.ranks[0].breakdown.whole
     assert sum(c.by_kind.values()) == c.span_ns
     assert sum(c.by_kind.get(k, 0) for k in ("host", "data", "sync", "launch")) <= whole.idle
-    faster = next(w for w in c.what_if if "matrix products" in w.what)
+    faster = next(w for w in c.what_if if "matmuls" in w.what)
     assert faster.saved_ns == pytest.approx(whole.matmul / 6, rel=0.1)
 
 

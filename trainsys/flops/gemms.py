@@ -1,4 +1,4 @@
-"""What is multiplied: the matrix products of a layer, and the query-key pairs of attention."""
+"""What is multiplied: the matmuls of a layer, and the query-key pairs of attention."""
 
 from __future__ import annotations
 

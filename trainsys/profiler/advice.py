@@ -64,7 +64,7 @@ def advise(fall: Waterfall, cfg: RunConfig | None, memory: MemoryReport | None) 
         elif term.name == "other_compute" and cfg is not None and not cfg.train.compile:
             # Fusion merges passes over memory; half is what it saves on transformers' element-wise work.
             say("train.compile=true: fused norms, activations and rotary embedding", term.seconds / 2,
-                "half of what is not matrix products")  # fmt: skip
+                "half of what is not matmuls")  # fmt: skip
         elif term.name.startswith(COMM):
             axis = term.name[len(COMM) :]
             if axis in _COMM:

@@ -29,7 +29,7 @@ class Capture:
     step: int
     rank: int
     matmul: float
-    """In matrix products."""
+    """In matmuls."""
     idle: float
     """In which nothing ran on the device: launch gaps, a host that is too slow, synchronising calls."""
 

@@ -3,7 +3,7 @@
     useful at the peak         model FLOPs / (world x peak): the time that nothing could shorten
     padding                    forward and backward of tokens that are padding
     recompute                  forwards that backward repeats
-    matmul below peak          matrix products slower than the peak
+    matmul below peak          matmuls slower than the peak
     other compute              the rest of forward and backward; the optimizer
     exposed communication      by axis, less waiting for late peers
     pipeline bubble            waiting for other stages
@@ -36,7 +36,7 @@ LABELS = {
     "compute": "compute",
     "padding": "padding",
     "recompute": "recomputation",
-    "matmul_below_peak": "matrix products below the peak",
+    "matmul_below_peak": "matmuls below the peak",
     "other_compute": "other compute in forward and backward",
     "compute_below_peak": "compute below the peak",
     "optimizer": "optimizer",
@@ -317,12 +317,12 @@ def _notes(
         notes.append("no peak is known for this hardware, so there is no MFU: trainsys bench matmul measures one")
     if capture is None:
         notes.append(
-            "no profiler capture in this run: matrix products and other compute are not told apart "
+            "no profiler capture in this run: matmuls and other compute are not told apart "
             "(telemetry.capture_every=N takes one every N steps)"
         )
     else:
         notes.append(
-            f"matrix products, other compute and launch gaps are split as in the profiler capture of step {capture.step}"
+            f"matmuls, other compute and launch gaps are split as in the profiler capture of step {capture.step}"
         )
     below = parts.get("compute_below_peak", parts.get("matmul_below_peak"))
     if below is not None and below.mean() < 1e-9:

@@ -191,7 +191,7 @@ def _what_ifs(g: Graph, low: int, high: int, waits: list[int] | None, idle: int)
         out.append(quicker)
     out.append(
         ask(
-            "matrix products were 20% faster",
+            "matmuls were 20% faster",
             [n * 5 // 6 if k == MATMUL else n for n, k in zip(g.length, g.kind, strict=True)],
         )
     )

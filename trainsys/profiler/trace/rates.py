@@ -43,7 +43,7 @@ def _mfu(rank: RankReport, device: Device) -> Mfu | None:
         return None
     return Mfu(
         round(rank.work.products / (span_ns / 1e9 * peak), 6),
-        "matrix products from recorded shapes, recompute included, no attention, no convolutions",
+        "matmuls from recorded shapes, recompute included, no attention, no convolutions",
         f"{device.name} {dtype} dense {peak / 1e12:g} TFLOP/s",
     )
 

@@ -1,4 +1,4 @@
-"""Matrix products by shape: FLOP/s reached, against what the device can do. Peaks from the catalogue only."""
+"""Matmuls by shape: FLOP/s reached, against what the device can do. Peaks from the catalogue only."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ProductRow:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """FLOPs of a trace from recorded shapes. ``products``: matrix products; ``attention``: not causal-halved."""
+    """FLOPs of a trace from recorded shapes. ``products``: matmuls; ``attention``: not causal-halved."""
 
     products: int = 0
     attention: int = 0

@@ -57,7 +57,7 @@ def render(report: Report) -> str:
             [(k, ms(v), share(v, c.span_ns)) for k, v in sorted(c.by_kind.items(), key=lambda i: -i[1])],
         )
         out += [
-            f"  had {w.what}: {ms(w.span_ns)} ms, {w.saved_share * 100:.1f}% less"
+            f"  if {w.what}: {ms(w.span_ns)} ms, {w.saved_share * 100:.1f}% less"
             for w in c.what_if
             if w.saved_share >= 0.001
         ]

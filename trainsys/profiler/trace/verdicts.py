@@ -150,7 +150,7 @@ def _time(report: Report, ranks: list[RankReport]) -> list[Verdict]:
         out.append(
             Verdict(
                 "fusion",
-                f"{_pct(share)} of the time is compute other than matrix products, which take {_pct(products)}",
+                f"{_pct(share)} of the time is compute other than matmuls, which take {_pct(products)}",
                 evidence,
                 "torch.compile or fused kernels for norms, activations, rotary embedding and casts",
                 share,
