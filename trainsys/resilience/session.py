@@ -162,7 +162,6 @@ class Session:
             self._dog.start()
         if self.found is not None:
             self._restore(self.found)
-            self._saver.last_step = self.step
         elif self.weights is not None:
             with self._patient():
                 load_weights(self.weights, engine)
@@ -245,9 +244,7 @@ class Session:
         try:
             self.guard.check()
         except UserError:
-            with suppress(
-                UserError
-            ):  # every rank ends here: what is being saved, and what is now known of it, stays
+            with suppress(UserError):  # every rank ends here: what is being saved, and what is known of it, stays
                 self._saver.wait()
             raise
         back = bad.action == "rollback" and self._roll_back()
