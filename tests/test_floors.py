@@ -18,7 +18,7 @@ PACKAGE = ROOT / "trainsys"
 # to trainsys gives it a floor here.
 FLOORS = (
     {
-        "errors", "failure", "blame", "threads",
+        "errors", "failure", "blame", "threads", "rank_lists",
         "shipped_yaml", "layout", "context", "flops", "hardware", "config", "schedules", "capabilities",
     },
     {"telemetry", "profiler", "planner", "launch", "sweep"},

@@ -38,7 +38,7 @@ from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import LocalTensor
 from trainsys.errors import FULL, MachineFault, UserError, is_machines
 from trainsys.hardware.machine import free_memory
-from trainsys.layout.many import by_text
+from trainsys.rank_lists import by_text
 from trainsys.threads import Lane
 
 WRITERS = 3

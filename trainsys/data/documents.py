@@ -18,7 +18,7 @@ from isal import igzip, igzip_lib
 
 from trainsys.config.run import DataConfig
 from trainsys.errors import UserError
-from trainsys.layout.many import first_few
+from trainsys.rank_lists import first_few
 
 # Not read from the standard library: tests (large, odd encodings), what pip installs, and what differs
 # between two builds or set-ups of one Python version.

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainsys.layout import Axis, Layout
-from trainsys.layout.many import ranks_named
 from trainsys.planner.cluster import Cluster
+from trainsys.rank_lists import ranks_named
 
 SHARE = 0.5
 """Of what is expected, or of the axis's median group; rings reach 70-90% of line rate where all is well."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainsys.layout.many import ranks_named
 from trainsys.profiler.late_phase import COMPUTE, DATA, PHASE_ADVICE, late_phase
 from trainsys.profiler.links import slow_links
 from trainsys.profiler.places import slow_places
@@ -20,6 +19,7 @@ from trainsys.profiler.steps import Floats, StepTable
 from trainsys.profiler.straggler import Straggler, find_stragglers, row_medians
 from trainsys.profiler.verdict import ALPHA, LEAST_SHARE, TESTS, Verdict
 from trainsys.profiler.waits import work_between
+from trainsys.rank_lists import ranks_named
 
 WINDOW = 200
 """Steps judged at a time; what lasts over several windows is one verdict."""

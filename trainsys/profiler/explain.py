@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from trainsys.layout.many import rank_numbers, ranks_named
 from trainsys.profiler.advice import Advice, advise, to_fit
 from trainsys.profiler.blame import Blame
 from trainsys.profiler.flops_split import load_config, split_flops
@@ -24,6 +23,7 @@ from trainsys.profiler.verdict import Verdict
 from trainsys.profiler.waits import LateForGood, work_between
 from trainsys.profiler.waterfall import Ledger, Waterfall, label
 from trainsys.profiler.what_if_run import Saved, WhatIf, what_if
+from trainsys.rank_lists import rank_numbers, ranks_named
 from trainsys.telemetry.run_data import RunData
 
 SCHEMA = "trainsys.explain/1"

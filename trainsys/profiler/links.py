@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from trainsys.layout.many import first_few, ranks_named
 from trainsys.profiler.steps import Floats, StepTable, axes_of
 from trainsys.profiler.straggler import find_stragglers
 from trainsys.profiler.verdict import Verdict
+from trainsys.rank_lists import first_few, ranks_named
 from trainsys.telemetry.events import COMM
 
 LEAST_SHARE = 0.04

@@ -19,7 +19,7 @@ from typing import Literal
 
 from trainsys.config.run import ResilienceConfig
 from trainsys.errors import UserError
-from trainsys.layout.many import rank_numbers
+from trainsys.rank_lists import rank_numbers
 
 Action = Literal["skip", "rollback", "stop"]
 _MIN_HISTORY = 8

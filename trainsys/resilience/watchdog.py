@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainsys.layout.many import ranks_named
+from trainsys.rank_lists import ranks_named
 from trainsys.resilience.flight import dump_flight_recorder
 from trainsys.resilience.hung import blame
 from trainsys.telemetry.recorder import Recorder

@@ -13,7 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from trainsys.layout.many import rank_numbers
+from trainsys.rank_lists import rank_numbers
 from trainsys.telemetry import text as say
 from trainsys.telemetry.events import COMM, PHASES
 from trainsys.telemetry.run_data import RankData, RunData, Sums, load_run

@@ -14,9 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 from trainsys.errors import UserError
-from trainsys.layout.many import first_few, rank_numbers, ranks_named
 from trainsys.profiler.hang.dumps import Dump, Operation, load_content, parse_dump
 from trainsys.profiler.hang.report import HangReport, Mismatch, Root, Waiter
+from trainsys.rank_lists import first_few, rank_numbers, ranks_named
 
 # A root's part of a gather or scatter is not its peers'; an all-gather's or reduce-scatter's is.
 _SIZES_MAY_DIFFER = re.compile(

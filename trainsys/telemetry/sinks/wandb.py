@@ -62,6 +62,7 @@ class WandbSink:
             except (self._wandb.errors.Error, OSError) as error:
                 reason = " ".join(str(error).split())[:160]
                 self._say(f"wandb: cannot log online: {reason}; going on offline")
+                self._wandb.teardown(1)  # W&B's service holds the run's id for the attempt that failed
         if self._run is None:
             self._run = self._open(info, "offline")
         if self._run.offline:

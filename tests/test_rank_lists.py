@@ -7,7 +7,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainsys.layout.many import by_text, first_few, rank_numbers, ranks_named
+from trainsys.rank_lists import by_text, first_few, rank_numbers, ranks_named
 
 WORLD = 16_384
 
