@@ -173,6 +173,8 @@ def run_agent(arguments: list[str], steps: int | None = None, drained: Path | No
             if failure is not None:
                 return failure.code
             return _explain(error)
+        finally:
+            del os.environ[FAILURE_FILE], os.environ[DONE_FILE]
         if steps is not None and not (drained and drained.exists()) and (why := doubt(proof, steps)):
             print(f"trainsys: error: the run {why}", file=sys.stderr)
             return EXIT_FAILED

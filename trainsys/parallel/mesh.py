@@ -96,13 +96,13 @@ class Mesh:
         return self._made[groups]
 
     def _make(self, axis: str, groups: list[list[int]], mine: list[int]) -> Any:
-        """This rank's of ``groups``, which are disjoint. One communicator a rank, however many they are: NCCL splits
-        the world into all of them in one call; elsewhere nobody but its members takes part in making a group."""
+        """This rank's of ``groups``, which are disjoint: one communicator a rank, however many they are. NCCL splits the
+        world into all of them in one call; elsewhere every rank calls for each group and only its members make it."""
         if splits(self.device):
             return dist.split_group(split_ranks=groups, timeout=self._timeout, group_desc=axis)
-        if mine not in groups:
-            return None
-        return dist.new_group(mine, timeout=self._timeout, use_local_synchronization=True, group_desc=axis)
+        # Not with use_local_synchronization: with it the demo's ranks grew by 12 MiB a step (torch 2.13, gloo).
+        made = [dist.new_group(ranks, timeout=self._timeout, group_desc=axis) for ranks in groups]
+        return made[groups.index(mine)] if mine in groups else None
 
 
 def splits(device: torch.device) -> bool:
