@@ -47,8 +47,13 @@ def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(
         # What --signal=B:USR1@… does when the time limit comes near.
         slurm.ask("scancel", "--batch", "--signal=USR1", identity)
 
+    killed: list[str] = []
+
     def kill_rank() -> None:
-        os.kill(ranks_of(identity)[-1], signal.SIGKILL)
+        pid = ranks_of(identity)[-1]
+        env = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+        killed.append(f"rank {env['SLURM_PROCID']} on {env['SLURMD_NODENAME']}")
+        os.kill(pid, signal.SIGKILL)
 
     def preempt() -> None:
         wrapped = [
@@ -87,7 +92,7 @@ def test_whatever_happens_the_job_completes_with_the_losses_of_a_quiet_run(
     said = out.read_text()
     assert states(identity) == {"COMPLETED"}, everything(folder)
     assert "attempt 1: again: asked to stop by SIGUSR1, step " in said
-    assert "attempt 2: again: rank 3 on 127.0.0.12: killed (srun: exit code 1" in said
+    assert f"attempt 2: again: {killed[0]}: killed (srun: exit code 1" in said
     assert (
         "attempt 3: again: asked to stop by SIGTERM, step " in said or "attempt 3: again: preempted" in said
     )
