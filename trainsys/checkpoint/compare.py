@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from trainsys.checkpoint.manifest import Manifest
 from trainsys.config.model import ModelConfig
 from trainsys.config.run import OptimConfig, RunConfig
+from trainsys.config.text import flat
 from trainsys.optim.schedule import learning_rate
 
 _FREE = {"name", "max_seq_len", "init_std", "moe.aux_loss_coef", "moe.bias_update_rate"}
@@ -106,17 +107,6 @@ def _rate(was: Manifest, cfg: RunConfig) -> list[str]:
     now = learning_rate(cfg.optim, was.step, cfg.train.steps)
     same = abs(before - now) <= 1e-9 * max(abs(before), abs(now))
     return [] if same else [f"lr at step {was.step}: {before:.3g} → {now:.3g}"]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings by dotted key."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= flat(value, f"{prefix}{name}.")
-        else:
-            out[prefix + name] = value
-    return out
 
 
 def _axes(layout: Mapping[str, int]) -> str:

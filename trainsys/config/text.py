@@ -169,6 +169,17 @@ for _name, _pattern in _SCALARS.items():
         _side.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern.pattern})\Z"), None)
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings by dotted key."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
 def in_code(settings: Mapping[str, object]) -> str:
     """Settings by dotted name as a page shows them: each ``name=value`` between backticks, as on the command line."""
     return " ".join(

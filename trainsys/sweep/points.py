@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import product
@@ -12,6 +12,7 @@ from typing import Any
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.config.secrets import MASK, is_env, is_secret
+from trainsys.config.text import flat
 from trainsys.errors import UserError
 from trainsys.layout import Layout
 from trainsys.sweep.config import PlannedPoints, SweepConfig
@@ -69,17 +70,8 @@ def _planned(sweep: SweepConfig, plan: PlannedPoints) -> Iterator[dict[str, Any]
     job = Job.of(run, cluster.machine(), world_of(cluster, plan.gpus))
     found = search(job, parse_limits(plan.limits), plan.margin)
     for i in found.distinct(plan.top):
-        yield _flat(winner(found, i))
+        yield flat(winner(found, i))
 
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{before}{key}.")
-        else:
-            flat[f"{before}{key}"] = value
-    return flat
 
 
 def _candidate(sweep: SweepConfig, number: int, point: dict[str, Any]) -> Candidate:
