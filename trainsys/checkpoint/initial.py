@@ -54,17 +54,15 @@ def refuse_unused(cfg: RunConfig, own: Manifest | None) -> None:
 def open_weights(cfg: RunConfig, ranks: Ranks) -> Weights:
     """What ``train.init_from`` names, the same on every rank. UserError where it is none of what can be read, is
     damaged, or does not fit ``cfg.model``, by key."""
-    assert cfg.train.init_from is not None
-    opened: Weights | UserError | None = None
-    if ranks.rank == 0:
+    path = Path(cfg.train.init_from or "")
+
+    def read() -> Weights:
         try:
-            opened = _open(Path(cfg.train.init_from), cfg.model)
+            return _open(path, cfg.model)
         except UserError as error:
-            opened = UserError(f"train.init_from: {error}")
-    opened = ranks.from_first(opened)
-    if isinstance(opened, UserError):
-        raise opened
-    assert opened is not None
+            raise UserError(f"train.init_from: {error}") from None
+
+    opened = ranks.on_first(read)
     hashed = [f for f in opened.manifest.files if f.sha256]
     if wrong := check(opened.path, hashed, ranks):
         raise UserError(f"train.init_from: {opened.path} is damaged: {'; '.join(wrong)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from trainsys.comm.tree import Buffer, Tree
 from trainsys.comm.wire import Peer, Wire
+from trainsys.errors import MachineFault, UserError
 
 T = TypeVar("T")
 TIMEOUT_S = 600.0
@@ -49,6 +50,19 @@ class Ranks:
             return value
         data = self.tree.broadcast(_pack(value) if self.rank == 0 else b"")
         return value if self.rank == 0 else cast(T, _unpack(data))
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """What ``call`` returns on rank 0, on every rank; a UserError or MachineFault of it is raised on every rank."""
+        outcome: T | UserError | MachineFault | None = None
+        if self.rank == 0:
+            try:
+                outcome = call()
+            except (UserError, MachineFault) as error:
+                outcome = error
+        outcome = self.from_first(outcome)
+        if isinstance(outcome, UserError | MachineFault):
+            raise outcome
+        return cast(T, outcome)
 
     def to_first(self, value: T) -> list[T]:
         """Every rank's ``value``, by rank, on rank 0; an empty list elsewhere."""

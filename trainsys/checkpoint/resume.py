@@ -103,11 +103,7 @@ def _began_with(manifest: Manifest, resume: str) -> bool:
 
 
 def _newest_good(folder: Folder, ranks: Ranks, notes: list[str]) -> Found | None:
-    listed = ranks.from_first(_listing(folder) if ranks.rank == 0 else None)
-    if isinstance(listed, UserError):
-        raise listed
-    assert listed is not None
-    candidates, bad = listed
+    candidates, bad = ranks.on_first(lambda: _listing(folder))
     notes += [f"skipped a damaged checkpoint: {line}" for line in bad]
     for name, manifest, state in candidates:
         wrong = check(folder.root / name, manifest.files, ranks)
@@ -131,28 +127,20 @@ def _prefer(copy: Manifest, state: Health, found: Found) -> bool:
     return (not mine, copy.step) >= (not other, found.manifest.step)
 
 
-def _listing(folder: Folder) -> tuple[list[tuple[str, Manifest, Health]], list[str]] | UserError:
-    try:
-        good, bad = folder.by_trust()
-    except UserError as error:
-        return error
+def _listing(folder: Folder) -> tuple[list[tuple[str, Manifest, Health]], list[str]]:
+    good, bad = folder.by_trust()
     return [(name, m, folder.health(name, m)) for name, m in good], [str(b) for b in bad]
 
 
 def _only(path: Path, ranks: Ranks) -> Found:
-    answer: Manifest | UserError | None = None
-    if ranks.rank == 0:
+    def read() -> Manifest:
         try:
-            answer = manifests.read(path)
+            return manifests.read(path)
         except Damaged as error:
             hint = f"; train.init_from={path} starts a new run from weights" if path.is_dir() else ""
-            answer = UserError(f"checkpoint.resume={path} is not a good checkpoint: {error}{hint}")
-        except UserError as error:
-            answer = error
-    answer = ranks.from_first(answer)
-    if isinstance(answer, UserError):
-        raise answer
-    assert answer is not None
+            raise UserError(f"checkpoint.resume={path} is not a good checkpoint: {error}{hint}") from None
+
+    answer = ranks.on_first(read)
     if wrong := check(path, answer.files, ranks):
         raise UserError(f"checkpoint.resume={path} is damaged: {'; '.join(wrong)}")
     return Found(path, answer)

@@ -228,19 +228,12 @@ class Saver:
             (t.name, DTYPES[t.data.dtype], t.place.full_shape, t.place.bounds) for t in state
         ]
         told = self.ranks.to_first((pieces, Room(socket.gethostname(), free_memory())))
-        assigned: list[list[int]] = []
-        refused: UserError | None = None
-        if told:
-            by_rank = [theirs for theirs, _ in told]
+        by_rank = [theirs for theirs, _ in told]
+        if by_rank:
             check_tiling(by_rank)
-            assigned = assign(by_rank)
-            sizes = [sum(nbytes(theirs[i]) for i in mine) for theirs, mine in zip(by_rank, assigned, strict=True)]
-            try:
-                refuse_too_large(sizes, [room for _, room in told])
-            except UserError as error:
-                refused = error
-        if (refused := self.ranks.from_first(refused)) is not None:
-            raise refused
+        assigned = assign(by_rank)
+        sizes = [sum(nbytes(theirs[i]) for i in mine) for theirs, mine in zip(by_rank, assigned, strict=True)]
+        self.ranks.on_first(lambda: refuse_too_large(sizes, [room for _, room in told]))
         self._mine = order(pieces, self.ranks.each(assigned))
         mine = [pieces[i] for i in self._mine]
         size = sum(map(nbytes, mine))

@@ -113,15 +113,7 @@ class Lease:
             self._renew(run)
 
     def __enter__(self) -> Lease:
-        ranks = self._ranks
-        error: Exception | None = None
-        if ranks.rank == 0:
-            try:
-                self._mine = self._acquire(Owner.here(self._attempt))
-            except (UserError, MachineFault) as refused:
-                error = refused
-        if (error := ranks.from_first(error)) is not None:
-            raise error
+        self._ranks.on_first(self._acquire)
         if self._mine is not None:
             helper("lease", self._keep).start()
         return self
@@ -138,7 +130,8 @@ class Lease:
 
     # ---- getting it ----
 
-    def _acquire(self, mine: Owner) -> Owner:
+    def _acquire(self) -> None:
+        mine = Owner.here(self._attempt)
         try:
             make_dir(self.root)
             while not self._create(mine):
@@ -151,14 +144,14 @@ class Lease:
                     continue
                 self._write(mine)
                 self.notes.append(f"took over {self.root} from {owner or 'an unreadable lease'}: {why}")
-                return mine
+                break
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise UserError(
                 f"checkpoint folder {self.root}: {error.strerror}; set checkpoint.folder"
             ) from None
         except OSError as error:
             raise MachineFault(f"checkpoint folder {self.root}: {error.strerror}") from None
-        return mine
+        self._mine = mine
 
     def _watch(self, raw: bytes, owner: Owner | None) -> str:
         """Why the lease is stale; empty: it was given back. UserError as soon as it is renewed."""
