@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from trainsys.checkpoint.atoms import AtomReader
 from trainsys.checkpoint.container import Entry, arrange, write_file
 from trainsys.checkpoint.durable import sync_dir, write_durable
-from trainsys.checkpoint.folder import new_folder, new_run
+from trainsys.checkpoint.folder import importing, new_folder
 from trainsys.checkpoint.hf import our_name
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.snapshot import key
@@ -126,9 +125,7 @@ def import_(source: Path, folder: Path) -> Path:
         files=[],
         atoms={},
     )
-    target = new_run(folder)
-    saving = target.saving(manifest.step, f"import-{time.time_ns():x}")
-    try:
+    with importing(folder, manifest.step) as (target, saving):
         for number, (theirs, ours) in enumerate(names.items()):
             tensors = dict(_states(tag / "zero" / theirs, ours, shapes.get(theirs)))
             entries = [Entry(key(name, whole(t.shape)), "F32", tuple(t.shape)) for name, t in tensors.items()]
@@ -141,9 +138,6 @@ def import_(source: Path, folder: Path) -> Path:
                     "F32", entry.shape, [Part(number, entry.offset, whole(entry.shape))]
                 )
         return target.root / target.commit(saving, manifest)
-    except BaseException:
-        shutil.rmtree(saving, ignore_errors=True)
-        raise
 
 
 def is_one(source: Path) -> bool:

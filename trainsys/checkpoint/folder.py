@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainsys.checkpoint import manifest as manifests
@@ -183,6 +184,19 @@ def new_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error.strerror}") from None
+
+
+@contextmanager
+def importing(root: Path, step: int) -> Iterator[tuple[Folder, Path]]:
+    """The folder ``root`` of a new run (see `new_run`) and the save in it that becomes its first checkpoint, of ``step``.
+    Where the import fails nothing of it stays."""
+    target = new_run(root)
+    saving = target.saving(step, f"import-{time.time_ns():x}")
+    try:
+        yield target, saving
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
 
 
 def new_run(root: Path) -> Folder:

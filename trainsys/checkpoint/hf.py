@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from trainsys.checkpoint.atoms import TORCH_DTYPES, AtomReader
 from trainsys.checkpoint.container import Damaged, Entry, TensorFile, arrange, write_file
 from trainsys.checkpoint.durable import sync_dir, write_durable
-from trainsys.checkpoint.folder import new_folder, new_run
+from trainsys.checkpoint.folder import importing, new_folder
 from trainsys.checkpoint.hf_config import from_hf_config, to_hf_config
 from trainsys.checkpoint.manifest import Atom, File, Manifest, Part
 from trainsys.checkpoint.snapshot import key
@@ -126,14 +125,12 @@ def import_(
     held, unread = open_folder(source)
     if unread:
         say(f"not read: {', '.join(unread)}")
-    target = new_run(folder)
-    saving = target.saving(0, f"import-{time.time_ns():x}")
     manifest = Manifest(
         step=0, data_step=0, samples=0, updates=0, world=1, created_s=time.time(), engine="import", files=[], atoms={},
         config=held.config, resumed_from=str(source),
     )  # fmt: skip
     reader = AtomReader(source, held)
-    try:
+    with importing(folder, 0) as (target, saving):
         for number in range(len(held.files)):
             names = [n for n, atom in held.atoms.items() if atom.parts[0].file == number]
             entries = [Entry(key(n, whole(held.atoms[n].shape)), dtype, held.atoms[n].shape) for n in names]
@@ -145,9 +142,6 @@ def import_(
                 part = Part(number, entry.offset, whole(entry.shape))
                 manifest.atoms[name] = Atom(dtype, entry.shape, [part])
         return target.root / target.commit(saving, manifest)
-    except BaseException:
-        shutil.rmtree(saving, ignore_errors=True)
-        raise
 
 
 def is_folder(path: Path) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 
 from trainsys.checkpoint.ranks import Ranks
 from trainsys.telemetry.aggregate import Floats, Window
 from trainsys.telemetry.events import Step
+from trainsys.threads import Lane
 
 
 class WindowGather:
@@ -20,7 +21,7 @@ class WindowGather:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks.beside()
         self._window = Window()
-        self._sender = ThreadPoolExecutor(1, "trainsys-window")
+        self._sender = Lane("window")
         self._pending: Future[list[Floats]] | None = None
 
     def add(self, step: Step) -> None:
