@@ -11,7 +11,8 @@ from support.slurm import RUN
 from trainsys.checkpoint.folder import Folder
 from trainsys.checkpoint.manifest import Manifest
 from trainsys.failure import Failure
-from trainsys.launch.after import _MARKER, Attempt, _drained, cause, main, newest_saved, verdict
+from trainsys.launch.after import MARKER as READ
+from trainsys.launch.after import Attempt, _drained, cause, main, newest_saved, verdict
 from trainsys.launch.proof import content, doubt, last_step
 
 
@@ -36,7 +37,7 @@ def ask(
 def test_the_marker_is_the_one_that_drain_writes() -> None:
     from trainsys.resilience.drain import MARKER
 
-    assert _MARKER == MARKER
+    assert READ == MARKER
 
 
 def test_all_steps_done(tmp_path: Path) -> None:

@@ -161,6 +161,14 @@ def test_what_a_run_uses_is_mounted_into_its_container_and_its_environment_wins(
     assert f"export PYTHONPATH={made.code}" in text.splitlines(), "nothing of the host's behind it"
 
 
+def test_weights_to_begin_with_reach_the_ranks_wherever_they_start(small: Path) -> None:
+    (small / "weights").mkdir()
+    made = job.make("run.yaml", ["launch.container=image.sqsh", "train.init_from=weights"])
+    settled = tuple(map(job.settled, made.runs))
+    assert settled[0].train.init_from == str(small / "weights")
+    assert f"{small}/weights:{small}/weights" in slurm.render(replace(made, runs=settled))
+
+
 @pytest.mark.parametrize("by", ["launch.python=host", "launch.venv=env"])
 def test_the_hosts_python_is_mounted_with_what_it_was_made_from(small: Path, by: str) -> None:
     (small / "env/bin").mkdir(parents=True)

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainsys.launch.node import _MARKER, EXIT_DRAINED
+from trainsys.launch.node import EXIT_DRAINED
+from trainsys.launch.node import MARKER as READ
 from trainsys.resilience.drain import MARKER
 
 RUN = """
@@ -40,7 +41,7 @@ def test_without_a_config_it_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_pod_that_is_told_to_end_saves_and_asks_to_be_started_again(tmp_path: Path) -> None:
-    assert _MARKER == MARKER
+    assert READ == MARKER
     with start(tmp_path, TRAINSYS_RUN=RUN) as node:
         assert node.stdout is not None
         said = []

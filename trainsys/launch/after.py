@@ -24,11 +24,8 @@ from trainsys.blame import BLAME_FILE, read, to_leave
 from trainsys.config.loader import load_run
 from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, UserError, fault_of
 from trainsys.failure import FAILURE_FILE, Failure, accuse, read_failure
-from trainsys.launch.proof import DONE_FILE, doubt
+from trainsys.launch.proof import DONE_FILE, MARKER, doubt
 
-_MARKER = (
-    "drained.json"  # trainsys.resilience.drain writes it; that module needs more than this one may import
-)
 _CHECKPOINT = re.compile(r"step_(\d+)(?:\.\d+)?/manifest\.json")  # trainsys.checkpoint.folder: the same holds
 _DIED = re.compile(
     r"^srun: error: (\S+): (tasks? \S+): (Killed|Segmentation fault|Bus error|Aborted|Illegal instruction)",
@@ -148,7 +145,7 @@ def newest_saved(folder: Path) -> int:
 
 def _drained(folder: Path) -> dict[str, object] | None:
     try:
-        note = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        note = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

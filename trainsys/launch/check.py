@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
+from trainsys.launch.paths import inputs
 
 _LOCAL_SOURCES = ("text", "jsonl", "parquet", "shards", "megatron")
 _GIB = 2**30
@@ -25,16 +26,13 @@ def warn(text: str) -> None:
 
 def check_paths(run: RunConfig) -> None:
     """UserError for a path that is not there; a warning where it could be on a disk that only the nodes have."""
-    wanted: list[tuple[str, str]] = []
-    if run.data.source in _LOCAL_SOURCES and run.data.path is not None:
-        wanted.append(("data.path", run.data.path + (".idx" if run.data.source == "megatron" else "")))
-    if run.data.tokenizer.endswith(".json"):
-        wanted.append(("data.tokenizer", run.data.tokenizer))
-    if run.checkpoint.resume not in ("auto", "never"):
-        wanted.append(("checkpoint.resume", run.checkpoint.resume))
-    if run.train.init_from:
-        wanted.append(("train.init_from", run.train.init_from))
-    for key, text in wanted:
+    for key, text in inputs(run).items():
+        if key == "data.path":
+            if run.data.source not in _LOCAL_SOURCES:
+                continue
+            text += ".idx" if run.data.source == "megatron" else ""
+        if key == "data.tokenizer" and not text.endswith(".json"):
+            continue
         path = os.path.expanduser(text) if key.startswith("data.") else text
         if os.path.exists(path) or any(True for _ in glob.iglob(path, recursive=True)):
             continue

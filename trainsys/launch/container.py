@@ -13,6 +13,7 @@ from pathlib import Path
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
 from trainsys.launch.job import Job
+from trainsys.launch.paths import inputs
 
 _OURS = (
     "PYTHONPATH",
@@ -63,7 +64,7 @@ def _of_run(run: RunConfig) -> Iterator[Path]:
         yield Path(run.checkpoint.memory_dir)
     if run.checkpoint.local_dir:
         yield Path(run.checkpoint.local_dir).parent  # each node makes its own
-    for name in (run.data.path, run.data.cache_dir, run.data.tokenizer, run.checkpoint.resume):
+    for name in (*inputs(run).values(), run.data.cache_dir):
         if name and os.path.isabs(name):
             yield _there(Path(name))
 

@@ -25,6 +25,7 @@ from trainsys.config.root import config_root
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
 from trainsys.launch.manifest import dns_name
+from trainsys.launch.paths import inputs
 from trainsys.layout import Layout
 
 RECORD = "job.json"
@@ -113,28 +114,24 @@ def settled(run: RunConfig) -> RunConfig:
 
     A job was given nodes with devices: a rank that finds none must not go on without.
     """
-    data, checkpoint, train = run.data, run.checkpoint, run.train
-    paths = {
+    checkpoint, data = run.checkpoint, run.data
+    paths: dict[str, dict[str, str | None]] = {
         "telemetry": {"out": os.path.abspath(run.telemetry.out)},
         "checkpoint": {
             "folder": os.path.abspath(run.checkpoint_folder),
             "memory_dir": os.path.abspath(checkpoint.memory_dir),
             **({"local_dir": os.path.abspath(checkpoint.local_dir)} if checkpoint.local_dir else {}),
-            **(
-                {"resume": _if_there(checkpoint.resume)} if checkpoint.resume not in ("auto", "never") else {}
-            ),
         },
-        "data": {
-            **({"path": os.path.abspath(data.path)} if data.path and data.source != "hf" else {}),
-            **({"cache_dir": os.path.abspath(data.cache_dir)} if data.cache_dir else {}),
-            "tokenizer": data.tokenizer if data.tokenizer == "bytes" else _if_there(data.tokenizer),
-        },
+        "data": {"cache_dir": os.path.abspath(data.cache_dir)} if data.cache_dir else {},
         "launch": {"cluster": _if_there(run.launch.cluster) if run.launch.cluster else None},
-        "train": {
-            "device": "cuda" if train.device == "auto" else train.device,
-            **({"init_from": _if_there(train.init_from)} if train.init_from else {}),
-        },
+        "train": {"device": "cuda" if run.train.device == "auto" else run.train.device},
     }
+    for key, text in inputs(run).items():
+        section, _, name = key.partition(".")
+        if key != "data.path":
+            paths[section][name] = _if_there(text)
+        elif data.source != "hf":  # a glob or a prefix is a path although nothing has just this name
+            paths[section][name] = os.path.abspath(text)
     return run.model_copy(
         update={section: getattr(run, section).model_copy(update=keys) for section, keys in paths.items()}
     )

@@ -31,12 +31,11 @@ from trainsys.hardware.machine import cuda_devices, usable_cores
 from trainsys.launch import options
 from trainsys.launch.check import check_memory, check_paths
 from trainsys.launch.job import interpreter
-from trainsys.launch.proof import DONE_FILE, doubt
+from trainsys.launch.proof import DONE_FILE, MARKER, doubt
 from trainsys.launch.replan import replan
 from trainsys.layout import PLACED, Layout
 
 _TORCHRUN = "torch.distributed.run"
-_MARKER = "drained.json"  # of trainsys.resilience.drain, a floor above
 _READY = "TRAINSYS_SETUP_DONE"
 """Environment variable: launch.setup and launch.venv are in force already."""
 
@@ -93,7 +92,7 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        drained = Path(config.checkpoint_folder) / _MARKER
+        drained = Path(config.checkpoint_folder) / MARKER
         code = run_agent(["--signals-to-handle", "SIGHUP,SIGQUIT", *torchrun], config.train.steps, drained)
         return EXIT_INTERRUPTED if interrupted and code == 0 else code
     finally:

@@ -20,10 +20,10 @@ from trainsys.errors import UserError
 from trainsys.failure import guard
 from trainsys.launch.local import pass_on, run_agent
 from trainsys.launch.network import settings
+from trainsys.launch.proof import MARKER
 
 EXIT_DRAINED = 85
 """What HTCondor takes for "saved its state and is to be started again", and nothing else here exits with."""
-_MARKER = "drained.json"
 
 
 def main() -> int:
@@ -45,7 +45,7 @@ def main() -> int:
                 env.setdefault(name, own[name])
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, pass_on)
-        drained = Path(config.checkpoint_folder) / _MARKER
+        drained = Path(config.checkpoint_folder) / MARKER
         code = run_agent(
             ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "-m", "trainsys", "train", str(file)],
             config.train.steps

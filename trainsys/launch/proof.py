@@ -13,6 +13,9 @@ from pathlib import Path
 DONE_FILE = "TRAINSYS_DONE_FILE"
 """Environment variable: where rank 0 writes the proof."""
 
+MARKER = "drained.json"
+"""In the checkpoint folder of a run that was asked to stop, and so ends with 0 without a proof."""
+
 
 def content(step: int) -> bytes:
     """What the file holds of a run that ended at ``step``."""

@@ -22,9 +22,9 @@ from typing import NoReturn
 from trainsys.checkpoint.durable import write_durable
 from trainsys.errors import MachineFault, UserError, fault_of
 from trainsys.failure import interrupted_code
+from trainsys.launch.proof import MARKER
 from trainsys.threads import helper
 
-MARKER = "drained.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_PRESS_S = 0.5
 """One Ctrl-C may come twice, from the terminal and from a launcher that passes it on; a second press comes later."""
