@@ -20,6 +20,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_pool_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP's threads are not there in a forked rank, whose first parallel loop would wait for them for ever."""
+    if (torch := sys.modules.get("torch")) is None:
+        return
+    ours, set_num_threads = os.getpid(), torch.set_num_threads
+
+    def only_in_forked_ranks(threads: int) -> None:
+        assert threads == 1 or os.getpid() != ours, f"{threads} threads in pytest's own process: use support.apart"
+        set_num_threads(threads)
+
+    monkeypatch.setattr(torch, "set_num_threads", only_in_forked_ranks)
+
+
+@pytest.fixture(autouse=True)
 def no_process_group_stays() -> Iterator[None]:
     """A rank forked later would find it: groups belong to forked ranks, never to the process of pytest."""
     yield
