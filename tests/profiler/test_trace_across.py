@@ -139,7 +139,7 @@ def test_clocks_of_hosts_are_recovered_through_overlapping_groups(offsets):
         joined.keys = keys
         comms[r] = joined
     comms[2].start, comms[2].end = comms[2].start + 5000, comms[2].end + 5000
-    across = compare_ranks([comms], {})
+    across = compare_ranks([match(comms)], {})
     got = [r.clock_offset_ns for r in across.ranks]
     assert [g - got[0] for g in got] == pytest.approx([o - offsets[0] for o in offsets], abs=2)
     assert across.end_spread_ns <= 2
@@ -147,8 +147,12 @@ def test_clocks_of_hosts_are_recovered_through_overlapping_groups(offsets):
 
 def test_one_host_has_one_clock():
     a, b = commlist([0, 100], [50, 150]), commlist([10, 110], [90, 190])
-    assert {r.clock_offset_ns for r in compare_ranks([{0: a, 1: b}], {0: "h", 1: "h"}).ranks} == {0}
-    assert {r.clock_offset_ns for r in compare_ranks([{0: a, 1: b}], {0: "h", 1: "i"}).ranks} == {-20, 20}
+
+    def _across(hosts):
+        return compare_ranks([match({0: a, 1: b}, hosts)], hosts)
+
+    assert {r.clock_offset_ns for r in _across({0: "h", 1: "h"}).ranks} == {0}
+    assert {r.clock_offset_ns for r in _across({0: "h", 1: "i"}).ranks} == {-20, 20}
 
 
 def test_bus_factors_are_nccl_tests():

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainsys.errors import UserError
-from trainsys.planner.cases import RECOMPUTES, SCHEDULES, Array
+from trainsys.planner.cases import Array
 from trainsys.planner.constants import Constants
 from trainsys.planner.memory import GIB, peak_memory
 from trainsys.planner.memory_constants import MemoryConstants
 from trainsys.planner.search import Found
-from trainsys.planner.settings import Columns, key_and_value
+from trainsys.planner.settings import NAMES, Columns, key_and_value
 from trainsys.planner.space import enumerate_layouts, to_cases
 from trainsys.planner.step_time import StepTime, step_time
 
@@ -124,7 +124,7 @@ def _none_such(found: Found, layouts: Columns, holds: Mapping[str, NDArray[np.bo
         rest = np.logical_and.reduce([np.ones(len(layouts[key]), bool), *(h for k, h in holds.items() if k != key)])
         if rest.any():
             there = sorted(set(layouts[key][rest].astype(int)))
-            names: Sequence[str] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}.get(key, ())
+            names = NAMES.get(key, ())
             values = ", ".join(names[v] if names else str(v) for v in there)
             others = " with the rest" if len(holds) > 1 else ""
             return (

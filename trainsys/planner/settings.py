@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from trainsys.planner.cases import RECOMPUTES, SCHEDULES
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 KEYS = (*AXES, "micro_batch", "vpp", "schedule", "recompute", "reshard")
 CONFIG_NAMES = {"interleaved": "interleaved_1f1b", "zb1": "zero_bubble"}
+NAMES: Mapping[str, Sequence[str]] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}
+"""Keys whose values are numbered names."""
 _HEADINGS = {"mb": "micro_batch", "shard": "dp_shard", "rep": "dp_replicate"}
 Columns = dict[str, NDArray[np.float64]]
 
@@ -27,7 +29,7 @@ def key_and_value(name: str, value: str) -> tuple[str, float]:
     key = _HEADINGS.get(name, name)
     if key not in KEYS:
         raise UserError(f"{name!r} is not one of {', '.join(KEYS)}")
-    names = {"schedule": SCHEDULES, "recompute": RECOMPUTES}.get(key)
+    names = NAMES.get(key)
     if names is not None:
         planned = {told: name for name, told in CONFIG_NAMES.items()}.get(value, value)
         if planned not in names:

@@ -15,14 +15,12 @@ from trainsys.profiler.late_phase import COMPUTE, DATA, PHASE_ADVICE, late_phase
 from trainsys.profiler.links import slow_links
 from trainsys.profiler.places import slow_places
 from trainsys.profiler.shape import sequence_imbalance, stage_imbalance
-from trainsys.profiler.steps import Floats, StepTable
+from trainsys.profiler.steps import Floats, StepTable, window_count
 from trainsys.profiler.straggler import Straggler, find_stragglers, row_medians
 from trainsys.profiler.verdict import ALPHA, LEAST_SHARE, TESTS, Verdict
 from trainsys.profiler.waits import work_between
 from trainsys.rank_lists import ranks_named
 
-WINDOW = 200
-"""Steps judged at a time; what lasts over several windows is one verdict."""
 MIN_STEPS = 5
 MIN_LASTING = 0.25
 """Share of a window's steps, up to its end, in which a rank has to be slow."""
@@ -31,7 +29,7 @@ MIN_LASTING = 0.25
 def find_blame(table: StepTable) -> list[Verdict]:
     """Verdicts over all judged steps, the costliest first."""
     rows = np.flatnonzero(table.work)
-    pieces = np.array_split(rows, max(1, round(rows.size / WINDOW)))
+    pieces = np.array_split(rows, window_count(rows.size))
     blame = Blame(rows.size)
     for piece in pieces:
         blame.add(table.select(piece))
@@ -43,7 +41,7 @@ class Blame:
 
     def __init__(self, steps: int) -> None:
         self._left = steps if steps >= MIN_STEPS else 0
-        self._alpha = ALPHA / max(1, round(steps / WINDOW))
+        self._alpha = ALPHA / window_count(steps)
         self._found: dict[tuple[object, ...], Verdict] = {}
 
     def add(self, table: StepTable) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from trainsys.profiler.steps import (
     CAPTURE,
+    WINDOW,
     Calls,
     CallTimes,
     Capture,
@@ -26,6 +27,7 @@ from trainsys.profiler.steps import (
     empty_table,
     fill,
     layout_of,
+    window_count,
 )
 from trainsys.telemetry.events import Metrics
 from trainsys.telemetry.reader import Place
@@ -35,8 +37,6 @@ from trainsys.telemetry.step_columns import DEVICE, STEP, StepColumns, by_attemp
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-WINDOW = 200
-"""Steps of a window, and those that are judged at a time."""
 CACHED = 128
 """Ranks of which what was read last is kept: the next window begins in the parts of files where this one ends."""
 
@@ -189,11 +189,11 @@ class RunSteps:
         """(rows, table of them): those of steps that are whole, in order and with about ``WINDOW`` steps of work each,
         then the others."""
         work = np.flatnonzero(self.work)
-        begins = [int(piece[0]) for piece in np.array_split(work, max(1, round(work.size / WINDOW))) if piece.size]
+        begins = [int(piece[0]) for piece in np.array_split(work, window_count(work.size)) if piece.size]
         whole = np.flatnonzero(self.whole)
         pieces = np.split(whole, np.searchsorted(whole, begins[1:]))
         others = np.flatnonzero(~self.whole)
-        pieces += np.array_split(others, max(1, round(others.size / WINDOW)))
+        pieces += np.array_split(others, window_count(others.size))
         for rows in pieces:
             # Where nearly every step is captured there are few of work, and more windows.
             for piece in np.array_split(rows, -(-rows.size // (4 * WINDOW)) or 1):

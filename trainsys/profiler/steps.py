@@ -19,6 +19,8 @@ from trainsys.telemetry.vectors import BYTES, PLACE, TIMED
 Floats = npt.NDArray[np.float64]
 CAPTURE = "capture/"
 """A profiler capture is a ``metrics`` record whose names begin so; see ``profiler.capture``."""
+WINDOW = 200
+"""Steps of a run that are read, and judged, at a time; what lasts over several windows is one verdict."""
 MEMORY = ("allocated", "reserved", "peak", "rss")
 
 
@@ -141,6 +143,11 @@ class StepTable:
 @lru_cache(maxsize=64)
 def _groups(layout: Layout, axis: Axis) -> npt.NDArray[np.int64]:
     return np.array(layout.groups(axis), np.int64)
+
+
+def window_count(steps: int) -> int:
+    """In how many windows so many steps are judged."""
+    return max(1, round(steps / WINDOW))
 
 
 def layout_of(start: RunStart) -> Layout:

@@ -200,7 +200,7 @@ def explain_mismatch(m: Mismatch) -> str:
     ways = []
     for variant, ranks in sorted(m.variants.items(), key=lambda v: len(v[1])):
         line = f" at {m.where[variant]}" if m.where.get(variant) else ""
-        ways.append(f"rank{'s' * (len(ranks) > 1)} {rank_numbers(ranks)}: {variant}{line}")
+        ways.append(f"{ranks_named(ranks)}: {variant}{line}")
     return "; ".join(ways)
 
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainsys.profiler.straggler import Straggler, find_stragglers
-from trainsys.profiler.trace.commlist import CommList
 from trainsys.profiler.trace.intervals import Ints
-from trainsys.profiler.trace.matching import Matched, align_clocks, match
+from trainsys.profiler.trace.matching import Matched, Matches, align_clocks
 
 if TYPE_CHECKING:
     from trainsys.hardware import Device
@@ -103,18 +102,17 @@ LEAST_LEAD_NS = 5_000
 
 
 def compare_ranks(
-    windows: Sequence[Mapping[int, CommList]], hosts: Mapping[int, str], device: Device | None = None
+    windows: Sequence[Matches], hosts: Mapping[int, str], device: Device | None = None
 ) -> Across:
-    """Match, align clocks, and account for waiting. ``hosts`` (empty: unknown) by rank.
+    """Align clocks, and account for waiting. ``hosts`` (empty: unknown) by rank.
 
-    ``windows``: the ranks' communications in each captured stretch of time; collectives are matched within one.
+    ``windows``: the ranks' communications in each captured stretch of time, matched within it.
     """
     out = Across()
     groups: list[Matched] = []
     offsets: dict[int, int] = {}
     residuals = []
-    for comms in windows:
-        found = match(comms, hosts)
+    for found in windows:
         for what, n in found.said.items():
             out.said[what] = out.said.get(what, 0) + n
         out.withheld += [w for w in found.withheld if w not in out.withheld]
@@ -173,13 +171,11 @@ def last_arrivals(g: Matched) -> Ints:
     return out
 
 
-def waits_by_start(
-    windows: Sequence[Mapping[int, CommList]], hosts: Mapping[int, str]
-) -> dict[int, dict[int, int]]:
+def waits_by_start(windows: Sequence[Matches]) -> dict[int, dict[int, int]]:
     """For each rank: ns waited in the communication that began at an instant (the rank's own clock)."""
     out: dict[int, dict[int, int]] = {}
-    for comms in windows:
-        for g in match(comms, hosts).groups:
+    for found in windows:
+        for g in found.groups:
             length = g.end - g.start
             wait = length - length.min(axis=1, keepdims=True)
             for j, r in enumerate(g.ranks):

@@ -51,10 +51,11 @@ def _overlapping(trace: RankTrace) -> list[Finding]:
     device = trace.device
     kernels = np.flatnonzero(device.kind == KERNEL)
     lane = (device.device * 1_000_003 + device.stream)[kernels]
-    order = kernels[np.lexsort((device.start[kernels], lane))]
+    sort = np.lexsort((device.start[kernels], lane))
+    order = kernels[sort]
     if order.size < 2:
         return []
-    same = np.diff((device.device * 1_000_003 + device.stream)[order]) == 0
+    same = np.diff(lane[sort]) == 0
     over = int((same & (device.start[order][1:] < device.end[order][:-1] - _OVERLAP_NS)).sum())
     if over <= max(1, _OVERLAPPING * order.size):
         return []

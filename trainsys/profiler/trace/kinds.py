@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainsys.errors import UserError
-from trainsys.profiler.trace.source import peek
+from trainsys.profiler.trace.source import SQLITE_MAGIC, peek
 
 _TRACE = re.compile(rb'"(?:traceEvents|schemaVersion|deviceProperties|distributedInfo|ph)"')
 _RECORDER = re.compile(rb'"(?:pg_config|pg_status|nccl_version|comm_lib_version)"')
@@ -79,7 +79,7 @@ def kind_of(path: Path) -> str:
             return "dump"
         # A trace whose header outgrows the head is still most likely a trace: the reader will tell.
         return "trace"
-    if head[:16] == b"SQLite format 3\0":
+    if head.startswith(SQLITE_MAGIC):
         return "trace"
     if head[:4] == b"PAR1":
         return "timeline"

@@ -15,6 +15,7 @@ from trainsys.profiler.trace.analyse import Analysed, Options, analyse_file, loa
 from trainsys.profiler.trace.commlist import CommList
 from trainsys.profiler.trace.critical import critical_path
 from trainsys.profiler.trace.kinds import Inputs, sort_inputs
+from trainsys.profiler.trace.matching import match
 from trainsys.profiler.trace.report import Report, Unread, to_json
 from trainsys.profiler.trace.source import Limits
 from trainsys.profiler.trace.text import render
@@ -60,12 +61,14 @@ def analyse(
             r.rank, r.window = capture.report.rank, capture.report.window
             add_peaks(r, capture.device_memory, device)
             report.ranks.append(r)
-    windows = _windows(placed.captures)
     hosts = {c.report.rank: c.report.host for c in placed.captures}
+    waits: dict[int, dict[int, int]] = {}
     if len(hosts) > 1:
+        windows = [match(comms, hosts) for comms in _windows(placed.captures)]
         report.across = compare_ranks(windows, hosts, common_device(report))
+        waits = waits_by_start(windows) if critical else {}
     if critical and report.ranks:
-        _critical(report, options, waits_by_start(windows, hosts) if len(hosts) > 1 else {})
+        _critical(report, options, waits)
     _others(inputs, report)
     _timelines(inputs, report)
     if not (report.ranks or report.hang or report.memory or report.timelines):

@@ -15,7 +15,6 @@ from trainsys.profiler.trace import columns as col
 from trainsys.profiler.trace.collect import clean
 from trainsys.profiler.trace.intervals import Ints
 
-_RANK = re.compile(r"(?:rank|worker|_r)[-_ ]?(\d+)", re.I)
 _KERNEL, _COPY, _SET = (f"CUPTI_ACTIVITY_KIND_{kind}" for kind in ("KERNEL", "MEMCPY", "MEMSET"))
 _API, _NVTX = "CUPTI_ACTIVITY_KIND_RUNTIME", "NVTX_EVENTS"
 _COPIES = {1: "HtoD", 2: "DtoH", 8: "DtoD", 10: "PtoP"}
@@ -39,11 +38,7 @@ def _read(path: Path, base: sqlite3.Connection) -> col.RankTrace:
             f"{path}: an SQLite file without CUDA activities: record with `nsys profile --trace=cuda,nvtx` and export it "
             "with `nsys export --type sqlite`"
         )
-    found = _RANK.findall(path.name) or _RANK.findall(path.parent.name)
-    trace = col.RankTrace(path, int(found[-1]) if found else -1, 0, size_bytes=path.stat().st_size)
-    trace.said[
-        "assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")
-    ] += 1
+    trace = col.RankTrace(path, -1, 0, size_bytes=path.stat().st_size)
     strings: dict[int, str] = (
         dict(base.execute("SELECT id, value FROM StringIds")) if "StringIds" in tables else {}
     )

@@ -11,7 +11,7 @@ import msgspec
 
 from trainsys.profiler.trace.collect import Collector
 from trainsys.profiler.trace.columns import RankTrace
-from trainsys.profiler.trace.source import Limits, Source
+from trainsys.profiler.trace.source import SQLITE_MAGIC, Limits, Source
 from trainsys.profiler.trace.split import Meta, Splitter
 
 _RANK_IN_NAME = re.compile(r"(?:rank|worker|gpu|_r|^r)[-_ ]?(\d+)", re.I)
@@ -29,6 +29,7 @@ def read_trace(path: str | Path, *, limits: Limits | None = None, keep_truncated
         from trainsys.profiler.trace.nsight import read_nsight
 
         trace = read_nsight(path)
+        _rank_by_name(trace)
         name_device(trace)
         return trace
     read = _read(path, limits, keep_truncated, exact=False)
@@ -38,7 +39,7 @@ def read_trace(path: str | Path, *, limits: Limits | None = None, keep_truncated
 def is_sqlite(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(16) == b"SQLite format 3\0"
+            return file.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
     except OSError:
         return False  # whoever reads it says why it cannot be
 
@@ -91,17 +92,20 @@ def _header(trace: RankTrace, meta: Meta) -> None:
     if isinstance(rank, int) and rank >= 0:
         trace.rank = rank
     else:
-        found = _RANK_IN_NAME.findall(trace.path.name) or _RANK_IN_NAME.findall(trace.path.parent.name)
-        trace.rank = int(found[-1]) if found else -1
-        trace.said[
-            "assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")
-        ] += 1
+        _rank_by_name(trace)
     trace.world = world if isinstance(world, int) else 0
     for d in _value(meta, "deviceProperties", list, []):
         if isinstance(d, dict) and isinstance(d.get("id"), int):
             memory = d.get("totalGlobalMem")
             trace.devices[d["id"]] = (str(d.get("name", "")), memory if isinstance(memory, int) else 0)
     name_device(trace)
+
+
+def _rank_by_name(trace: RankTrace) -> None:
+    """For a file that does not say its rank: the last number that its name calls one, or its folder's; else -1."""
+    found = _RANK_IN_NAME.findall(trace.path.name) or _RANK_IN_NAME.findall(trace.path.parent.name)
+    trace.rank = int(found[-1]) if found else -1
+    trace.said["assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")] += 1
 
 
 def name_device(trace: RankTrace) -> None:

@@ -17,6 +17,7 @@ from trainsys.errors import UserError
 
 PIECE = 1 << 17
 GZIP_MAGIC = b"\x1f\x8b"
+SQLITE_MAGIC = b"SQLite format 3\0"
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,6 @@ class _Writer:
 
     def __init__(self, job: Job, rank: int) -> None:
         self.job, self.rank = job, rank
-        self.rank = rank
         self.lost = np.random.default_rng((job.seed, rank, 2))
         self.correlation = 0
         members = job.members(rank)

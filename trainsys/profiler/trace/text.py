@@ -11,6 +11,7 @@ from trainsys.profiler.trace.across import Across
 from trainsys.profiler.trace.breakdown import Terms
 from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.report import RankReport, Report
+from trainsys.rank_lists import first_few, ranks_named
 
 MOST_RANKS = 16
 
@@ -81,7 +82,7 @@ def _health(report: Report) -> list[str]:
     lines = [
         text
         if len(report.ranks) == 1
-        else f"rank {', '.join(ranks[:8])}{' and more' * (len(ranks) > 8)}: {text}"
+        else f"rank {first_few(ranks)}: {text}"
         for text, ranks in by_text.items()
     ]
     n = len({r.rank for r in report.ranks})
@@ -225,7 +226,7 @@ def _hang(h: HangReport) -> list[str]:
     ]
     out += [
         f"  rank {w.rank} waits in {w.operation}"
-        + (f" for rank{'s' * (len(w.on) > 1)} {', '.join(map(str, w.on))}" if w.on else "")
+        + (f" for {ranks_named(w.on)}" if w.on else "")
         for w in h.waiting[:8]
     ]
     if len(h.waiting) > 8:
