@@ -23,7 +23,7 @@ PAGE = 4096
 
 
 class Run:
-    """``micro`` micro-batches a step of about ``micro * 30`` ms, each span 6% (one standard deviation) longer or shorter,
+    """``micro`` micro-batches per step of about ``micro * 30`` ms, each span 6% (one standard deviation) longer or shorter,
     one in 200 several times as long."""
 
     def __init__(

@@ -141,7 +141,7 @@ def problems(name: str, ranks: int, virtual: int, micros: int) -> Iterator[str]:
 
 
 def fewest_micros(name: str, ranks: int) -> int:
-    """Micro-batches a step below which the schedule has no order."""
+    """Micro-batches per step below which the schedule has no order."""
     return 2 * ranks if name == "dualpipev" else 1
 
 
