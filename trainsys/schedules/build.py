@@ -115,7 +115,7 @@ LIMITS = (
         "too few micro-batches",
         lambda w: w.micros < fewest_micros(w.name, w.ranks),
         lambda w: (
-            f"{w.name} over parallel.pp={w.ranks} needs at least {fewest_micros(w.name, w.ranks)} micro-batches a "
+            f"{w.name} over parallel.pp={w.ranks} needs at least {fewest_micros(w.name, w.ranks)} micro-batches per "
             f"step, but there are {w.micros}"
         ),
         {"parallel.pp": 4, "parallel.pipeline.schedule": "dualpipev", "train.micro_batch": 6},
