@@ -31,7 +31,7 @@ def test_a_fit_network_is_not_blamed() -> None:
 def test_the_rank_in_both_slow_groups_is_blamed() -> None:
     found = slow_groups(rates(bad=6), {})
     assert [rank for rank, _ in found] == [6, 6]
-    assert found[0][1] == "tp: all-reduce of ranks 4-7 at 60 GB/s a rank, the median group at 300"
+    assert found[0][1] == "tp: all-reduce of ranks 4-7 at 60 GB/s per rank, the median group at 300"
 
 
 def test_all_groups_may_be_below_what_the_cluster_should_give() -> None:

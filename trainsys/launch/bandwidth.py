@@ -80,7 +80,7 @@ def slow_groups(
     return [
         (
             max(ranks, key=lambda rank: times[rank]),
-            f"{axis}: all-reduce of {ranks_named(ranks)} at {rate / 1e9:.3g} GB/s a rank, {than}",
+            f"{axis}: all-reduce of {ranks_named(ranks)} at {rate / 1e9:.3g} GB/s per rank, {than}",
         )
         for axis, ranks, rate, than in slow
     ]

@@ -74,10 +74,10 @@ def _tell(reports: Sequence[Report], lines: Sequence[str]) -> None:
     slowest: dict[str, float] = {}
     for rate in (rate for r in reports for rate in r.axes):
         slowest[rate.axis] = min(slowest.get(rate.axis, math.inf), rate.bytes_s)
-    shown = "".join(f"; {axis} all-reduce {rate / 1e9:.3g} GB/s a rank" for axis, rate in slowest.items())
+    shown = "".join(f"; {axis} all-reduce {rate / 1e9:.3g} GB/s per rank" for axis, rate in slowest.items())
     state = f"{len(lines)} problem{'s' * (len(lines) > 1)}" if lines else "all fit"
     hosts = len({r.host for r in reports})
-    print(f"trainsys: preflight: {len(reports)} ranks on {hosts} nodes: {state}{shown}")
+    print(f"trainsys: preflight: {len(reports)} ranks on {hosts} node{'s' * (hosts != 1)}: {state}{shown}")
 
 
 def measure(proc: Process, folder: Path) -> Report:
