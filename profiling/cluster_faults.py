@@ -122,8 +122,10 @@ class Study:
             name = job.name if len(states) == 1 else f"{job.name}-{task:04d}"
             done = last_step(job.folder / f"done-{task}.json") == STEPS
             losses = self.check(name)
-            if state == "COMPLETED" and not (done and sorted(losses) == list(range(STEPS))):
-                self.seen.false_completed += 1
+            if state == "COMPLETED":
+                self.seen.false_completed += not done
+                if holes := sorted(set(range(STEPS)) - set(losses)):
+                    self.seen.wrong.append(f"{name}: COMPLETED, and no attempt has a record of steps {holes}")
         self.seen.attempts += len(list(job.folder.glob("logs/task-*/attempt-*")))
 
     def check(self, name: str) -> dict[int, float]:

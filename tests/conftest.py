@@ -20,9 +20,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_pool_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pool_of_threads() -> Iterator[None]:
     """OpenMP's threads are not there in a forked rank, whose first parallel loop would wait for them for ever."""
     if (torch := sys.modules.get("torch")) is None:
+        yield
         return
     ours, set_num_threads = os.getpid(), torch.set_num_threads
 
@@ -30,7 +31,11 @@ def no_pool_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert threads == 1 or os.getpid() != ours, f"{threads} threads in pytest's own process: use support.apart"
         set_num_threads(threads)
 
-    monkeypatch.setattr(torch, "set_num_threads", only_in_forked_ranks)
+    # Not the fixture `monkeypatch`: what a test sets by that is taken back before other fixtures end, and so only if none
+    # of these asked for it first.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", only_in_forked_ranks)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ def train(folder: Path) -> None:
     recorder.finish("done")
 
 
+@pytest.mark.timing
 def test_a_capture_tells_products_from_the_rest_and_counts_in_no_mean(tmp_path: Path) -> None:
     train(tmp_path)
     table = load_steps(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import torch
 from support.jobs import Job
 from support.toy import ToyEngine, ToyRun, toy_config
 from trainsys.checkpoint.folder import Folder
+from trainsys.checkpoint.saver import Progress, Saver
 from trainsys.config.loader import load_run
 from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import SAVE, STOP
 from trainsys.engines.native import NativeEngine
+from trainsys.telemetry.events import Step
+from trainsys.telemetry.reader import read_events
+from trainsys.telemetry.writer import EventWriter
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/train").glob("*.yaml"))
 
@@ -123,3 +129,27 @@ def test_all_ranks_save_at_the_moment_of_rank_0(tmp_path: Path) -> None:
     found = Folder(tmp_path / "checkpoints/timed").read_all()[0]
     assert sorted(m.step for _, m in found) == [3, 6, 8]
     assert all(len({f.name[:10] for f in m.files}) == 2 for _, m in found), "files of both ranks"
+
+
+def test_killed_right_after_a_save_it_leaves_a_record_of_every_step_before(tmp_path: Path) -> None:
+    """The next attempt begins behind these steps: what is not on disk by then, nobody has."""
+
+    def prepare(rank: int) -> None:
+        assert EventWriter.__init__.__kwdefaults__
+        EventWriter.__init__.__kwdefaults__["flush_s"] = 60.0
+        real = Saver.save
+
+        def save(self: Saver, progress: Progress, **options: Any) -> None:
+            real(self, progress, **options)
+            self.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Saver.save = save  # type: ignore[method-assign]
+
+    (tmp_path / "run.yaml").write_text(RUN.format(out=tmp_path))
+    overrides = ["checkpoint.every=3", "checkpoint.every_minutes=0", "parallel.dp_shard=1"]
+    codes = Job(1, tmp_path / "run.yaml", overrides, tmp_path / "log", prepare).wait(120)
+    assert codes == [-signal.SIGKILL], (tmp_path / "log").read_text()
+    assert saved(load_run(str(tmp_path / "run.yaml"))) == [3]
+    (events,) = tmp_path.glob("timed-2*/events/rank_00000.jsonl")
+    assert [e.step for e in read_events(events)[0] if isinstance(e, Step)] == [0, 1, 2]

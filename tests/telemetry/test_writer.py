@@ -107,6 +107,25 @@ def test_a_stuck_disk_does_not_fill_memory(tmp_path: Path) -> None:
     assert len(read_events(writer.path)[0]) == 10
 
 
+def test_what_was_put_before_a_drain_is_in_a_file_after_it(tmp_path: Path) -> None:
+    writer = EventWriter(tmp_path / "e.jsonl", flush_s=60)
+    for i in range(3):
+        writer.put(note(i))
+        assert writer.drain(timeout_s=20)
+        assert read_events(writer.path)[0] == [note(n) for n in range(i + 1)]
+    stuck = threading.Event()
+
+    def kept(event: Event) -> Event:
+        stuck.wait(20)
+        return event
+
+    late = EventWriter(tmp_path / "late.jsonl", kept=kept, flush_s=60)
+    late.put(note(0))
+    assert not late.drain(timeout_s=0.05), "a disk that takes none is not waited for"
+    stuck.set()
+    assert late.drain(timeout_s=20)
+
+
 def test_a_slow_machine_is_waited_for_and_a_stuck_one_is_not(tmp_path: Path) -> None:
     stuck = threading.Event()
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -46,10 +47,18 @@ def apply_recompute(model: Decoder, cfg: RecomputeConfig) -> None:
 
 def _recompute(module: nn.Module, kept: KeptResults | None = None) -> None:
     # Replaces `forward` itself, not the module: names stay, and hooks around it (FSDP's gather) run once.
-    # Nothing in a block draws random numbers, so no generator state has to be kept.
     options = {} if kept is None else {"context_fn": kept.passes}
-    module.forward = partial(  # type: ignore[method-assign]  # deliberate: see above
-        checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False, **options
+    once = module.forward
+    # A method of the module, and not a `partial`: Dynamo tells two of those apart, compiles a block of each layer anew,
+    # and gives up after 8.
+    module.forward = MethodType(_checkpointed, module)
+    module._once, module._again = once, options
+
+
+def _checkpointed(module: Any, *args: Any, **kwargs: Any) -> Any:
+    # Nothing in a block draws random numbers, so no generator state has to be kept.
+    return checkpoint(
+        module._once, *args, use_reentrant=False, preserve_rng_state=False, **module._again, **kwargs
     )
 
 

@@ -4,8 +4,9 @@
 1. tensor and sequence parallelism   slices parameters, so it comes before anything wraps them
 2. expert parallelism                keeps some experts, of the width that is left
 3. context parallelism               replaces the attention core, on the heads that are left
-4. recomputation                     inside FSDP's hooks, so that a recomputed block is gathered once
-5. torch.compile, one block at a time
+4. torch.compile, one block at a time
+5. recomputation                     around what is compiled, as Dynamo does not enter a checkpointed region; inside
+                                     FSDP's hooks, so that a recomputed block is gathered once
 6. FSDP over dp_shard × cp           shards what is left of each parameter
 7. materialise and initialise        each rank fills only what it holds
 8. replicas                          buckets need the real parameters; who updates what is settled
@@ -129,13 +130,13 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
         overlap=parallel.overlap.context,
         kernel=named_kernel(cfg.train.attention),
     )
+    if cfg.train.compile:
+        for block in model.layers.values():
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
     apply_recompute(model, cfg.recompute)
     if cfg.train.loss_chunk and model.head is not None:
         # The loss multiplies by the head's weight itself; what TP hooks onto the head stays in force.
         model.head.forward = lambda hidden, *weight: hidden  # type: ignore[method-assign]
-    if cfg.train.compile:
-        for block in model.layers.values():
-            block.compile()
     replicas, over = mesh["dp_replicate"], parallel.shard
     overlap = parallel.overlap.gradients
     sums = None

@@ -281,6 +281,9 @@ class Session:
                 self.source.first_sample(self.data_step),
             )  # fmt: skip
             with self._pause("checkpoint"):
+                # Else a rank that is killed right after the save leaves a hole: the next attempt begins behind steps
+                # that nobody has a record of.
+                self._recorder.drain()
                 self._saver.save(progress, disk=disk, memory=memory)
         if final:
             with self._pause("checkpoint"):

@@ -232,6 +232,11 @@ class Recorder:
         if self._writer is not None:
             self._writer.put(event)
 
+    def drain(self) -> None:
+        """Waits until what was recorded is in its file: a checkpoint must not be ahead of the record of its steps."""
+        if self._writer is not None:
+            self._writer.drain()
+
     def finish(self, status: Literal["done", "stopped", "failed"], reason: str = "") -> None:
         """The last record, and the file's end. A second call does nothing."""
         if self._closed:

@@ -25,6 +25,8 @@ from trainsys.telemetry.records import Gathering, NoColumns
 from trainsys.threads import helper
 
 FLUSH_S = 0.5
+DRAIN_S = 2.0
+"""A save waits this long for a disk that takes no records; it is the save that matters."""
 MAX_PENDING = 100_000
 BLOCK = 512
 """Steps of a block; of other records it has up to three times as many beside them."""
@@ -63,8 +65,12 @@ class EventWriter:
         self._io = threading.Lock()
         self._stop = threading.Event()
         self._warned = False
-        self._taken = 0
-        """Records, of all that were queued: how far the thread has come."""
+        self._put = self._taken = 0
+        """Records that were queued, and of these how many the thread has come to."""
+        self._handed = 0
+        """And of these how many are in a file, or lost."""
+        self._progress = threading.Condition()
+        self._wake = threading.Event()
         self._open = Gathering()
         self._steps = 0
         """In it, since it was last tried to be packed."""
@@ -87,6 +93,17 @@ class EventWriter:
             self.lost += 1
             return
         self._queue.append(event)
+        self._put += 1
+
+    def drain(self, timeout_s: float = DRAIN_S) -> bool:
+        """Has the thread write what was put until now, and waits for it: from then on a killed process has not lost it.
+
+        False where a disk does not take it in ``timeout_s``.
+        """
+        put = self._put
+        self._wake.set()
+        with self._progress:
+            return self._progress.wait_for(lambda: self._handed >= put, timeout_s)
 
     def flush(self) -> None:
         """Writes what is queued now, in this thread."""
@@ -99,6 +116,9 @@ class EventWriter:
                 self._take(event)
                 self._taken += 1
             self._to_tail()
+            with self._progress:
+                self._handed = self._taken
+                self._progress.notify_all()
 
     def _take(self, event: Event) -> None:
         """Into the block under way; what it cannot hold, and an attempt's first and last record, as lines between
@@ -207,6 +227,7 @@ class EventWriter:
         if self._stop.is_set():
             return
         self._stop.set()
+        self._wake.set()
         atexit.unregister(self.close)
         taken = -1
         while self._thread.is_alive():
@@ -224,7 +245,9 @@ class EventWriter:
             self._fd = -1
 
     def _run(self) -> None:
-        while not self._stop.wait(self._flush_s):
+        while not self._stop.is_set():
+            self._wake.wait(self._flush_s)
+            self._wake.clear()
             self.flush()
         self.flush()
 

@@ -1,0 +1,82 @@
+"""What torch.compile makes of a block under each policy: counted, since a block that is left eager is only slow."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from support.apart import apart
+from support.ranks import run_ranks
+from trainsys.config.run import RunConfig
+from trainsys.layout import Layout
+from trainsys.parallel import parallelize as parallelizing
+from trainsys.parallel.mesh import Mesh
+
+LAYERS = 10  # Dynamo gives up on code that it has compiled for 8 different objects
+SMALL = {"n_layers": LAYERS, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "vocab": 64, "max_seq_len": 32}
+
+
+def _config(recompute: dict[str, object], parallel: dict[str, object]) -> RunConfig:
+    train = {"seq_len": 32, "global_batch": 2, "micro_batch": 2, "device": "cpu", "dtype": "fp32", "compile": True}
+    return RunConfig.model_validate({"model": SMALL, "recompute": recompute, "parallel": parallel, "train": train})
+
+
+def _compiled(recompute: dict[str, object], parallel: dict[str, object]) -> tuple[int, int, float]:
+    """Graphs, operations in them, and the largest gradient of a first backward."""
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounterWithBackend("aot_eager")
+    cfg = _config(recompute, parallel)
+    mesh = Mesh(Layout.resolve(cfg.parallel, int(os.environ.get("WORLD_SIZE", 1))), torch.device("cpu"))
+    real = torch.compile
+    torch.compile = partial(real, backend=counter)  # type: ignore[assignment]
+    try:
+        model = parallelizing.parallelize(cfg, mesh)
+    finally:
+        torch.compile = real
+    length = 32 // mesh["cp"].size
+    tokens = torch.arange(2 * length).view(2, length) % 64
+    model.module(tokens, torch.arange(length).expand(2, -1)).float().pow(2).mean().backward()
+    model.finish_gradients()
+    grads = [p.grad for p in model.module.parameters()]
+    assert all(g is not None for g in grads)
+    return counter.frame_count, counter.op_count, max(float(g.abs().max()) for g in grads if g is not None)
+
+
+def _each(cases: list[dict[str, object]]) -> list[tuple[int, int, float]]:
+    return [_compiled(case, {}) for case in cases]
+
+
+def test_one_graph_serves_all_layers_under_every_policy() -> None:
+    policies = ({"policy": p} for p in ("none", "selective", "full", "every_n", "selective++"))
+    plain, selective, full, every, seam, ffn, attn = apart(
+        _each, [*policies, {"stream_ffn": 2}, {"stream_attention": 2}]
+    )
+    graphs, operations, gradient = plain
+    assert graphs == 1
+    assert gradient > 0
+    assert full == every == plain, "a recomputed block is the same graph as one that is not"
+    assert selective[0] == 1
+    assert selective[1] > 0.8 * operations
+    # Attention through the seam is not compiled: what is before and after it is.
+    assert seam[0] <= 4
+    assert seam[1] > 0.7 * operations
+    for streamed in (ffn, attn):
+        assert streamed[0] <= 4
+        assert streamed[1] > 0.4 * operations
+    assert {round(g / gradient, 4) for *_, g in (selective, full, every, seam, ffn, attn)} == {1.0}
+
+
+@pytest.mark.parametrize("flavour", ["ring", "ulysses"])
+def test_context_parallel_layers_share_their_graphs(flavour: str) -> None:
+    ranks = run_ranks(2, _compiled, {}, {"cp": 2, "context": {"flavour": flavour}})
+    assert len({r[:2] for r in ranks}) == 1
+    graphs, operations, gradient = ranks[0]
+    assert 1 <= graphs <= 6
+    assert operations > 25
+    assert gradient > 0
