@@ -1,218 +1,284 @@
 """The trace as a graph of what waited for what: its critical path, and the step had something been faster.
 
 Nodes are host calls and device activities. An activity starts after the one before it on its stream, after
-its launch, and after the activity of another stream it was seen to wait for; a host call starts after the one
-before it on its thread; a synchronising call ends after what it waited for. Whatever time is left between a
-node and the last of its causes is the node's own *lag* and is kept. So with nothing changed the replay
-reproduces the trace exactly, and a change moves all that depended on it and nothing else.
+its launch, and after the activity of another stream it waits for; a host call starts after the one before it on its
+thread, after what the thread waited for (``hostwaits``), or after the thread that handed over to it; a call that
+blocks ends after what it waited for. Each dependency has its *lag*: what passes between the cause and its effect. The
+lag of the cause that held a node up is what the trace shows, that of the others what is usual, so with nothing changed
+the replay reproduces the trace exactly, and a change moves all that depended on it and nothing else.
 
-What it does not know: CUDA events name no stream in a trace, so a dependency between streams is inferred
-where an activity starts within ``NEAR_NS`` of another stream's end and nothing else explains its start.
 After Holmes et al.'s and HTA's critical path, and what-if analysis as in Daydream (Zhu et al. 2020).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from trainsys.profiler.trace.classify import CLASS_NAMES
 from trainsys.profiler.trace.columns import RankTrace
-from trainsys.profiler.trace.idle import SYNC, data_spans
+from trainsys.profiler.trace.fetches import worker_fetches
+from trainsys.profiler.trace.hostwaits import HostWaits, find_waits
+from trainsys.profiler.trace.idle import data_spans
 from trainsys.profiler.trace.intervals import Ints, covered
 from trainsys.profiler.trace.link import Launches
+from trainsys.profiler.trace.streamwaits import called_for, seen_near
+from trainsys.profiler.trace.usual import Usual, usual
 
-NEAR_NS = 20_000
-HELD_NS = 50_000
-"""A host that does nothing for less may as well be thinking."""
-RETURN_NS = 15_000
-"""It goes on this soon after what it waited for has ended."""
 _NONE = -1
+HOST, SYNCED = len(CLASS_NAMES), len(CLASS_NAMES) + 1
+KIND_NAMES = (*CLASS_NAMES, "host", "sync")
+Edges = tuple[tuple[int, int], ...]
+"""(cause, lag): no sooner than the lag after the cause has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """A host between two calls: it thinks, may wait for the device without a call, and thinks again. Times in ns."""
+
+    program: int
+    """The node of the call before; -1: there is none, and the call starts when it did."""
+    before: int = 0
+    gap: int = 0
+    rest: int = 0
+    data: int = 0
+    """Of the rest, in a data loader."""
+    held_by: int = -1
+    """The node that the gap was, or may have been, a wait for."""
+    back: int = 0
+    """From that node's end to the gap's; negative where it freed the host before its end."""
+    sure: bool = True
+
+
+_FREE = After(_NONE)
 
 
 @dataclass(slots=True)
 class Graph:
-    """Nodes in an order in which causes come first. ``start[i] = max(ready of causes) + lag[i]``.
+    """Nodes in an order in which causes come first. A node without causes starts when it did."""
 
-    ``at_start``: cause is done when it has started (a launch) rather than ended.
-    """
-
-    length: list[int]
-    lag: list[int]
-    causes: list[tuple[int, ...]]
-    launch_of: list[int]
-    start: list[int]
-    end: list[int]
-    kind: list[int]
-    """Class of a device activity (``classify``); HOST or SYNCED for a host call."""
-    name: list[int]
-    data_wait: list[int]
-    """The part of the lag spent in a data loader."""
-    inferred: int
-    """Dependencies between streams that were inferred."""
-
-
-HOST, SYNCED = len(CLASS_NAMES), len(CLASS_NAMES) + 1
-KIND_NAMES = (*CLASS_NAMES, "host", "sync")
+    start: list[int] = field(default_factory=list)
+    end: list[int] = field(default_factory=list)
+    kind: list[int] = field(default_factory=list)
+    """Class of a device activity (``classify``); HOST or SYNCED (it waited for the device) for a host call."""
+    name: list[int] = field(default_factory=list)
+    length: list[int] = field(default_factory=list)
+    """What the node takes by itself: of a call that waited, without the waiting."""
+    causes: list[Edges] = field(default_factory=list)
+    launch: list[tuple[int, int]] = field(default_factory=list)
+    """Of an activity: (its launch, lag from that call's start), or (-1, 0)."""
+    blocked: list[Edges] = field(default_factory=list)
+    """Of a call: what must have ended before it ends."""
+    after: list[After] = field(default_factory=list)
+    """Of a call: what the host did since the call before it."""
+    fetch: list[tuple[int, int]] = field(default_factory=list)
+    """Of a call that follows a batch which loader workers were late with: (the call after the last batch, lag)."""
+    inferred: int = 0
+    """Dependencies that were inferred: between streams, and of the host on the device."""
 
 
 def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
-    device, runtime = trace.device, trace.runtime
-    nd, nh = len(device), len(runtime)
-    synced = np.array([SYNC.search(n) is not None for n in trace.names], bool)
-    is_sync = synced[runtime.name] if nh else np.zeros(0, bool)
-    thread_prev = _previous(runtime.thread, np.arange(nh)) if nh else np.zeros(0, np.int64)
-    is_sync |= _held(trace, launches, runtime.start, runtime.end) >= 0
-    begin_gap = (
-        np.where(thread_prev >= 0, runtime.end[np.maximum(thread_prev, 0)], runtime.start)
-        if nh
-        else runtime.start
-    )
-    held_by = _held(trace, launches, begin_gap, runtime.start)
-    start = np.concatenate([runtime.start, device.start])
-    end = np.concatenate([runtime.end, device.end])
-    kind = np.concatenate([np.where(is_sync, SYNCED, HOST), kinds]).astype(np.int64)
-    # Host calls by start; an activity by start too, after its launch; a synchronising call by its end, so that
-    # what it waited for stands before it.
+    waits = find_waits(trace, launches)
+    calls, device = waits.calls, trace.device
+    nh, nd = len(calls), len(device)
+    synced = np.array([any(device.end[a] > s for a in t) for t, s in zip(waits.targets, calls.start.tolist(), strict=True)],
+                      bool)  # fmt: skip
+    start, end = np.concatenate([calls.start, device.start]), np.concatenate([calls.end, device.end])
+    # Host calls by start; an activity by start too, after its launch; a call that waits, and one that comes after a
+    # wait, stands after what it waited for.
     key = start.copy()
-    key[:nh][is_sync] = end[:nh][is_sync]
+    blocking = np.array([bool(t) for t in waits.targets], bool)
+    key[:nh][blocking] = end[:nh][blocking]
     order = np.lexsort((np.arange(nh + nd) >= nh, key))
     place = np.empty(nh + nd, np.int64)
     place[order] = np.arange(nh + nd)
-
-    stream_prev, other = _stream_causes(trace, launches)
-    waited = _waited_for(trace, is_sync)
-    loading = data_spans(trace)
-    g = Graph([], [], [], [], [], [], [], np.concatenate([runtime.name, device.name])[order].tolist(), [], 0)
-    starts, ends = start.tolist(), end.tolist()
-    for node in order.tolist():
-        causes: list[int] = []
-        launch = _NONE
+    g = Graph(start=start[order].tolist(), end=end[order].tolist())
+    g.name = np.concatenate([calls.name, device.name])[order].tolist()
+    g.kind = np.concatenate([np.where(synced, SYNCED, HOST), kinds]).astype(np.int64)[order].tolist()
+    builder = _Builder(g, place.tolist(), nh, usual(trace, launches, calls, waits.targets))
+    builder.hosts = _host_columns(trace, waits)
+    before, near = seen_near(trace, launches)
+    builder.before, builder.near = before.tolist(), near.tolist()
+    builder.called = called_for(trace, launches)
+    builder.launched_by = np.where(launches.index >= 0, waits.place[np.maximum(launches.index, 0)], _NONE).tolist() if nh else [_NONE] * nd
+    builder.targets = waits.targets
+    for at, node in enumerate(order.tolist()):
         if node < nh:
-            if thread_prev[node] >= 0:
-                causes.append(int(place[thread_prev[node]]))
-            if held_by[node] >= 0:
-                causes.append(int(place[nh + held_by[node]]))
-                g.inferred += 1
+            builder.call(at, node)
         else:
-            i = node - nh
-            if stream_prev[i] >= 0:
-                causes.append(int(place[nh + stream_prev[i]]))
-            if other[i] >= 0:
-                causes.append(int(place[nh + other[i]]))
-                g.inferred += 1
-            if launches.index[i] >= 0:
-                launch = int(place[launches.index[i]])
-        at = len(g.start)
-        causes = [c for c in causes if c < at]
-        launch = launch if launch < at else _NONE
-        s, e = starts[node], ends[node]
-        ready = max([g.end[c] for c in causes] + ([g.start[launch]] if launch >= 0 else []), default=s)
-        g.start.append(s)
-        g.end.append(e)
-        g.lag.append(s - ready)
-        if node < nh and is_sync[node]:
-            # Its end follows what it waited for; what is left of its length is its own overhead.
-            target = int(place[nh + waited[node]]) if waited[node] >= 0 else _NONE
-            if 0 <= target < at:
-                launch = target
-        g.length.append(e - s)
-        g.causes.append(tuple(causes))
-        g.launch_of.append(launch)
-    g.kind = kind[order].tolist()
-    lag_from = np.array(g.start) - np.maximum(np.array(g.lag), 0)
-    g.data_wait = covered(loading, lag_from, np.array(g.start)).tolist() if g.start else []
+            builder.activity(at, node - nh)
     return g
 
 
-def _previous(lane: Ints, order: Ints) -> Ints:
-    """For each element (given in time order) the one before it in its lane, or -1."""
-    out = np.full(lane.size, _NONE, np.int64)
-    by_lane = order[np.argsort(lane[order], kind="stable")]
-    same = lane[by_lane][1:] == lane[by_lane][:-1]
-    out[by_lane[1:][same]] = by_lane[:-1][same]
-    return out
+@dataclass(slots=True)
+class _Hosts:
+    waits: HostWaits
+    before: list[int]
+    handed: list[int]
+    data: list[int]
+    fetch: list[int]
 
 
-def _stream_causes(trace: RankTrace, launches: Launches) -> tuple[Ints, Ints]:
-    """(the activity before on the same stream, the one of another stream it seems to have waited for)."""
-    device = trace.device
-    n = len(device)
-    lane = device.device * 1_000_003 + device.stream
-    before = _previous(lane, np.arange(n))
-    by_end = np.argsort(device.end, kind="stable")
-    ends = device.end[by_end]
-    at = np.searchsorted(ends, device.start, "right") - 1
-    candidate = np.where(at >= 0, by_end[np.maximum(at, 0)], _NONE)
-    ready = np.maximum(np.where(before >= 0, device.end[np.maximum(before, 0)], 0), launches.start)
-    gap = device.start - np.where(candidate >= 0, device.end[np.maximum(candidate, 0)], 0)
-    seen = (candidate >= 0) & (lane[np.maximum(candidate, 0)] != lane) & (gap <= NEAR_NS)
-    seen &= device.end[np.maximum(candidate, 0)] > ready
-    # Equal instants and zero lengths could otherwise make a cause of what comes later.
-    seen &= candidate != np.arange(n)
-    return before, np.where(seen, candidate, _NONE)
+def _host_columns(trace: RankTrace, waits: HostWaits) -> _Hosts:
+    calls, handed = waits.calls, waits.handed
+    cause = np.where(handed >= 0, handed, waits.before)
+    since = np.where(cause >= 0, calls.end[np.maximum(cause, 0)], calls.start) if len(calls) else calls.start
+    for i, gap in waits.gaps.items():
+        since[i] = gap.high
+    data = covered(data_spans(trace), np.minimum(since, calls.start), calls.start)
+    fetch = worker_fetches(trace, calls)
+    return _Hosts(waits, *(c.tolist() for c in (waits.before, handed, data, fetch)))
 
 
-def _held(trace: RankTrace, launches: Launches, begin: Ints, end: Ints) -> Ints:
-    """For each stretch of a host thread: the activity whose end ended it, or -1.
+class _Builder:
+    """Adds nodes one by one, in order."""
 
-    A program that reads a result, copies to pageable memory or polls an event makes no synchronising call, or a
-    short one again and again; what shows is that it goes on just after something ended that it had launched before.
-    """
-    device = trace.device
-    out = np.full(begin.size, _NONE, np.int64)
-    if not len(device) or not begin.size:
-        return out
-    by_end = np.argsort(device.end, kind="stable")
-    last = by_end[np.maximum(np.searchsorted(device.end[by_end], end, "right") - 1, 0)]
-    after = end - device.end[last]
-    hit = (end - begin >= HELD_NS) & (after >= 0) & (after <= RETURN_NS) & (device.end[last] > begin)
-    hit &= (launches.start[last] >= 0) & (launches.start[last] <= begin)
-    out[hit] = last[hit]
-    return out
+    hosts: _Hosts
+    before: list[int]
+    near: list[int]
+    called: list[tuple[int, ...]]
+    launched_by: list[int]
+    targets: list[tuple[int, ...]]
 
+    def __init__(self, g: Graph, place: list[int], nh: int, usual: Usual) -> None:
+        self.g, self.place, self.nh, self.usual = g, place, nh, usual
 
-def _waited_for(trace: RankTrace, is_sync: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Ints:
-    """For a synchronising call, the last activity to end within it; -1 if it found the device idle."""
-    device, runtime = trace.device, trace.runtime
-    out = np.full(len(runtime), _NONE, np.int64)
-    if not len(device) or not is_sync.any():
-        return out
-    by_end = np.argsort(device.end, kind="stable")
-    ends = device.end[by_end]
-    at = np.searchsorted(ends, runtime.end, "right") - 1
-    last = by_end[np.maximum(at, 0)]
-    ok = is_sync & (at >= 0) & (device.end[last] > runtime.start)
-    out[ok] = last[ok]
-    return out
+    def _add(self, length: int, causes: Edges, launch: tuple[int, int], blocked: Edges) -> None:
+        g = self.g
+        g.length.append(length)
+        g.causes.append(causes)
+        g.launch.append(launch)
+        g.blocked.append(blocked)
 
+    def activity(self, at: int, i: int) -> None:
+        g, u = self.g, self.usual
+        begin = g.start[at]
+        found: dict[int, int] = {}
+        if self.before[i] >= 0:
+            found[self.place[self.nh + self.before[i]]] = u.gap
+        for other in (*self.called[i], self.near[i]):
+            if other >= 0:
+                found.setdefault(self.place[self.nh + other], u.cross)
+                g.inferred += other == self.near[i]
+        edges = [(c, min(lag, begin - g.end[c])) for c, lag in found.items() if c < at and g.end[c] <= begin]
+        # Streams that overlap themselves (graphs, damaged times): after its begin is all that is known.
+        edges += [(c, begin - g.end[c]) for c in found if c < at and g.end[c] > begin]
+        call = self.launched_by[i]
+        launch = (_NONE, 0)
+        if call >= 0 and self.place[call] < at:
+            node = self.place[call]
+            launch = (node, min(u.latency, begin - g.start[node]))
+        ready = max([g.end[c] + lag for c, lag in edges], default=None)
+        by_launch = launch[0] >= 0 and (ready is None or g.start[launch[0]] + launch[1] >= ready)
+        if by_launch:
+            launch = (launch[0], begin - g.start[launch[0]])
+        elif ready is not None and ready < begin:
+            k = max(range(len(edges)), key=lambda k: g.end[edges[k][0]] + edges[k][1])
+            edges[k] = (edges[k][0], begin - g.end[edges[k][0]])
+        self._add(g.end[at] - begin, tuple(edges), launch, ())
+        g.after.append(_FREE)
+        g.fetch.append((_NONE, 0))
 
-def replay(g: Graph, length: list[int] | None = None, lag: list[int] | None = None) -> list[int]:
-    """End of every node with the given lengths and lags in place of the trace's."""
-    length, lag = length or g.length, lag or g.lag
-    end: list[int] = []
-    start: list[int] = []
-    causes, launch_of, kind = g.causes, g.launch_of, g.kind
-    for i in range(len(g.start)):
-        ready = _NONE
-        for c in causes[i]:
-            if end[c] > ready:
-                ready = end[c]
-        launch = launch_of[i]
-        if kind[i] != SYNCED:
-            if launch >= 0 and start[launch] > ready:
-                ready = start[launch]
-            begin = (ready if ready >= 0 else g.start[i] - lag[i]) + lag[i]
-            start.append(begin)
-            end.append(begin + length[i])
+    def call(self, at: int, i: int) -> None:
+        g, h = self.g, self.hosts
+        begin, end = g.start[at], g.end[at]
+        g.after.append(self._since(at, i))
+        fetch = self.place[h.fetch[i]] if h.fetch[i] >= 0 else _NONE
+        g.fetch.append((fetch, begin - g.end[fetch]) if 0 <= fetch < at else (_NONE, 0))
+        waited = [(n, g.end[n]) for a in self.targets[i] if (n := self._device(a, at)) >= 0]
+        last = max((e for _, e in waited), default=begin)
+        own, blocked = end - begin, []
+        if last > begin:
+            own = min(own, self.usual.own.get(g.name[at], own))
+            blocked = [(n, end - e if e == last else min(end - e, end - last)) for n, e in waited]
         else:
-            begin = (ready if ready >= 0 else g.start[i] - lag[i]) + lag[i]
-            start.append(begin)
-            # The overhead after what it waited for is kept; waiting itself is not.
-            end.append(
-                max(begin, end[launch]) + g.end[i] - max(g.start[i], g.end[launch])
-                if launch >= 0
-                else begin + length[i]
-            )
+            blocked = [(n, min(end - e, self.usual.back)) for n, e in waited]
+        self._add(own, (), (_NONE, 0), tuple(blocked))
+
+    def _since(self, at: int, i: int) -> After:
+        g, h = self.g, self.hosts
+        cause = h.handed[i] if h.handed[i] >= 0 else h.before[i]
+        program = self.place[cause] if cause >= 0 else _NONE
+        if not 0 <= program < at:
+            return _FREE
+        begin, left = g.start[at], g.end[program]
+        gap = h.waits.gaps.get(i)
+        held = self._device(gap.activity, at) if gap is not None else _NONE
+        if gap is None or held < 0:
+            return After(program, rest=begin - left, data=min(h.data[i], max(0, begin - left)))
+        g.inferred += gap.sure
+        back, rest = gap.high - g.end[held], begin - gap.high
+        return After(program, gap.low - left, gap.high - gap.low, rest, h.data[i], held, back, gap.sure)
+
+    def _device(self, activity: int, at: int) -> int:
+        node = self.place[self.nh + activity] if activity >= 0 else _NONE
+        return node if node < at else _NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What is different in a replay. ``factor``: of each kind's own time; 1 where it is not named."""
+
+    factor: dict[int, float] = field(default_factory=dict)
+    shorter: list[int] | None = None
+    """ns by which each node is shorter, before the factor."""
+    loader: bool = True
+    """The data loader takes its time."""
+    waits: bool = True
+    """The host waits for the device."""
+    trust: bool = True
+    """Doubtful gaps are the host's own; else it waited."""
+
+
+def replay(g: Graph, changed: Changed = Changed()) -> list[int]:  # noqa: B008
+    """End of every node, ns, with what is changed."""
+    start, end = [0] * len(g.start), [0] * len(g.start)
+    factor = [changed.factor.get(k, 1.0) for k in range(len(KIND_NAMES))]
+    host = factor[HOST]
+    for i, kind in enumerate(g.kind):
+        length = g.length[i]
+        if kind < HOST:
+            begin = _activity_start(g, i, start, end)
+            if changed.shorter is not None:
+                length = max(0, length - changed.shorter[i])
+            length = length if factor[kind] == 1.0 else round(length * factor[kind])
+        else:
+            begin = _call_start(g, i, end, changed, host)
+            length = length if host == 1.0 else round(length * host)
+        done = begin + length
+        if changed.waits:
+            for c, lag in g.blocked[i]:
+                if end[c] + lag > done:
+                    done = end[c] + lag
+        start[i], end[i] = begin, done
     return end
+
+
+def _activity_start(g: Graph, i: int, start: list[int], end: list[int]) -> int:
+    ready: int | None = None
+    for c, lag in g.causes[i]:
+        if ready is None or end[c] + lag > ready:
+            ready = end[c] + lag
+    launch, lag = g.launch[i]
+    if launch >= 0 and (ready is None or start[launch] + lag > ready):
+        ready = start[launch] + lag
+    return g.start[i] if ready is None else ready
+
+
+def _call_start(g: Graph, i: int, end: list[int], changed: Changed, host: float) -> int:
+    a = g.after[i]
+    if a.program < 0:
+        return g.start[i]
+    ready = end[a.program] + round(a.before * host)
+    if a.held_by >= 0 and (a.sure or not changed.trust):
+        if changed.waits:
+            ready = max(ready, end[a.held_by] + a.back)
+    else:
+        ready += round(a.gap * host)
+    fetch, since = g.fetch[i]
+    thinking = a.rest - a.data
+    ready += round(thinking * host) if thinking > 0 else thinking
+    if changed.loader:
+        ready = ready + a.data if fetch < 0 else max(ready, end[fetch] + since)
+    return ready

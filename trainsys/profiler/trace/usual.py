@@ -1,0 +1,63 @@
+"""How long things usually take on this machine: what passes between a cause and its effect where nothing else held it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trainsys.profiler.trace.columns import Calls, RankTrace
+from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.link import Launches
+from trainsys.profiler.trace.streamwaits import seen_near
+
+_NEAR_NS = 20_000
+
+
+@dataclass(slots=True)
+class Usual:
+    """ns. Zero where the trace shows none."""
+
+    latency: int = 0
+    """From the start of a launch to that of its activity on an idle stream."""
+    gap: int = 0
+    """Between neighbours on a stream."""
+    cross: int = 0
+    """From an activity of another stream."""
+    back: int = 0
+    """From the end of what a call waited for to its return."""
+    own: dict[int, int] = field(default_factory=dict)
+    """By name, a call that waits for nothing."""
+
+
+def usual(trace: RankTrace, launches: Launches, calls: Calls, targets: list[tuple[int, ...]]) -> Usual:
+    out = Usual()
+    device = trace.device
+    if not len(device):
+        return out
+    before, near = seen_near(trace, launches)
+    idle_since = np.where(before >= 0, device.end[np.maximum(before, 0)], np.iinfo(np.int64).min)
+    since, after_launch = device.start - idle_since, device.start - launches.start
+    linked = launches.index >= 0
+    out.latency = _middle(after_launch[linked & (idle_since < launches.start) & (near < 0)])
+    queued = linked & (before >= 0) & (since >= 0) & (since < _NEAR_NS) & (after_launch > 2 * out.latency)
+    out.gap = _middle(since[queued & (near < 0)])
+    crossed = near >= 0
+    out.cross = _middle((device.start - device.end[np.maximum(near, 0)])[crossed])
+    if not len(calls):
+        return out
+    last = np.array([max((int(device.end[a]) for a in t), default=-1) for t in targets], np.int64)
+    waited = last > calls.start
+    out.back = _middle((calls.end - last)[waited])
+    length = calls.end - calls.start
+    for name in np.unique(calls.name[waited]).tolist():
+        free = length[(calls.name == name) & ~waited]
+        same = length[calls.name == name] if not free.size else free
+        out.own[name] = int(np.median(same)) if free.size else int(same.min())
+    typical = int(np.median(length[~waited])) if (~waited).any() else 0
+    out.own = {n: min(v, typical) if typical else v for n, v in out.own.items()}
+    return out
+
+
+def _middle(values: Ints) -> int:
+    return int(np.median(values)) if values.size else 0
