@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.whatif.machine import Change
-from support.whatif.machine import run as play
-from support.whatif.programs import SCENARIOS, program
-from support.whatif.recording import write
-
-from trainsys.profiler.trace.analyse import Options, load
-from trainsys.profiler.trace.critical import critical_path
+from support.whatif.machine import Change  # noqa: E402
+from support.whatif.machine import run as play  # noqa: E402
+from support.whatif.programs import SCENARIOS, program  # noqa: E402
+from support.whatif.recording import write  # noqa: E402
+from trainsys.profiler.trace.analyse import Options, load  # noqa: E402
+from trainsys.profiler.trace.critical import critical_path  # noqa: E402
 
 CHANGES = {
     "communication took no time": Change(comm=0.0),
@@ -74,10 +74,17 @@ def ask(scenario: str, seed: int) -> tuple[list[Asked], dict[str, float]]:
     base = play(drawn)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rank0.json"
-        write(base, path, lost=float(rng.choice([0, 0, 0.01, 0.03])), operators=bool(rng.random() < 0.7), seed=seed)
+        write(
+            base,
+            path,
+            lost=float(rng.choice([0, 0, 0.01, 0.03])),
+            operators=bool(rng.random() < 0.7),
+            seed=seed,
+        )
         loaded = load(path, Options())
     found = critical_path(loaded.trace, loaded.kinds, loaded.launches)
-    assert found is not None and found.span_ns == base.span
+    assert found is not None
+    assert found.span_ns == base.span
     said = {w.what: w.saved_ns / base.span for w in found.what_if}
     why = found.withheld
     out = []
@@ -100,12 +107,19 @@ def summary(asked: list[Asked]) -> dict[str, object]:
         "saving_of_half_a_percent_or_more": len(large),
         "of_these_within_10_percent_of_it": int((error <= CLOSE).sum()),
         "median_error_of_the_saving": round(float(np.median(error)), 4) if large else None,
-        "worst_error_in_share_of_the_trace": round(max((abs(a.said - a.true) for a in given), default=0.0), 4),
+        "worst_error_in_share_of_the_trace": round(
+            max((abs(a.said - a.true) for a in given), default=0.0), 4
+        ),
     }
 
 
-def run(seeds: int) -> dict[str, object]:
-    asked = [a for i in range(seeds) for a in ask(SCENARIOS[i % len(SCENARIOS)], i)[0]]
+def one(seed: int) -> list[Asked]:
+    return ask(SCENARIOS[seed % len(SCENARIOS)], seed)[0]
+
+
+def run(seeds: int, workers: int = 1) -> dict[str, object]:
+    with ProcessPoolExecutor(workers) as pool:
+        asked = [a for found in pool.map(one, range(seeds)) for a in found]
     return {
         "traces": seeds,
         "all": summary(asked),
@@ -123,9 +137,10 @@ def run(seeds: int) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    text = json.dumps(run(args.seeds), indent=1)
+    text = json.dumps(run(args.seeds, args.workers), indent=1)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

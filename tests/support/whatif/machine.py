@@ -198,7 +198,10 @@ class Machine:
         self._step += 1
 
 
-def run(program: Program, change: Change = Change()) -> Machine:  # noqa: B008
+NOTHING = Change()
+
+
+def run(program: Program, change: Change = NOTHING) -> Machine:
     machine = Machine(program.traits, change)
     for op, args in program.ops:
         getattr(machine, op)(*args)

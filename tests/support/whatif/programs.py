@@ -55,6 +55,7 @@ class _Writer:
         self.comm_ns = int(layer * rng.uniform(low, high))
         self.load_ns = int(3 * self.layers * layer * (rng.uniform(1.1, 2.5) if scenario == "loader_bound" else 0.2))
         self.batch_copies = bool(rng.random() < 0.5)
+        self.pageable = scenario in ("blocking_copy", "loader_bound") and bool(rng.random() < 0.5)
         self.copy_stream = bool(rng.random() < 0.5)
         self.waits_in_layer = bool(rng.random() < 0.4)
         self.call = str(rng.choice(["cudaEventQuery", "cudaStreamQuery"]))
@@ -137,7 +138,10 @@ class _Writer:
             p.load(self._ns(self.load_ns), self._ns(15_000))
             if self.batch_copies:
                 stream = COPY_STREAM if self.copy_stream else MAIN
-                p.launch("Memcpy HtoD (Pinned -> Device)", COPY, stream, self._ns(60_000), "cudaMemcpyAsync")
+                if self.pageable:
+                    p.blocking_copy("Memcpy HtoD (Pageable -> Device)", stream, self._ns(90_000), "cudaMemcpyAsync")
+                else:
+                    p.launch("Memcpy HtoD (Pinned -> Device)", COPY, stream, self._ns(60_000), "cudaMemcpyAsync")
                 if self.copy_stream:
                     p.record("batch", COPY_STREAM)
                     p.stream_waits(MAIN, "batch")

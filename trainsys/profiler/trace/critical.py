@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from trainsys.profiler.trace.classify import CLASS_NAMES, COMM, COMPUTE, COPY, MATMUL
 from trainsys.profiler.trace.columns import RankTrace
+from trainsys.profiler.trace.graph import HOST, KIND_NAMES, Graph, build
 from trainsys.profiler.trace.intervals import EMPTY, Ints, clip, complement, merge, subtract, total, union
 from trainsys.profiler.trace.link import Launches
-from trainsys.profiler.trace.replay import HOST, KIND_NAMES, Graph, build, replay
+from trainsys.profiler.trace.replay import replay
 from trainsys.profiler.trace.whatif import WhatIf, what_ifs
 
 

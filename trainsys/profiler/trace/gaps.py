@@ -19,11 +19,15 @@ from trainsys.profiler.trace.idle import data_spans
 from trainsys.profiler.trace.intervals import Ints, clip, complement, merge, total, union
 from trainsys.profiler.trace.lookup import CHANCE, HELD_NS, RETURN_NS, Lookup
 
-_OWN_NS, _LATE_NS, _LATE_SHARE = 50_000, 500_000, 0.05
+_APART_NS, _APART_SHARE, _APART_MOST_NS = 50_000, 0.04, 500_000
 """How far the end of what was launched last may be from the end of the gap: this much, or this share of it."""
+_LONG_NS = 1_000_000
+"""What ends with nothing is doubtful from this length on."""
 _BUSY = 0.9
 """A host cannot have waited for a device that was idle."""
-_LEAST_ALIKE = 3
+_LEAST_ALIKE, _MOSTLY = 3, 0.8
+"""So many gaps between the same two calls, and this share of them, must end with an activity: kernels as long as the
+host thinks would otherwise look like what it waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ def find_gaps(trace: RankTrace, look: Lookup, calls: Calls, begin: Ints, before:
         if high - low < HELD_NS or 2 * (high - low) < calls.start[i] - begin[i]:
             continue
         hit, chance = _end_at(look, int(calls.thread[i]), low, high)
-        if hit < 0 and total(clip(busy, low, high)) >= _BUSY * (high - low):
+        if hit < 0 and high - low >= _LONG_NS and total(clip(busy, low, high)) >= _BUSY * (high - low):
             during = look.ended(low, high, low)
             if during >= 0:
                 out[i] = Gap(low, high, during, False)
@@ -59,7 +63,7 @@ def find_gaps(trace: RankTrace, look: Lookup, calls: Calls, begin: Ints, before:
         alike[key].append((i, low, high, hit, chance))
     for group in alike.values():
         hits, mean = sum(g[3] >= 0 for g in group), sum(g[4] for g in group) / len(group)
-        often = len(group) >= _LEAST_ALIKE and at_least(hits, len(group), mean) <= CHANCE / 10
+        often = hits >= max(_LEAST_ALIKE, _MOSTLY * len(group)) and at_least(hits, len(group), mean) <= CHANCE / 10
         for i, low, high, hit, chance in group:
             if hit >= 0:
                 out[i] = Gap(low, high, hit, often or chance <= CHANCE)
@@ -69,11 +73,11 @@ def find_gaps(trace: RankTrace, look: Lookup, calls: Calls, begin: Ints, before:
 def _end_at(look: Lookup, thread: int, low: int, high: int) -> tuple[int, float]:
     """(the activity that the gap ends with or -1, the probability that some gap as long would by accident)."""
     last = look.last_of(thread, low)
-    late = max(_OWN_NS, min(_LATE_NS, round(_LATE_SHARE * (high - low))))
-    if last >= 0 and look.end[last] > low and -_OWN_NS <= high - look.end[last] <= late:
-        by_last = (_OWN_NS + late) / (high - low)
-        if by_last <= CHANCE:
-            return last, by_last
+    apart = max(_APART_NS, min(_APART_MOST_NS, round(_APART_SHARE * (high - low))))
+    if last >= 0 and look.end[last] > low and abs(high - look.end[last]) <= apart:
+        chance = 2 * apart / (high - low)
+        if chance <= CHANCE:
+            return last, chance
     return look.ended(max(low, high - RETURN_NS), high, low), min(1.0, look.chance(low, high))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainsys.profiler.trace.blockingcopy import split_copies
 from trainsys.profiler.trace.columns import Calls, RankTrace
 from trainsys.profiler.trace.gaps import Gap, find_gaps
 from trainsys.profiler.trace.idle import SYNC
@@ -28,7 +29,6 @@ HANDED_NS = 500_000
 """A thread goes on this soon after the one that it waited for."""
 _WHOLE_DEVICE = re.compile(r"DeviceSynchronize|CtxSynchronize")
 _STREAM = re.compile(r"StreamSynchronize")
-_COPY = re.compile(r"Memcpy")
 _NONE = -1
 
 
@@ -51,7 +51,7 @@ class HostWaits:
 
 
 def find_waits(trace: RankTrace, launches: Launches) -> HostWaits:
-    loops = join_loops(trace, launches)
+    loops = split_copies(trace, launches, join_loops(trace, launches))
     calls, n = loops.calls, len(loops.calls)
     before = previous(calls.thread, np.arange(n))
     out = HostWaits(calls, loops.place, before, [()] * n, np.full(n, _NONE, np.int64), {})
@@ -71,21 +71,16 @@ def _blocking_calls(trace: RankTrace, look: Lookup, loops: Loops, targets: list[
     names = trace.names
     kind = [
         "device" if _WHOLE_DEVICE.search(s) else "stream" if _STREAM.search(s)
-        else "sync" if SYNC.search(s) else "copy" if _COPY.search(s) else ""
+        else "sync" if SYNC.search(s) else ""
         for s in names
     ]  # fmt: skip
     calls = loops.calls
     columns = (calls.start.tolist(), calls.end.tolist(), calls.name.tolist(), calls.thread.tolist())
-    own = look.own.tolist()
     for i, (start, end, name, thread) in enumerate(zip(*columns, strict=True)):
         what, long = kind[name], end - start >= HELD_NS
         found: tuple[int, ...] = ()
         if loops.target[i] >= 0:
             found = (int(loops.target[i]),)
-        elif own[i] >= 0 and what in ("copy", "sync"):
-            name_of_copy = names[trace.device.name[own[i]]]
-            if look.end[own[i]] <= end and (long or "Pageable" in name_of_copy):
-                found = (own[i],)
         elif what == "device":
             lasts = (look.last_on(lane, start) for lane in look.by_lane)
             found = tuple(a for a in lasts if a >= 0 and look.end[a] <= end)

@@ -13,9 +13,7 @@ _LEAST, _SEEN = 16, 16
 """A queue is no shorter, and it shows only where it was full this often."""
 
 
-def queue_targets(
-    trace: RankTrace, launches: Launches, loops: Loops, targets: list[tuple[int, ...]]
-) -> None:
+def queue_targets(trace: RankTrace, launches: Launches, loops: Loops, targets: list[tuple[int, ...]]) -> None:
     """If the queue was full at times: by launch, the activity that must end before it, added to ``targets``."""
     linked = np.flatnonzero(launches.index >= 0)
     if linked.size < _LEAST + _SEEN:
@@ -35,7 +33,9 @@ def queue_targets(
     _add(linked, call, depth, trace.device.end, end, targets)
 
 
-def _add(linked: Ints, call: Ints, depth: int, ended: Ints, end: Ints, targets: list[tuple[int, ...]]) -> None:
+def _add(
+    linked: Ints, call: Ints, depth: int, ended: Ints, end: Ints, targets: list[tuple[int, ...]]
+) -> None:
     for i in range(depth, linked.size):
         released_by = linked[i - depth]
         if not targets[call[i]] and ended[released_by] <= end[i]:

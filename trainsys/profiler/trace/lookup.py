@@ -37,7 +37,8 @@ class Lookup:
         self.end = device.end.tolist()
         self.launched = launch_times(trace, launches)
         by_end = np.argsort(device.end, kind="stable")
-        self.by_end, self.ends = by_end.tolist(), device.end[by_end].tolist()
+        self.by_end: list[int] = by_end.tolist()
+        self.ends: list[int] = device.end[by_end].tolist()
         self.ends_array = device.end[by_end]
         lane = device.device * 1_000_003 + device.stream
         self.lane = lane.tolist()
@@ -48,8 +49,6 @@ class Lookup:
             self.by_lane[key] = (self.launched[mine].tolist(), mine.tolist())
         linked = np.flatnonzero(launches.index >= 0)
         call = loops.place[launches.index[linked]]
-        self.own = np.full(len(calls), _NONE, np.int64)
-        self.own[call] = linked
         self.launching = np.unique(calls.thread[call]) if call.size else np.zeros(0, np.int64)
         order = np.argsort(calls.start[call], kind="stable")
         self.by_thread: dict[int, tuple[list[int], list[int]]] = {}

@@ -2,7 +2,8 @@
 
 ``cudaStreamWaitEvent`` names neither stream nor event in a trace. The next activity that its thread launches is taken
 for the one that waits, and for what it waits for the last of another stream that was launched before the call and had
-ended by then; in order, one by one, where a stream's activities are as many as the waits for them. Such a dependency
+ended by then; in order, one by one, where as many of the
+stream's activities have its name as there are waits for them. Such a dependency
 holds even where it cost nothing in the trace and would once something else is faster.
 """
 
@@ -14,9 +15,9 @@ from collections import defaultdict
 import numpy as np
 
 from trainsys.profiler.trace.columns import RankTrace
-from trainsys.profiler.trace.lookup import previous
 from trainsys.profiler.trace.intervals import Ints
 from trainsys.profiler.trace.link import Launches, launch_times
+from trainsys.profiler.trace.lookup import previous
 
 NEAR_NS = 20_000
 """An activity that starts this soon after another stream's end, and for no other reason, waited for it."""
@@ -57,7 +58,7 @@ def called_for(trace: RankTrace, launches: Launches) -> list[tuple[int, ...]]:
         return out
     streams = _Streams(trace, launches)
     linked = np.flatnonzero(launches.index >= 0)
-    pairs: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    pairs: dict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
     for thread in np.unique(runtime.thread[waits]).tolist():
         mine = linked[launches.thread[linked] == thread]
         mine = mine[np.argsort(launches.start[mine], kind="stable")]
@@ -69,9 +70,11 @@ def called_for(trace: RankTrace, launches: Launches) -> list[tuple[int, ...]]:
                 calls[int(mine[k])].append(int(runtime.start[call]))
         for waiter, times in calls.items():
             for source, activity in streams.over(waiter, times[-1])[: len(times)]:
-                pairs[int(streams.lane[waiter]), source].append((waiter, activity))
-    for (_, source), found in pairs.items():
+                name = int(device.name[activity])
+                pairs[int(streams.lane[waiter]), source, name].append((waiter, activity))
+    for (_, source, name), found in pairs.items():
         of_source = streams.members[source]
+        of_source = of_source[device.name[of_source] == name]
         waiters = np.array([w for w, _ in found])
         in_order = len(found) == of_source.size and (device.end[of_source] <= device.start[waiters]).all()
         sources = of_source.tolist() if in_order else [a for _, a in found]

@@ -9,9 +9,7 @@ import numpy as np
 from trainsys.profiler.trace.columns import Calls, RankTrace
 from trainsys.profiler.trace.intervals import Ints
 from trainsys.profiler.trace.link import Launches
-from trainsys.profiler.trace.streamwaits import seen_near
-
-_NEAR_NS = 20_000
+from trainsys.profiler.trace.streamwaits import NEAR_NS, seen_near
 
 
 @dataclass(slots=True)
@@ -40,7 +38,7 @@ def usual(trace: RankTrace, launches: Launches, calls: Calls, targets: list[tupl
     since, after_launch = device.start - idle_since, device.start - launches.start
     linked = launches.index >= 0
     out.latency = _middle(after_launch[linked & (idle_since < launches.start) & (near < 0)])
-    queued = linked & (before >= 0) & (since >= 0) & (since < _NEAR_NS) & (after_launch > 2 * out.latency)
+    queued = linked & (before >= 0) & (since >= 0) & (since < NEAR_NS) & (after_launch > 2 * out.latency)
     out.gap = _middle(since[queued & (near < 0)])
     crossed = near >= 0
     out.cross = _middle((device.start - device.end[np.maximum(near, 0)])[crossed])

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from trainsys.profiler.trace.classify import COMM, COMPUTE, COPY, MATMUL
-from trainsys.profiler.trace.replay import HOST, SYNCED, Changed, Graph, replay
+from trainsys.profiler.trace.graph import HOST, SYNCED, Graph
+from trainsys.profiler.trace.replay import Changed, replay
 
 _SMALL, _CLOSE = 0.005, 0.1
 """Two answers are one where they differ by less than this share of the span, or of the larger."""
@@ -69,7 +70,9 @@ def what_ifs(g: Graph, idle: int, waits: list[int] | None) -> tuple[list[WhatIf]
                 )
                 continue
         if on_host and saved > idle + _SMALL * span:
-            withheld[what] = f"{saved / span:.1%} less by replay, but the device was idle for {idle / span:.1%} only"
+            withheld[what] = (
+                f"{saved / span:.1%} less by replay, but the device was idle for {idle / span:.1%} only"
+            )
             continue
         given.append(WhatIf(what, span - saved, saved, round(saved / span, 5) if span else 0.0))
     return sorted(given, key=lambda w: -w.saved_ns), withheld
