@@ -40,8 +40,9 @@ class Gap:
     sure: bool
 
 
-def find_gaps(trace: RankTrace, look: Lookup, calls: Calls, begin: Ints, before: Ints) -> dict[int, Gap]:
-    """By call: the gap since ``begin`` that was a wait or, with ``sure`` false, may have been one."""
+def find_gaps(trace: RankTrace, look: Lookup, calls: Calls, before: Ints) -> dict[int, Gap]:
+    """By call: the gap since the call ``before`` it that was a wait or, with ``sure`` false, may have been one."""
+    begin = np.where(before >= 0, calls.end[np.maximum(before, 0)], calls.start)
     known = merge(trace.host_busy, data_spans(trace))
     busy = union(trace.device.start, trace.device.end)
     out: dict[int, Gap] = {}
@@ -54,16 +55,18 @@ def find_gaps(trace: RankTrace, look: Lookup, calls: Calls, begin: Ints, before:
         low, high = int(starts[k]), int(ends[k])
         if high - low < HELD_NS or 2 * (high - low) < calls.start[i] - begin[i]:
             continue
-        hit, chance = _end_at(look, int(calls.thread[i]), low, high)
+        hit, chance = _end_at(look, int(calls.thread[before[i]]), low, high)
         if hit < 0 and high - low >= _LONG_NS and total(clip(busy, low, high)) >= _BUSY * (high - low):
             during = look.ended(low, high, low)
             if during >= 0:
                 out[i] = Gap(low, high, during, False)
-        key = (int(calls.name[before[i]]) if before[i] >= 0 else -1, int(calls.name[i]))
-        alike[key].append((i, low, high, hit, chance))
+        alike[int(calls.name[before[i]]), int(calls.name[i])].append((i, low, high, hit, chance))
     for group in alike.values():
         hits, mean = sum(g[3] >= 0 for g in group), sum(g[4] for g in group) / len(group)
-        often = hits >= max(_LEAST_ALIKE, _MOSTLY * len(group)) and at_least(hits, len(group), mean) <= CHANCE / 10
+        often = (
+            hits >= max(_LEAST_ALIKE, _MOSTLY * len(group))
+            and at_least(hits, len(group), mean) <= CHANCE / 10
+        )
         for i, low, high, hit, chance in group:
             if hit >= 0:
                 out[i] = Gap(low, high, hit, often or chance <= CHANCE)

@@ -80,6 +80,7 @@ class Graph:
 
 
 def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
+    recorded = launches
     trace, launches = with_lost_launches(trace, launches)
     waits = find_waits(trace, launches)
     calls, device = waits.calls, trace.device
@@ -99,7 +100,7 @@ def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
     g = Graph(start=start[order].tolist(), end=end[order].tolist())
     g.name = np.concatenate([calls.name, device.name])[order].tolist()
     g.kind = np.concatenate([np.where(synced, SYNCED, HOST), kinds]).astype(np.int64)[order].tolist()
-    builder = _Builder(g, place.tolist(), nh, usual(trace, launches, calls, waits.targets))
+    builder = _Builder(g, place.tolist(), nh, usual(trace, recorded, calls, waits.targets))
     builder.hosts = _host_columns(trace, waits)
     before, near = seen_near(trace, launches)
     builder.before, builder.near = before.tolist(), near.tolist()

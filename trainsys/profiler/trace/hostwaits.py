@@ -25,8 +25,8 @@ from trainsys.profiler.trace.polling import Loops, join_loops
 
 _OWN_NS = 50_000
 """A stream's synchronise that returns later than this after the stream's end waited for something else."""
-HANDED_NS = 500_000
-"""A thread goes on this soon after the one that it waited for."""
+HANDED_NS = 20_000_000
+"""A thread goes on within this of the last call of the one that handed over to it, which may have waited meanwhile."""
 _WHOLE_DEVICE = re.compile(r"DeviceSynchronize|CtxSynchronize")
 _STREAM = re.compile(r"StreamSynchronize")
 _NONE = -1
@@ -62,7 +62,7 @@ def find_waits(trace: RankTrace, launches: Launches) -> HostWaits:
     queue_targets(trace, launches, loops, out.targets)
     begin = np.where(before >= 0, calls.end[np.maximum(before, 0)], calls.start)
     out.handed = _handed(calls, begin, before, look.launching)
-    out.gaps = find_gaps(trace, look, calls, np.where(out.handed >= 0, calls.start, begin), before)
+    out.gaps = find_gaps(trace, look, calls, np.where(out.handed >= 0, out.handed, before))
     return out
 
 

@@ -14,13 +14,13 @@ from trainsys.profiler.trace.streamwaits import NEAR_NS, seen_near
 
 @dataclass(slots=True)
 class Usual:
-    """ns. Zero where the trace shows none."""
+    """ns. Where the trace shows none: a microsecond, or nothing for the way back."""
 
-    latency: int = 0
+    latency: int = 1_000
     """From the start of a launch to that of its activity on an idle stream."""
-    gap: int = 0
+    gap: int = 1_000
     """Between neighbours on a stream."""
-    cross: int = 0
+    cross: int = 1_000
     """From an activity of another stream."""
     back: int = 0
     """From the end of what a call waited for to its return."""
@@ -37,11 +37,11 @@ def usual(trace: RankTrace, launches: Launches, calls: Calls, targets: list[tupl
     idle_since = np.where(before >= 0, device.end[np.maximum(before, 0)], np.iinfo(np.int64).min)
     since, after_launch = device.start - idle_since, device.start - launches.start
     linked = launches.index >= 0
-    out.latency = _middle(after_launch[linked & (idle_since < launches.start) & (near < 0)])
+    out.latency = _middle(after_launch[linked & (idle_since < launches.start) & (near < 0)], out.latency)
     queued = linked & (before >= 0) & (since >= 0) & (since < NEAR_NS) & (after_launch > 2 * out.latency)
-    out.gap = _middle(since[queued & (near < 0)])
+    out.gap = _middle(since[queued & (near < 0)], out.gap)
     crossed = near >= 0
-    out.cross = _middle((device.start - device.end[np.maximum(near, 0)])[crossed])
+    out.cross = _middle((device.start - device.end[np.maximum(near, 0)])[crossed], out.cross)
     if not len(calls):
         return out
     last = np.array([max((int(device.end[a]) for a in t), default=-1) for t in targets], np.int64)
@@ -57,5 +57,5 @@ def usual(trace: RankTrace, launches: Launches, calls: Calls, targets: list[tupl
     return out
 
 
-def _middle(values: Ints) -> int:
-    return int(np.median(values)) if values.size else 0
+def _middle(values: Ints, none: int = 0) -> int:
+    return int(np.median(values)) if values.size else none
