@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiling.trace_whatif import ask
-from support.whatif.machine import COMPUTE, COPY, MATMUL, Change, Program, Traits
+from profiling.trace_whatif import CHANGES, ask
+from support.whatif.machine import COMPUTE, COPY, MATMUL, Program, Traits
 from support.whatif.machine import run as play
 from support.whatif.programs import GEMM, MAIN, NORM, SCENARIOS
 from support.whatif.recording import write
@@ -16,6 +16,7 @@ from trainsys.profiler.trace.analyse import Options, load
 from trainsys.profiler.trace.critical import critical_path
 from trainsys.profiler.trace.gaps import at_least
 from trainsys.profiler.trace.main import analyse
+from trainsys.profiler.trace.relaunch import with_lost_launches
 from trainsys.profiler.trace.text import render
 
 MATMULS = "matmuls were 20% faster"
@@ -35,9 +36,9 @@ def test_what_ifs_are_true_of_the_program_run_again(scenario):
             assert device > 0.9
 
 
-def waiting(how: str, queue: int = 1024) -> Program:
+def waiting(how: str) -> Program:
     """Three rounds: 40 matmuls of 0.2 ms are launched, far ahead of the device, and then waited for."""
-    p = Program(Traits(queue=queue))
+    p = Program(Traits())
     for n in range(3):
         for _ in range(40):
             p.work(3_000)
@@ -60,15 +61,15 @@ def waiting(how: str, queue: int = 1024) -> Program:
     return p
 
 
-def answer(program: Program, path: Path, **lacking) -> tuple[float, float]:
-    """(ns that faster matmuls save by the trace, and in truth)."""
+def answer(program: Program, path: Path, what: str = MATMULS, **lacking) -> tuple[float, float]:
+    """(ns that a change saves by the trace, and in truth)."""
     base = play(program)
     write(base, path, **lacking)
     loaded = load(path, Options())
     found = critical_path(loaded.trace, loaded.kinds, loaded.launches)
     assert found.faithful
     said = {w.what: w.saved_ns for w in found.what_if}
-    return said[MATMULS], base.span - play(program, Change(matmul=5 / 6)).span
+    return said[what], base.span - play(program, CHANGES[what]).span
 
 
 @pytest.mark.parametrize("how", ["item", "device", "event", "copy", "poll", "spin"])
@@ -80,13 +81,30 @@ def test_each_way_to_wait_is_seen(tmp_path, how, operators):
 
 
 def test_a_full_launch_queue_is_a_wait(tmp_path):
-    said, true = answer(waiting("none", queue=24), tmp_path / "rank0.json")
+    """Each launch blocks for 30 us, as long as a host may well think."""
+    p = Program(Traits(queue=24))
+    for _ in range(200):
+        p.work(3_000)
+        p.launch(GEMM, MATMUL, MAIN, 40_000, "cudaLaunchKernel")
+    said, true = answer(p, tmp_path / "rank0.json")
     assert said == pytest.approx(true, rel=0.02)
 
 
-def test_a_lost_launch_is_put_back(tmp_path):
-    said, true = answer(waiting("item"), tmp_path / "rank0.json", lost=0.1, seed=3)
-    assert said == pytest.approx(true, rel=0.05)
+def test_lost_launches_are_put_back_where_they_were(tmp_path):
+    p = Program(Traits())
+    for _ in range(200):
+        p.work(40_000)
+        p.launch(NORM, COMPUTE, MAIN, 10_000, "cudaLaunchKernel")
+    base = play(p)
+    write(base, tmp_path / "rank0.json", lost=0.1, seed=3)
+    loaded = load(tmp_path / "rank0.json", Options())
+    lost = np.flatnonzero(loaded.launches.index < 0)
+    _, launches = with_lost_launches(loaded.trace, loaded.launches)
+    true = {e.correlation: e.start for e in base.seen if e.category == "cuda_runtime"}
+    at = [true[c] for c in loaded.trace.device.correlation[lost].tolist()]
+    assert len(lost) > 10
+    assert launches.unlinked == 0
+    assert np.abs(launches.start[lost] - at).max() <= 1_000
 
 
 def test_a_host_that_may_have_been_busy_withholds_the_answer(tmp_path):

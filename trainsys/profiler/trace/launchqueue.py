@@ -25,10 +25,12 @@ def queue_targets(trace: RankTrace, launches: Launches, loops: Loops, targets: l
     start, end, ended = calls.start[call], calls.end[call], np.sort(trace.device.end[linked])
     waiting = np.arange(linked.size) + 1 - np.searchsorted(ended, end, "right")
     depth = int(waiting.max())
-    long = end - start > 3 * np.median(end - start)
-    full = waiting >= 0.9 * depth
+    full, free = waiting >= 0.9 * depth, (end - start)[waiting < 0.5 * depth]
+    if depth < _LEAST or not free.size:
+        return
+    blocked = full & (end - start > 3 * np.median(free))
     # Where launches at the greatest depth take no longer than others, it is merely how far the host got ahead.
-    if depth < _LEAST or (full & long).sum() < _SEEN or 2 * (full & long).sum() < (full | long).sum():
+    if blocked.sum() < _SEEN or 2 * blocked.sum() < full.sum():
         return
     _add(linked, call, depth, trace.device.end, end, targets)
 
