@@ -105,9 +105,7 @@ def _rank_by_name(trace: RankTrace) -> None:
     """For a file that does not say its rank: the last number that its name calls one, or its folder's; else -1."""
     found = _RANK_IN_NAME.findall(trace.path.name) or _RANK_IN_NAME.findall(trace.path.parent.name)
     trace.rank = int(found[-1]) if found else -1
-    trace.said[
-        "assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")
-    ] += 1
+    trace.said["assumed: no rank in the file; " + ("taken from its name" if found else "numbered by order")] += 1
 
 
 def name_device(trace: RankTrace) -> None:

@@ -81,7 +81,9 @@ def _health(report: Report) -> list[str]:
         for f in r.health:
             by_text.setdefault(f.text, []).append(report.label(r))
     lines = [
-        text if len(report.ranks) == 1 else f"rank {first_few(ranks)}: {text}"
+        text
+        if len(report.ranks) == 1
+        else f"rank {first_few(ranks)}: {text}"
         for text, ranks in by_text.items()
     ]
     n = len({r.rank for r in report.ranks})
@@ -224,7 +226,8 @@ def _hang(h: HangReport) -> list[str]:
         f"  rank {r.rank} ({r.kind}): {r.evidence}" + (f"; at {r.where}" if r.where else "") for r in h.roots
     ]
     out += [
-        f"  rank {w.rank} waits in {w.operation}" + (f" for {ranks_named(w.on)}" if w.on else "")
+        f"  rank {w.rank} waits in {w.operation}"
+        + (f" for {ranks_named(w.on)}" if w.on else "")
         for w in h.waiting[:8]
     ]
     if len(h.waiting) > 8:
