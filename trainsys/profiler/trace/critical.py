@@ -7,19 +7,11 @@ from dataclasses import dataclass, field
 
 from trainsys.profiler.trace.classify import CLASS_NAMES, COMM, COMPUTE, COPY, MATMUL
 from trainsys.profiler.trace.columns import RankTrace
+from trainsys.profiler.trace.graph import HOST, KIND_NAMES, Graph, build
 from trainsys.profiler.trace.intervals import EMPTY, Ints, clip, complement, merge, subtract, total, union
 from trainsys.profiler.trace.link import Launches
-from trainsys.profiler.trace.replay import HOST, KIND_NAMES, SYNCED, Graph, build, replay
-
-
-@dataclass(frozen=True, slots=True)
-class WhatIf:
-    """``saved_share`` of the span had ``what`` been so."""
-
-    what: str
-    span_ns: int
-    saved_ns: int
-    saved_share: float
+from trainsys.profiler.trace.replay import replay
+from trainsys.profiler.trace.whatif import WhatIf, what_ifs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +35,8 @@ class CriticalPath:
     by_kind: dict[str, int]
     top: list[tuple[str, str, int]]
     what_if: list[WhatIf] = field(default_factory=list)
+    withheld: dict[str, str] = field(default_factory=dict)
+    """What-ifs that the trace cannot answer, and why."""
     inferred: int = 0
     faithful: bool = True
 
@@ -68,7 +62,7 @@ def critical_path(
     out.faithful = replay(g) == g.end
     if out.faithful:
         busy = total(union(trace.device.start, trace.device.end))
-        out.what_if = _what_ifs(g, low, high, _waits_by_node(g, trace, waits), high - low - busy)
+        out.what_if, out.withheld = what_ifs(g, high - low - busy, _waits_by_node(g, waits))
     return out
 
 
@@ -126,79 +120,33 @@ def _walk(g: Graph, trace: RankTrace, low: int) -> list[Stretch]:
 
     while now > low:
         name, kind = trace.names[g.name[node]], KIND_NAMES[g.kind[node]]
-        if (
-            g.kind[node] == SYNCED
-            and g.launch_of[node] >= 0
-            and now > g.end[g.launch_of[node]] >= g.start[node]
-        ):
-            spend("sync", name, g.end[g.launch_of[node]])
-            node = g.launch_of[node]
+        held_by = max((c for c, _ in g.blocked[node]), key=lambda c: g.end[c], default=-1)
+        if held_by >= 0 and now > g.end[held_by] > g.start[node]:
+            spend("sync", name, g.end[held_by])
+            node = held_by
             continue
         spend(kind, name, g.start[node])
-        options = [(g.end[c], c) for c in g.causes[node]]
-        launch = g.launch_of[node]
-        if launch >= 0 and g.kind[node] != SYNCED:
-            options.append((g.start[launch], launch))
+        after = g.after[node]
+        causes = (*(c for c, _ in g.causes[node]), after.program, after.held_by if after.sure else -1)
+        options = [(g.end[c], c) for c in causes if c >= 0]
+        if g.launch[node][0] >= 0:
+            options.append((g.start[g.launch[node][0]], g.launch[node][0]))
         if not options:
             spend("host", "before the first recorded call", low)
             break
         ready, cause = max(options)
         # Between the last cause and the start: the host thinking, or the device's own latency.
         if g.kind[node] >= HOST:
-            spend("data" if g.data_wait[node] * 2 > now - ready > 0 else "host", f"before {name}", ready)
+            spend("data" if after.data * 2 > now - ready > 0 else "host", f"before {name}", ready)
         else:
             spend("launch" if g.kind[cause] >= HOST else "device gap", f"before {name}", ready)
         node = cause
     return path
 
 
-def _waits_by_node(g: Graph, trace: RankTrace, waits: Ints | None) -> list[int] | None:
-    if waits is None:
+def _waits_by_node(g: Graph, waits: Ints | None) -> list[int] | None:
+    if waits is None or not waits.any():
         return None
     order = iter(waits.tolist())
     # Device nodes appear in the graph in their order of start, as the columns do.
     return [next(order) if k < HOST else 0 for k in g.kind]
-
-
-def _what_ifs(g: Graph, low: int, high: int, waits: list[int] | None, idle: int) -> list[WhatIf]:
-    """``idle``: ns the device was idle: the host cannot cost more, and a replay that says so is withheld."""
-    span = high - low
-    last = [i for i, k in enumerate(g.kind) if k < HOST]
-
-    def ask(what: str, length: list[int], lag: list[int] | None = None) -> WhatIf:
-        ends = replay(g, length, lag)
-        new = max(ends[i] for i in last) - low
-        return WhatIf(what, new, span - new, round((span - new) / span, 5) if span else 0.0)
-
-    def without(*gone: int) -> list[int]:
-        return [0 if k in gone else n for n, k in zip(g.length, g.kind, strict=True)]
-
-    out = []
-    if COMM in g.kind:
-        out.append(ask("communication took no time", without(COMM)))
-    if waits is not None and any(waits):
-        shorter = [max(0, n - w) for n, w in zip(g.length, waits, strict=True)]
-        out.append(ask("no waiting for other ranks in collectives", shorter))
-    if COPY in g.kind:
-        out.append(ask("copies took no time", without(COPY)))
-    if any(g.data_wait):
-        lag = [n - min(w, max(n, 0)) for n, w in zip(g.lag, g.data_wait, strict=True)]
-        out.append(ask("the data loader never made anyone wait", g.length, lag))
-    faster = [n // 2 if k >= HOST and n > 0 else n for n, k in zip(g.lag, g.kind, strict=True)]
-    halved = [n // 2 if k == HOST else n for n, k in zip(g.length, g.kind, strict=True)]
-    quicker = ask("the host were twice as fast", halved, faster)
-    if quicker.saved_ns <= idle:
-        out.append(quicker)
-    out.append(
-        ask(
-            "matmuls were 20% faster",
-            [n * 5 // 6 if k == MATMUL else n for n, k in zip(g.length, g.kind, strict=True)],
-        )
-    )
-    out.append(
-        ask(
-            "other kernels took half the time (fusion)",
-            [n // 2 if k == COMPUTE else n for n, k in zip(g.length, g.kind, strict=True)],
-        )
-    )
-    return sorted(out, key=lambda w: -w.saved_ns)

@@ -52,6 +52,17 @@ def link_launches(trace: RankTrace) -> Launches:
     )
 
 
+def launch_times(trace: RankTrace, launches: Launches) -> Ints:
+    """When each activity was launched; where no launch is recorded, when the one before it on its stream was."""
+    device = trace.device
+    lane = device.device * 1_000_003 + device.stream
+    out = np.where(launches.index >= 0, launches.start, np.iinfo(np.int64).min)
+    for key in np.unique(lane):
+        mine = np.flatnonzero(lane == key)
+        out[mine] = np.maximum.accumulate(out[mine])
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One profiler step: its number and its stretch ``[start, end)`` of the device's time (ns)."""

@@ -62,6 +62,7 @@ def render(report: Report) -> str:
             for w in c.what_if
             if w.saved_share >= 0.001
         ]
+        out += [f"  if {what}: withheld, {why}" for what, why in c.withheld.items()]
         out.append("")
     if report.hang is not None:
         out += _hang(report.hang)
