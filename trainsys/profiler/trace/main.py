@@ -21,6 +21,7 @@ from trainsys.profiler.trace.source import Limits
 from trainsys.profiler.trace.text import render
 from trainsys.profiler.trace.verdicts import judge
 from trainsys.profiler.trace.windows import place
+from trainsys.terminal_text import columns
 
 if TYPE_CHECKING:
     from trainsys.config.model import ModelConfig
@@ -128,13 +129,14 @@ def run(
         seq_len=seq_len,
         tokens_per_step=tokens_per_step,
     )
-    text = render(report)
+    width = columns()
+    text = render(report, width)
     diff = None
     if against:
         from trainsys.profiler.trace.diff import compare_runs, render_diff
 
         diff = compare_runs(analyse(against, workers=workers, options=options, critical=False), report)
-        text += "\n" + render_diff(diff)
+        text += "\n" + render_diff(diff, width)
     if json:
         _write(Path(json), to_json(report))
     if html:
