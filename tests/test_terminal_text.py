@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from trainsys.terminal_text import PIPED, Table, clean, columns, layout, tell_apart
 
-PARTS = st.lists(st.sampled_from(["void ", "at::native::", "gpu_kernel<", "Add", "Mul", "float", "128, 4", ">"]), max_size=40)
+PIECES = ["void ", "at::native::", "gpu_kernel<", "Add", "Mul", "float", "128, 4", ">"]
+PARTS = st.lists(st.sampled_from(PIECES), max_size=40)
+ROW = st.tuples(PARTS.map("".join), st.integers(0, 10**9), st.integers(0, 10**6))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_different_names_stay_different_in_any_width(names: list[str], width: in
     assert all(s == n for s, n in zip(short, names, strict=True) if len(n) <= width)
 
 
-@given(st.lists(st.tuples(PARTS.map("".join), st.integers(0, 10**9), st.integers(0, 10**6)), min_size=1), st.integers(60, 140))
+@given(st.lists(ROW, min_size=1), st.integers(60, 140))
 def test_a_table_keeps_its_numbers_and_its_width(rows: list[tuple[str, int, int]], width: int) -> None:
     cells = [(name, f"{a:,}", f"{b / 1e3:.3f}") for name, a, b in rows]
     lines = Table(("kernel", "calls so far", "made others wait ms"), cells).lines(width)

@@ -1,4 +1,4 @@
-"""Text that fits the width it is read at: numbers whole, labels cut where they are alike, nothing that acts on a terminal."""
+"""Text that fits its width: numbers whole, labels cut where they are alike, nothing that acts on a terminal."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def tell_apart(names: Sequence[str], width: int) -> list[str]:
     shown = {name: name[: width - len(GAP)] + GAP for name in unlike}
     for i, name in enumerate(unlike):
         near = unlike[max(0, i - 1) : i] + unlike[i + 1 : i + 2]
-        at = max((len(os.path.commonprefix([name, other])) for other in near), default=0)
+        at = max((_alike(name, other) for other in near), default=0)
         if at + SEEN > width - len(GAP) and width >= LEAST:
             shown[name] = _around(name, at, width)
     taken = {n for n in names if len(n) <= width}
@@ -72,6 +72,11 @@ def tell_apart(names: Sequence[str], width: int) -> list[str]:
             shown[name] = base[: width - len(mark)] + mark
         taken.add(shown[name])
     return [shown.get(name, name) for name in names]
+
+
+def _alike(a: str, b: str) -> int:
+    """Characters until they differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _around(name: str, at: int, width: int) -> str:

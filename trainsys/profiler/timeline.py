@@ -65,8 +65,8 @@ def slowest_and_typical(slowness: Sequence[float]) -> tuple[int, int]:
 
 
 def lanes_shown(slowness: Sequence[float], most: int = MOST_LANES) -> list[int]:
-    """Which ranks, by place, in what order: the slowest, a typical one, then in order of rank. Of more than ``most``, half
-    are the slowest and half are spread over the others."""
+    """Which ranks, by place, in what order: the slowest, a typical one, then in order of rank. Of more than ``most``,
+    half are the slowest and half are spread over the others."""
     if not len(slowness):
         return []
     first = list(dict.fromkeys(slowest_and_typical(slowness)))

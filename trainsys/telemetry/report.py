@@ -223,8 +223,11 @@ class _Page:
 
         rows = [
             Row(
-                _label(name), [_ms(mean.phases[name]), share]
-                + spread({r: s.phases.get(name, 0.0) / s.steps for r, s in ranks.items()}),
+                _label(name),
+                [
+                    _ms(mean.phases[name]), share,
+                    *spread({r: s.phases.get(name, 0.0) / s.steps for r, s in ranks.items()}),
+                ],
                 mean.phases[name] / longest if longest > 0 else 0.0,
                 "magenta" if name.startswith(COMM) else COLOURS.get(name, "white"),
             )

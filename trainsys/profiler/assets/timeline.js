@@ -67,7 +67,7 @@ function drawTimeline(place, T, hue, words, showTip, hideTip) {
     const unit = span * T.tick_s >= 1 ? [1, "s"] : span * T.tick_s >= 1e-3 ? [1e3, "ms"] : [1e6, "µs"];
     g.fillStyle = ink("--soft"); g.strokeStyle = ink("--line"); g.lineWidth = 1;
     g.textAlign = "left";
-    g.fillText(unit[1], gutter - 18, 12);
+    g.fillText(unit[1], 2, 12);
     for (let t = Math.ceil(view.from / every) * every; t <= view.to; t += every) {
       const x = X(t), label = (t * T.tick_s * unit[0]).toFixed(digits);
       g.beginPath(); g.moveTo(x + 0.5, 16); g.lineTo(x + 0.5, high); g.stroke();

@@ -179,7 +179,7 @@ def _plain(name: str) -> str:
         for at in range(len(name) - 1, 0, -1):
             depth += {")": 1, "(": -1}.get(name[at], 0)
             if not depth:
-                # "operator()" is a name, not arguments.
-                name = name[:at] if not name[:at].endswith("operator") else name
+                # "operator()" is a name, and what follows a blank is a remark.
+                name = name if name[:at].endswith(("operator", " ")) else name[:at]
                 break
     return _BLANKS.sub("", name)

@@ -107,7 +107,7 @@ def timeline_of(report: Report, captures: Sequence[Analysed]) -> Timeline | None
     zero = min(b.start - offsets[r] for r, b in spans.items())
     last = max(b.end - offsets[r] for r, b in spans.items())
     # A tick is a fifth of the finest stretch, or exact to 100 ns: digits that nobody can see are half of a page.
-    tick = max(100, min((b.step_ns for b in spans.values() if b.step_ns), default=0) // 5)
+    tick = max(100, min(b.step_ns for b in spans.values()) // 5)
     lanes = []
     for place, c in enumerate(chosen):
         rank = c.report.rank
