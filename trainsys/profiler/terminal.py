@@ -77,13 +77,13 @@ class _Page:
             self.line(note, "dim", hang=4)
 
     def verdicts(self, e: Explanation) -> None:
-        self.head("Who costs everyone time")
+        self.head("Stragglers")
         if not e.verdicts:
             ranks = len(e.ranks)
             self.line("no rank, node or link stands out" if ranks > 1 else "one rank: nobody to compare with")
         for v in e.verdicts:
             until = "" if v.until is None else f" to {v.until}"
-            self.line(f"{1e3 * v.cost_s:,.1f} ms a step ({100 * v.share:.1f}%)  {v.title}", "bold red", hang=6)
+            self.line(f"{1e3 * v.cost_s:,.1f} ms per step ({100 * v.share:.1f}%)  {v.title}", "bold red", hang=6)
             self.line(f"since step {v.since}{until}: {v.evidence}", "", 6, 8)
             self.line(f"-> {v.advice}", "green", 6, 9)
 
@@ -92,7 +92,7 @@ class _Page:
             return
         self.head("What if", "the step, replayed with one thing ideal")
         for w in e.what_if[:6]:
-            self.line(f"{1e3 * w.step_s:,.1f} ms a step ({-100 * w.gain:+.1f}%)  {w.what}", hang=6)
+            self.line(f"{1e3 * w.step_s:,.1f} ms per step ({-100 * w.gain:+.1f}%)  {w.what}", hang=6)
 
     def advice(self, e: Explanation) -> None:
         if not e.advice and not e.fit:
@@ -128,6 +128,6 @@ class _Page:
         if m.would_have_fitted:
             self.line(m.would_have_fitted, "bold red")
         if m.leak_bytes_per_step:
-            self.line(f"memory grows by {say.size(m.leak_bytes_per_step)} a step", "bold red")
+            self.line(f"memory grows by {say.size(m.leak_bytes_per_step)} per step", "bold red")
         for note in m.notes:
             self.line(note, "dim")
