@@ -319,7 +319,7 @@ def test_the_page_in_a_browser_in_both_themes(made: Path, tmp_path: Path) -> Non
         assert e.waterfall is not None
         assert seen["bars"] == len(e.waterfall.terms) + 1
         assert int(str(seen["rects"])) >= 40
-        assert seen["painted"] == [255]
+        assert seen["painted"] == [255, 255]  # the timeline, the heat map
         assert seen["ifs"] == len(e.what_if) > 0
         grounds.add(seen["ground"])
     assert len(grounds) == 2
