@@ -18,7 +18,7 @@ PACKAGE = ROOT / "trainsys"
 # to trainsys gives it a floor here.
 FLOORS = (
     {
-        "errors", "failure", "blame", "threads", "rank_lists",
+        "errors", "failure", "blame", "threads", "rank_lists", "terminal_text",
         "shipped_yaml", "layout", "context", "flops", "hardware", "config", "schedules", "capabilities",
     },
     {"telemetry", "profiler", "planner", "launch", "sweep"},

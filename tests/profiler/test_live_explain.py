@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from support.browser import probe
 from support.made_run import as_lines
 from trainsys import cli
 from trainsys.config.loader import load_run as load_config_file
@@ -279,7 +278,6 @@ def test_no_advice_where_nothing_is_lost() -> None:
 # ---- the page ------------------------------------------------------------------------------------
 
 PROBE = """
-<script>
 const text = document.querySelector("main").innerText;
 document.title = JSON.stringify({
   sections: [...document.querySelectorAll("h2")].map((n) => n.textContent),
@@ -292,31 +290,11 @@ document.title = JSON.stringify({
   ground: getComputedStyle(document.body).backgroundColor, ifs: document.querySelectorAll(".ifs .good").length,
   small: [...document.querySelectorAll("svg text")].filter((t) => t.getBoundingClientRect().height < 9).length,
 });
-</script>
 """
 
 
 def browse(html: Path, folder: Path, theme: str, width: int = 1240) -> dict[str, object]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium: the page is tested in a real browser")
-    text = html.read_text(encoding="utf-8")
-    catch = "<script>window.failures=[];addEventListener('error',e=>failures.push(e.message));</script>"
-    text = text.replace("<main>", catch + "<main>")
-    probe = folder / "probe.html"
-    probe.write_text(text.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    done = subprocess.run(
-        [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
-         f"--user-data-dir={folder}/profile", "--virtual-time-budget=2000", "--dump-dom",
-         f"file://{probe}?theme={theme}"],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.S)
-    assert title is not None, done.stdout[:500]
-    found: dict[str, object] = json.loads(
-        title[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
-    )
-    return found
+    return probe(html.read_text(encoding="utf-8"), PROBE, folder, theme, width)
 
 
 def test_the_page_in_a_browser_in_both_themes(made: Path, tmp_path: Path) -> None:
@@ -333,7 +311,7 @@ def test_the_page_in_a_browser_in_both_themes(made: Path, tmp_path: Path) -> Non
         assert seen["bad"] is False
         assert seen["wide"] is False
         assert str(seen["h1"]).startswith("rank 2 on node1 computes slowly")
-        for title in ("Where each step goes", "Who costs everyone time", "What if", "What to change",
+        for title in ("Where each step goes", "Stragglers", "What if", "What to change",
                       "The same over time", "Rank by time", "Phases by rank", "Memory at the peak",
                       "Goodput"):  # fmt: skip
             assert title in seen["sections"]  # type: ignore[operator]
@@ -341,7 +319,7 @@ def test_the_page_in_a_browser_in_both_themes(made: Path, tmp_path: Path) -> Non
         assert e.waterfall is not None
         assert seen["bars"] == len(e.waterfall.terms) + 1
         assert int(str(seen["rects"])) >= 40
-        assert seen["painted"] == [255]
+        assert seen["painted"] == [255, 255]  # the timeline, the heat map
         assert seen["ifs"] == len(e.what_if) > 0
         grounds.add(seen["ground"])
     assert len(grounds) == 2

@@ -14,11 +14,14 @@ from trainsys.profiler.advice import Advice, advise, to_fit
 from trainsys.profiler.blame import Blame
 from trainsys.profiler.flops_split import load_config, split_flops
 from trainsys.profiler.goodput import Goodput, goodput_of
+from trainsys.profiler.loss_curve import LossCurve, loss_curve
 from trainsys.profiler.memory import MemoryReport, MemoryUse, memory_report
 from trainsys.profiler.pipeline import PipelineStep, pipeline_step
 from trainsys.profiler.run_steps import Ints, RunSteps, read_run
+from trainsys.profiler.run_timeline import run_timelines
 from trainsys.profiler.steps import MEMORY, Floats, StepTable
 from trainsys.profiler.straggler import peer_log_ratio
+from trainsys.profiler.timeline import Timeline
 from trainsys.profiler.verdict import Verdict
 from trainsys.profiler.waits import LateForGood, work_between
 from trainsys.profiler.waterfall import Ledger, Waterfall, label
@@ -77,7 +80,9 @@ class Explanation:
     """phase -> mean seconds by rank, in the order of ``ranks``."""
     ranks: list[int]
     step_time: list[tuple[int, float]]
-    loss: list[tuple[int, float]] = field(default_factory=list)
+    loss: LossCurve | None = None
+    timelines: list[Timeline] = field(default_factory=list)
+    """A typical stretch of a few steps, and one about the slowest step if that is another."""
     origin: list[str] = field(default_factory=list)
     """What was said at the start about the checkpoint or the weights that it began with."""
     missing: list[str] = field(default_factory=list)
@@ -125,6 +130,7 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
         what_if=[] if fall is None else what_if(fall, pipe, seen.saved.most(steps.ranks)),
         phases={name: values[0].tolist() for name, values in sorted(usual.phases.items()) if usual.work.any()},
         ranks=steps.ranks, step_time=seen.step_time(), origin=start.origin,
+        loss=loss_curve(steps, run.lead.rank), timelines=run_timelines(steps, seen.seconds),
         missing=_missing(run, steps, seen.clock_spread_s()),
     )  # fmt: skip
 
@@ -144,7 +150,8 @@ class _Seen:
         self._phases: dict[str, Floats] = {}
         self._peaks = np.zeros(ranks)
         self._apart: list[Floats] = []
-        self._shown = dict.fromkeys(_thin(steps.steps.size, 400), math.nan)
+        self.seconds = np.full(steps.steps.size, math.nan)
+        """[T]: the mean rank's time of each step."""
 
     def add(self, rows: Ints, table: StepTable) -> None:
         self.late.add(table)
@@ -156,9 +163,7 @@ class _Seen:
         self._peaks = np.maximum(self._peaks, table.memory["peak"].max(axis=0))
         if table.apart_s is not None:
             self._apart.append(table.apart_s[self._steps.whole[rows]])
-        for i, row in enumerate(rows.tolist()):
-            if row in self._shown:
-                self._shown[row] = float(np.nanmean(table.time[i]))
+        self.seconds[rows] = np.nanmean(table.time, axis=1)
 
     def usual(self) -> StepTable:
         """One step: the mean of those that count."""
@@ -180,7 +185,8 @@ class _Seen:
         return float(np.median(apart)) if apart.size and not np.isnan(apart).any() else 0.0
 
     def step_time(self) -> list[tuple[int, float]]:
-        return [(int(self._steps.steps[row]), seconds) for row, seconds in self._shown.items()]
+        shown = _thin(self._steps.steps.size, 400)
+        return [(int(self._steps.steps[row]), float(self.seconds[row])) for row in shown]
 
 
 class _Bins:

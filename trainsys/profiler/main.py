@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from trainsys.errors import UserError
 from trainsys.profiler.explain import explain_run, to_json
 from trainsys.profiler.page import page
@@ -25,8 +23,7 @@ def run_cli(run_dir: str | Path, html: str | None = None, json: bool = False) ->
         print(to_json(explanation).decode())
     else:
         final_report(run)
-        console = Console(highlight=False)
-        print_explanation(explanation, console if console.is_terminal else None)
+        print_explanation(explanation)
     if html is None:
         return
     try:

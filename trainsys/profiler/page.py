@@ -31,6 +31,8 @@ def _first_ranks(content: dict[str, Any], most: int) -> None:
         content["ranks"] = content["ranks"][:most]
         content["phases"] = {name: values[:most] for name, values in content["phases"].items()}
         content["missing"].append(f"this page shows the phases of {most} of {count} ranks; --json has all")
+        for line in content["timelines"]:
+            line["lanes"] = line["lanes"][:most]
 
 
 def _assemble(content: dict[str, Any]) -> str:
@@ -38,7 +40,7 @@ def _assemble(content: dict[str, Any]) -> str:
     look = resources.files("trainsys.profiler.trace") / "assets" / "page.css"
     own = resources.files("trainsys.profiler") / "assets"
     style = look.read_text(encoding="utf-8") + (own / "explain.css").read_text(encoding="utf-8")
-    script = (own / "explain.js").read_text(encoding="utf-8")
+    script = "".join((own / name).read_text(encoding="utf-8") for name in ("timeline.js", "explain.js"))
     # "</" would end the script element from inside a string, and "<!--" would open a comment in it.
     data = msgspec.json.encode(content).decode().replace("<", "\\u003c")
     return (

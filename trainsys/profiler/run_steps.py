@@ -215,6 +215,7 @@ class RunSteps:
                 begun[:, column] = np.where(np.isnan(started), begun[:, column], started)
         told = np.asarray((begun > 0).all(axis=1))
         table.apart_s = np.where(told, np.ptp(begun, axis=1) if begun.size else 0.0, np.nan)
+        table.begun = begun
         table.work = self.work[rows]
         table.hosts, table.switches, table.captures = self.hosts, self.switches, self.captures
         table.micro, table.calls, table.on_device = self._micro, self._calls, self.on_device

@@ -107,6 +107,8 @@ class StepTable:
     """[T]: how far apart ranks' clocks put the start of a step; nan where one does not tell."""
     of_run: OfRun | None = None
     """Of a window of a run: what the window alone does not tell."""
+    begun: Floats | None = None
+    """[T, R]: when each step began by the rank's own clock (s since the epoch), stalls before it included."""
 
     def groups(self, axis: str) -> list[npt.NDArray[np.int64]]:
         """Columns of the ranks that meet in a collective of ``axis``, as arrays [groups, members], one for each

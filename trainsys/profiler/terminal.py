@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from trainsys.profiler.explain import Explanation
 from trainsys.profiler.waterfall import STALL, Waterfall
 from trainsys.telemetry import text as say
 from trainsys.telemetry.events import COMM
+from trainsys.telemetry.paper import Paper, Row
 
 WIDTH = 110
-BAR = 28
 _COLOURS = {
     "useful": "green", "compute": "green", "straggler": "red", "data": "yellow", "bubble": "bright_magenta",
-    "launch": "yellow", "gc": "bright_red", "unattributed": "bright_black", "padding": "bright_yellow",
+    "launch": "yellow", "gc": "bright_blue", "unattributed": "bright_black", "padding": "bright_yellow",
     "recompute": "bright_cyan", "optimizer": "blue",
 }  # fmt: skip
 
 
+def _colour(term: str) -> str:
+    # Stalls, stragglers and garbage collection are three things to act on: only one of them is red.
+    if term.startswith(STALL):
+        return "bright_white"
+    return "magenta" if term.startswith(COMM) else _COLOURS.get(term, "white")
+
+
 def print_explanation(e: Explanation, console: Console | None = None) -> None:
     """Waterfall, verdicts, advice, goodput and memory; plain ASCII where the output is no UTF-8 terminal."""
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=WIDTH)
-    fancy = console.is_terminal and console.encoding.startswith("utf")
-    page = _Page(console, fancy)
+    page = _Page(Paper(console, WIDTH))
     for line in e.missing:
         page.line(f"! {line}", "yellow")
     if e.waterfall is not None:
@@ -39,76 +39,60 @@ def print_explanation(e: Explanation, console: Console | None = None) -> None:
 
 
 class _Page:
-    def __init__(self, console: Console, fancy: bool) -> None:
-        self._console, self._fancy = console, fancy
-
-    def line(self, text: str, style: str = "", indent: int = 2) -> None:
-        shown = Text(" " * indent + (text if self._fancy else say.ascii_only(text)), style=style)
-        self._console.print(shown, soft_wrap=not self._fancy)
-
-    def head(self, title: str, note: str = "") -> None:
-        self._console.print()
-        shown = Text("  " + title, style="bold")
-        shown.append("   " + (note if self._fancy else say.ascii_only(note)), style="dim")
-        self._console.print(shown, soft_wrap=not self._fancy)
+    def __init__(self, paper: Paper) -> None:
+        self.line, self.head, self._bars = paper.line, paper.head, paper.bars
 
     def waterfall(self, fall: Waterfall) -> None:
         self.head(
             "Where the time goes",
-            f"{1e3 * fall.wall_s:,.1f} ms of wall time a step, mean of {fall.steps:,} steps, {fall.clock} clock",
+            f"{1e3 * fall.wall_s:,.1f} ms of wall time per step, mean of {fall.steps:,} steps, {fall.clock} clock",
         )
-        table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim", show_edge=False)
-        table.add_column("", no_wrap=True)
-        for name in ("ms", "% of step") + (("mfu without it",) if fall.mfu is not None else ()):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True, width=BAR)
-        shares = say.percents([max(0.0, t.seconds) for t in fall.terms])
+        known = fall.mfu is not None
+        whole = sum(max(0.0, t.seconds) for t in fall.terms)
+        small = [t for t in fall.terms if t.seconds < 0.0005 * whole]
+        small = small if len(small) > 1 else []
+        shown = [t for t in fall.terms if t not in small]
+        # Those that would be 0.0% are nothing to read; their sum keeps the column adding up.
+        rest = sum(t.seconds for t in small)
+        shares = say.percents([max(0.0, s) for s in [*(t.seconds for t in shown), rest]])
         longest = max(t.seconds for t in fall.terms) or 1.0
-        for term, share in zip(fall.terms, shares, strict=True):
-            colour = _COLOURS.get(term.name, "magenta" if term.name.startswith(COMM) else "white")
-            if term.name.startswith(STALL):
-                colour = "bright_red"
-            cells = max(0.0, term.seconds / longest) * BAR
-            bar = Text(("█" if self._fancy else "#") * round(cells), style=colour)
-            row: list[str | Text] = [
-                "  " + term.label + (" ~" if term.estimated else ""), f"{1e3 * term.seconds:,.2f}", share,
-            ]  # fmt: skip
-            if fall.mfu is not None:
-                row.append("" if term.mfu_without is None else f"{100 * term.mfu_without:.1f}%")
-            table.add_row(*row, bar)
-        total = ["  step and stalls", f"{1e3 * fall.wall_s:,.2f}", "100.0%"]
-        if fall.mfu is not None:
-            total.append(f"mfu {100 * fall.mfu:.1f}%")
-        table.add_row(*total, "", style="bold")
-        if self._fancy:
-            self._console.print(table)
-        else:
-            with self._console.capture() as captured:
-                self._console.print(table)
-            for line in captured.get().splitlines():
-                self._console.print(Text.from_ansi(line.rstrip()), soft_wrap=True)
+        rows = []
+        for term, share in zip(shown, shares, strict=False):
+            cells = [f"{1e3 * term.seconds:,.2f}", share]
+            if known:
+                cells.append("" if term.mfu_without is None else f"{100 * term.mfu_without:.1f}%")
+            label = term.label + (" ~" if term.estimated else "")
+            rows.append(Row(label, cells, term.seconds / longest, _colour(term.name)))
+        if small:
+            cells = [f"{1e3 * rest:,.2f}", shares[-1]] + [""] * known
+            rows.append(Row(f"{len(small)} others", cells, rest / longest))
+        total = [f"{1e3 * fall.wall_s:,.2f}", "100.0%"] + ([f"mfu {100 * fall.mfu:.1f}%"] if fall.mfu is not None else [])
+        rows.append(Row("step and stalls", total, None, bold=True))
+        self._bars(["", "ms", "% of step"] + ["mfu without it"] * known, rows, 3 if known else 2)
+        if small:
+            self.line("others: " + ", ".join(t.label for t in small), "dim", hang=4)
         if any(t.estimated for t in fall.terms):
             self.line("~ split by a formula or a capture, not timed in each step", "dim")
         for note in fall.notes:
-            self.line(note, "dim")
+            self.line(note, "dim", hang=4)
 
     def verdicts(self, e: Explanation) -> None:
-        self.head("Who costs everyone time")
+        self.head("Stragglers")
         if not e.verdicts:
             ranks = len(e.ranks)
             self.line("no rank, node or link stands out" if ranks > 1 else "one rank: nobody to compare with")
         for v in e.verdicts:
             until = "" if v.until is None else f" to {v.until}"
-            self.line(f"{1e3 * v.cost_s:,.1f} ms a step ({100 * v.share:.1f}%)  {v.title}", "bold red")
-            self.line(f"since step {v.since}{until}: {v.evidence}", "", 6)
-            self.line(f"-> {v.advice}", "green", 6)
+            self.line(f"{1e3 * v.cost_s:,.1f} ms per step ({100 * v.share:.1f}%)  {v.title}", "bold red", hang=6)
+            self.line(f"since step {v.since}{until}: {v.evidence}", "", 6, 8)
+            self.line(f"-> {v.advice}", "green", 6, 9)
 
     def what_if(self, e: Explanation) -> None:
         if not e.what_if:
             return
         self.head("What if", "the step, replayed with one thing ideal")
         for w in e.what_if[:6]:
-            self.line(f"{1e3 * w.step_s:,.1f} ms a step ({-100 * w.gain:+.1f}%)  {w.what}")
+            self.line(f"{1e3 * w.step_s:,.1f} ms per step ({-100 * w.gain:+.1f}%)  {w.what}", hang=6)
 
     def advice(self, e: Explanation) -> None:
         if not e.advice and not e.fit:
@@ -116,10 +100,10 @@ class _Page:
         self.head("What to change", "upper bounds: each takes its term away whole")
         for a in e.advice:
             mfu = "" if a.mfu is None else f", mfu {100 * a.mfu:.1f}%"
-            self.line(f"up to {100 * a.gain:4.1f}%{mfu}  {a.what}")
-            self.line(f"({a.basis})", "dim", 12)
+            self.line(f"up to {100 * a.gain:4.1f}%{mfu}  {a.what}", hang=12)
+            self.line(f"({a.basis})", "dim", 12, 13)
         for fit in e.fit:
-            self.line(f"to fit: {fit}")
+            self.line(f"to fit: {fit}", hang=10)
 
     def rest(self, e: Explanation) -> None:
         good = e.goodput
@@ -135,7 +119,7 @@ class _Page:
         self.head("Memory", f"peak {say.size(m.peak)} on rank {m.rank}"
                   + (f" of {say.size(m.capacity)}" if m.capacity else "")
                   + (f", predicted {say.size(m.predicted_total)}" if m.predicted_total is not None else ""))  # fmt: skip
-        self.line(", ".join(f"{name} {say.size(held)}" for name, held in m.parts if held))
+        self.line(", ".join(f"{name} {say.size(held)}" for name, held in m.parts if held), hang=4)
         for part in m.compared:
             if part.measured is not None and part.predicted is not None:
                 self.line(f"{part.name}: predicted {say.size(part.predicted)}, measured {say.size(part.measured)}")
@@ -144,6 +128,6 @@ class _Page:
         if m.would_have_fitted:
             self.line(m.would_have_fitted, "bold red")
         if m.leak_bytes_per_step:
-            self.line(f"memory grows by {say.size(m.leak_bytes_per_step)} a step", "bold red")
+            self.line(f"memory grows by {say.size(m.leak_bytes_per_step)} per step", "bold red")
         for note in m.notes:
             self.line(note, "dim")

@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.rule import Rule
-from rich.table import Table
-from rich.text import Text
 
 from trainsys.rank_lists import rank_numbers
 from trainsys.telemetry import text as say
 from trainsys.telemetry.events import COMM, PHASES
+from trainsys.telemetry.paper import Paper, Row
 from trainsys.telemetry.run_data import RankData, RunData, Sums, load_run
 
 WIDTH = 100
-BAR = 26
-EIGHTHS = " ▏▎▍▌▋▊▉"
 STATUS = {"done": "green", "stopped": "yellow", "failed": "bold red", "killed": "bold red"}
 COLOURS = {
     "data": "yellow",
@@ -43,13 +38,7 @@ def print_report(run_dir: str | Path, console: Console | None = None) -> None:
 
 def final_report(run: RunData, console: Console | None = None) -> None:
     """The same for a run that is loaded already. Plain ASCII where the output is no UTF-8 terminal."""
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=WIDTH)
-    width = min(WIDTH, console.width)
-    fancy = console.is_terminal and console.encoding.startswith("utf")
-    page = _Page(console, width, fancy)
+    page = _Page(Paper(console, WIDTH))
     page.title(run)
     page.facts(run)
     page.phases(run)
@@ -132,23 +121,8 @@ def _mean_work(run: RunData) -> Sums:
 class _Page:
     """One report on one console."""
 
-    def __init__(self, console: Console, width: int, fancy: bool) -> None:
-        self._console = console
-        self._width = width
-        self._fancy = fancy
-
-    def _print(self, what: Any) -> None:
-        if self._fancy:
-            self._console.print(what, width=self._width)
-            return
-        with self._console.capture() as captured:
-            self._console.print(what, width=self._width)
-        # Rich fills lines with blanks, which a file or a log has no use for.
-        for line in captured.get().splitlines():
-            self._console.print(Text.from_ansi(line.rstrip()), soft_wrap=True)
-
-    def _text(self, text: str) -> str:
-        return text if self._fancy else say.ascii_only(text)
+    def __init__(self, paper: Paper) -> None:
+        self._paper = paper
 
     def title(self, run: RunData) -> None:
         start, lead = run.start, run.lead
@@ -160,26 +134,18 @@ class _Page:
         )
         if start.first_step and lead.steps:
             ended += f", at step {lead.last_step + 1:,}" + (f" of {start.steps:,}" if start.steps else "")
-        self._print(Text())
-        name = Text(f" {start.name or start.run_id} ", style="bold cyan")
-        self._print(Rule(name, align="left", characters="━" if self._fancy else "=", style="cyan"))
-        self._print(Text(self._text("  " + "  ·  ".join(facts)), style="dim"))
-        self._print(Text("  " + ended, style=STATUS[run.status]))
+        self._paper.title(start.name or start.run_id)
+        self._paper.line("  ·  ".join(facts), "dim")
+        self._paper.line(ended, STATUS[run.status])
         for line in start.origin:
-            self._print(Padding(Text(self._text(line)), (0, 0, 0, 2)))
+            self._paper.line(line)
         if run.reason:
-            self._print(Padding(Text(self._text(run.reason), style=STATUS[run.status]), (0, 0, 0, 2)))
-        self._print(Text())
+            self._paper.line(run.reason, STATUS[run.status])
+        self._paper.blank()
 
     def facts(self, run: RunData) -> None:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(style="dim")
-        for row in (*self._loss(run.lead), *self._speed(run), *self._use(run), *self._memory(run)):
-            table.add_row(*(self._text(cell) for cell in row))
-        table.add_row("time", *(self._text(cell) for cell in _time_account(run.lead)))
-        self._print(Padding(table, (0, 0, 0, 2)))
+        rows = [*self._loss(run.lead), *self._speed(run), *self._use(run), *self._memory(run)]
+        self._paper.facts([*rows, ("time", *_time_account(run.lead))])
 
     def _loss(self, lead: RankData) -> list[tuple[str, str, str]]:
         if lead.last_loss is None:
@@ -235,53 +201,44 @@ class _Page:
     def phases(self, run: RunData) -> None:
         ranks = _by_rank(run)
         mean = _mean_work(run)
-        self._print(Text())
         if not ranks:
-            self._print(Text("  No step was finished: nothing to say about where time went.", style="yellow"))
+            self._paper.blank()
+            self._paper.line("No step was finished: nothing to say about where time went.", "yellow")
             return
         steps = max(s.steps for s in ranks.values())
         clock = "device" if ranks[min(ranks)] is run.ranks[min(ranks)].device else "wall"
-        head = Text("  Where a step's time goes", style="bold")
-        head.append(
-            f"   mean of {steps:,} steps on {len(ranks)} rank{'s' * (len(ranks) > 1)}, {clock} time;"
+        self._paper.head(
+            "Where a step's time goes",
+            f"mean of {steps:,} steps on {len(ranks)} rank{'s' * (len(ranks) > 1)}, {clock} time;"
             f" {run.lead.warmup} warm-up steps left out",
-            style="dim",
         )
-        self._print(head)
         names = sorted(mean.phases, key=_order)
         # A phase that took nothing is no line; "other" always is one, so that the sum is seen to be whole.
         names = [n for n in names if mean.phases[n] > 0 or n == "other"]
         shares = say.percents([max(0.0, mean.phases[n]) for n in names])
         longest = max(mean.phases[n] for n in names)
-        table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim", show_edge=False)
-        table.add_column("phase", no_wrap=True)
-        table.add_column("ms", justify="right", no_wrap=True)
-        table.add_column("share", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True, width=BAR)
-        if len(ranks) > 1:
-            table.add_column("fastest to slowest rank, ms", no_wrap=True)
-        for name, share in zip(names, shares, strict=True):
-            colour = "magenta" if name.startswith(COMM) else COLOURS.get(name, "white")
-            bar = Text(self._bar(mean.phases[name] / longest if longest > 0 else 0.0), style=colour)
-            row: list[str | Text] = [_label(name), _ms(mean.phases[name]), share, bar]
-            if len(ranks) > 1:
-                row.append(
-                    self._text(_range({r: s.phases.get(name, 0.0) / s.steps for r, s in ranks.items()}))
-                )
-            table.add_row(*row)
-        total: list[str | Text] = ["step", _ms(mean.seconds), "100.0%", ""]
-        if len(ranks) > 1:
-            total.append(self._text(_range({r: s.mean_s for r, s in ranks.items()})))
-        table.add_row(*total, style="bold")
-        self._print(Padding(table, (0, 0, 0, 2)))
-        self._print(Text())
 
-    def _bar(self, share: float) -> str:
-        cells = max(0.0, min(1.0, share)) * BAR
-        if not self._fancy:
-            return "#" * round(cells)
-        whole = int(cells)
-        return "█" * whole + EIGHTHS[int((cells - whole) * 8)].strip()
+        def spread(seconds: dict[int, float]) -> list[str]:
+            return [_range(seconds)] if len(ranks) > 1 else []
+
+        rows = [
+            Row(
+                _label(name),
+                [
+                    _ms(mean.phases[name]), share,
+                    *spread({r: s.phases.get(name, 0.0) / s.steps for r, s in ranks.items()}),
+                ],
+                mean.phases[name] / longest if longest > 0 else 0.0,
+                "magenta" if name.startswith(COMM) else COLOURS.get(name, "white"),
+            )
+            for name, share in zip(names, shares, strict=True)
+        ]  # fmt: skip
+        rows.append(
+            Row("step", [_ms(mean.seconds), "100.0%", *spread({r: s.mean_s for r, s in ranks.items()})], None, bold=True)
+        )
+        head = ["phase", "ms", "share"] + ["fastest to slowest rank, ms"] * (len(ranks) > 1)
+        self._paper.bars(head, rows, 2)
+        self._paper.blank()
 
     def gaps(self, run: RunData) -> None:
         """What the files lack: the numbers above are worth that much less."""
@@ -307,9 +264,9 @@ class _Page:
         if run.lead.attempts > 1:
             lines.append(f"{run.lead.attempts} attempts are in these files; means are over all of them")
         for line in lines:
-            self._print(Padding(Text(self._text(f"! {line}"), style="yellow"), (0, 0, 0, 2)))
+            self._paper.line(f"! {line}", "yellow", hang=4)
         if lines:
-            self._print(Text())
+            self._paper.blank()
 
 
 def _time_account(lead: RankData) -> tuple[str, str]:

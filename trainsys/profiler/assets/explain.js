@@ -1,4 +1,3 @@
-"use strict";
 const E = JSON.parse(document.getElementById("run").textContent);
 const root = document.documentElement, out = document.querySelector("main");
 
@@ -59,6 +58,10 @@ function hue(name) {
   if (!seen.includes(name)) seen.push(name);
   return AXES[seen.indexOf(name) % AXES.length];
 }
+/* phases take the colours of the terms that they mostly become */
+const TONE = { forward: "useful", backward: "matmul_below_peak", optimizer: "optimizer", other: "unattributed", data: "data", h2d: "data", gc: "gc", recompute: "recompute", stall: "stall/" };
+const phaseKey = (name) => TONE[name] ?? name;
+const phaseWords = (name) => ({ gc: "garbage collection", h2d: "copy to device" })[name] ?? name.replace("comm/", "communication ");
 const fill = (name) => `background:var(${hue(name)})`;
 const legend = (names, words) => h("div", { class: "legend" }, names.map((n) => h("span", {}, h("i", { style: fill(n) }), words[n] ?? n)));
 
@@ -92,12 +95,18 @@ if (W) {
   let top = 1;
   line("unattributed", "wall time of a step", "sum", 0, 1, W.wall_s, "", "step time and stalls: the terms below sum to it");
   const goal = W.terms.find((t) => t.name === "useful") ?? W.terms.find((t) => t.name === "compute");
+  const nothing = W.terms.filter((t) => t !== goal && t.seconds < 0.0005 * W.wall_s), folded = nothing.length > 1 ? nothing : [];
   for (const t of [...W.terms].reverse()) {
-    if (t === goal) continue;
+    if (t === goal || folded.includes(t)) continue;
     const wide = Math.max(0, t.seconds / W.wall_s);
     top -= wide;
     line(t.name, t.label, t.estimated ? "est" : "", Math.max(0, top), wide, t.seconds, t.mfu_without === null ? "" : share(t.mfu_without),
       `${t.label}: ${millis(t.seconds)} ms a step, mean over ranks\nmost on rank ${t.slowest_rank}: ${millis(t.slowest_s)} ms`);
+  }
+  if (folded.length) {
+    const rest = folded.reduce((s, t) => s + Math.max(0, t.seconds), 0), wide = rest / W.wall_s;
+    top -= wide;
+    line("unattributed", `${folded.length} others`, "", Math.max(0, top), wide, rest, "", folded.map((t) => `${t.label}: ${millis(t.seconds)} ms`).join("\n"));
   }
   if (goal) line(goal.name, goal.label, "sum", 0, Math.max(0, goal.seconds / W.wall_s), goal.seconds, known ? `MFU ${share(W.mfu)}` : "", F.peak_label ? `MFU counts ${F.mfu_counts}\nof ${F.peak_label}` : "");
   card("Where each step goes", `From the wall time of a step down to the work that nothing could shorten; mean of ${W.steps.toLocaleString("en")} steps and of all ranks, ${W.clock} clock` + (F.peak_label ? `; MFU is of ${F.peak_label}` : ""),
@@ -106,7 +115,7 @@ if (W) {
 
 /* verdicts and advice */
 const pair = h("div", { class: "two" });
-pair.append(h("div", {}, h("h2", {}, "Who costs everyone time"), h("p", { class: "sub" }, "Work between collectives, compared among ranks that do the same"),
+pair.append(h("div", {}, h("h2", {}, "Stragglers"), h("p", { class: "sub" }, "Work between collectives, compared among ranks that do the same"),
   E.verdicts.length ? E.verdicts.map((v) => h("div", { class: "verdict" }, h("div", { class: "share" }, share(v.share, v.share < 0.0995 ? 1 : 0)), h("div", { class: "title" }, v.title),
     h("div", { class: "why" }, `${millis(v.cost_s)} ms of each step, since step ${v.since}${v.until === null ? "" : " to " + v.until}. ${v.evidence}`), h("div", { class: "try" }, v.advice)))
     : h("div", { class: "verdict calm" }, E.ranks.length > 1 ? "No rank, node or link stands out." : "One rank: nobody to compare with."),
@@ -148,6 +157,42 @@ if (E.over_time && E.over_time.steps.length > 1) {
   };
   const pick = h("select", { change: () => { relative = pick.value === "share"; again(); } }, h("option", { value: "ms" }, "milliseconds"), h("option", { value: "share" }, "share of the step"));
   card("The same over time", "Every bar is a stretch of the run; warm-up is in the picture and not in the means above", legend(names, O.labels), h("div", { class: "tools" }, pick), holder);
+  const again = chart(holder, draw);
+}
+
+/* timeline: the slowest rank, a typical one, then all, on one axis */
+if (E.timelines.length) {
+  const holder = h("div", {}), pick = h("select", { "aria-label": "which steps", change: () => show() }, E.timelines.map((t, i) => h("option", { value: i }, t.title)));
+  let again = null;
+  const show = () => { holder.replaceChildren(); again = drawTimeline(holder, E.timelines[+pick.value], (k) => hue(phaseKey(k)), phaseWords, point, () => { tip.style.display = "none"; }); };
+  card("Timeline", `${E.timelines[0].title}: all ranks on one axis` + (E.timelines[0].lanes.length > 2 ? "; the slowest first, then a typical one" : ""), E.timelines.length > 1 ? h("div", { class: "tools" }, pick) : null, holder);
+  show();
+  painters.push(() => again());
+}
+
+/* loss */
+if (E.loss && E.loss.steps.length > 1) {
+  const C = E.loss, n = C.steps.length, HT = 230, L = 70, B = 40, holder = h("div", {});
+  let log = false;
+  const draw = (WD) => {
+    const scaled = (v) => (log ? Math.log10(v) : v), low = Math.min(...C.low), top = Math.max(...C.high), pad = 0.04 * (scaled(top) - scaled(low)) || Math.abs(scaled(top)) * 0.05 || 1;
+    const y0 = scaled(low) - pad, y1 = scaled(top) + pad, s0 = C.steps[0], s1 = C.steps[n - 1];
+    const X = (s) => L + ((s - s0) / Math.max(1, s1 - s0)) * (WD - L - 12), Y = (v) => 8 + ((y1 - scaled(v)) / (y1 - y0)) * (HT - B - 8);
+    const pic = svgNode("svg", { viewBox: `0 0 ${WD} ${HT}`, role: "img", "aria-label": `loss by step, from ${C.mean[0]} to ${C.mean[n - 1]}` });
+    for (let k = 0; k <= 4; k++) { const at = y0 + ((y1 - y0) * k) / 4, v = log ? 10 ** at : at; pic.append(svgNode("line", { x1: L, x2: WD - 12, y1: Y(v), y2: Y(v), stroke: "var(--line)" }), svgNode("text", { x: L - 8, y: Y(v) + 4, "text-anchor": "end" }, v.toPrecision(4))); }
+    const marks = WD < 600 ? 3 : 5;
+    for (let k = 0; k <= marks; k++) { const s = Math.round(s0 + ((s1 - s0) * k) / marks); pic.append(svgNode("text", { x: X(s), y: HT - 22, "text-anchor": k === marks ? "end" : k ? "middle" : "start" }, s.toLocaleString("en"))); }
+    pic.append(svgNode("text", { x: (L + WD) / 2, y: HT - 5, "text-anchor": "middle" }, "step"), svgNode("text", { x: 0, y: 0, transform: `translate(12 ${(HT - B) / 2}) rotate(-90)`, "text-anchor": "middle" }, log ? "loss (log)" : "loss"));
+    if (C.per_bin > 1) pic.append(svgNode("polygon", { points: C.steps.map((s, i) => `${X(s)},${Y(C.high[i])}`).concat(C.steps.map((s, i) => `${X(s)},${Y(C.low[i])}`).reverse()).join(" "), style: "fill:var(--opt);fill-opacity:.2" }));
+    pic.append(svgNode("polyline", { class: "curve", points: C.steps.map((s, i) => `${X(s)},${Y(C.mean[i])}`).join(" "), style: "fill:none;stroke:var(--opt);stroke-width:1.6" }));
+    for (const s of C.not_finite) pic.append(svgNode("path", { class: "lost", d: `M${X(s) - 4},8 l8,0 l-4,8 z`, style: "fill:var(--late)", tip: `step ${s}: the loss was not finite` }));
+    const wide = (WD - L - 12) / n;
+    C.steps.forEach((s, i) => pic.append(svgNode("rect", { x: X(s) - wide / 2, y: 8, width: Math.max(wide, 1), height: HT - B - 8, style: "fill:transparent",
+      tip: C.per_bin > 1 ? `from step ${s}: mean ${C.mean[i]}, ${C.low[i]} to ${C.high[i]}` : `step ${s}: ${C.mean[i]}` })));
+    return pic;
+  };
+  const pick = h("select", { "aria-label": "scale of the loss", change: () => { log = pick.value === "log"; again(); } }, h("option", { value: "linear" }, "linear"), C.low.every((v) => v > 0) ? h("option", { value: "log" }, "logarithmic") : null);
+  card("Loss", `As rank ${C.rank} recorded it` + (C.per_bin > 1 ? `; line: mean of ${C.per_bin} steps, area: lowest to highest of them` : "") + (C.not_finite.length ? `; ${C.not_finite.length} step${C.not_finite.length > 1 ? "s were" : " was"} not finite, marked at the top` : ""), h("div", { class: "tools" }, pick), holder);
   const again = chart(holder, draw);
 }
 
@@ -203,15 +248,13 @@ if (E.heat) {
 /* phases by rank */
 const phaseNames = Object.keys(E.phases).filter((k) => E.phases[k].some((v) => v > 0));
 if (phaseNames.length && E.ranks.length) {
-  const tone = { forward: "useful", backward: "below", optimizer: "optimizer", other: "unattributed", data: "data", h2d: "data", gc: "gc", recompute: "recompute" };
-  const key = (name) => (name === "backward" ? "matmul_below_peak" : tone[name] ?? name);
   const order = ["data", "h2d", "forward", "recompute", "backward", "optimizer", "gc"];
   phaseNames.sort((a, b) => (order.indexOf(a) + 1 || 50 + (a === "other" ? 1 : 0)) - (order.indexOf(b) + 1 || 50 + (b === "other" ? 1 : 0)));
   const total = E.ranks.map((_, i) => phaseNames.reduce((s, k) => s + E.phases[k][i], 0)), longest = Math.max(...total), thin = E.ranks.length > 24;
   card("Phases by rank", "As the rank's own clock cut them: a late rank has more work, and less communication, than the ones that wait for it",
-    h("div", { class: "legend" }, phaseNames.map((k) => h("span", {}, h("i", { style: fill(key(k)) }), k.replace("comm/", "communication ")))),
+    h("div", { class: "legend" }, phaseNames.map((k) => h("span", {}, h("i", { style: fill(phaseKey(k)) }), phaseWords(k)))),
     h("div", { class: "bars" + (thin ? " thin" : "") }, E.ranks.map((rank, i) => h("div", { class: "row" }, h("span", { class: "label" }, `rank ${rank}`),
-      h("div", { class: "track" }, phaseNames.map((k) => E.phases[k][i] > 0 ? h("i", { style: `width:${(100 * E.phases[k][i]) / longest}%;${fill(key(k))}`, tip: `rank ${rank}, ${k}: ${millis(E.phases[k][i])} ms (${share(E.phases[k][i] / total[i])})` }) : null)),
+      h("div", { class: "track" }, phaseNames.map((k) => E.phases[k][i] > 0 ? h("i", { style: `width:${(100 * E.phases[k][i]) / longest}%;${fill(phaseKey(k))}`, tip: `rank ${rank}, ${k}: ${millis(E.phases[k][i])} ms (${share(E.phases[k][i] / total[i])})` }) : null)),
       h("span", { class: "value" }, millis(total[i]) + " ms")))));
 }
 

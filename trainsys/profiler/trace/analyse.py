@@ -16,6 +16,7 @@ from trainsys.profiler.trace.health import examine
 from trainsys.profiler.trace.hostside import break_down_host
 from trainsys.profiler.trace.intervals import Ints
 from trainsys.profiler.trace.kernels import kernel_rows, launch_stats
+from trainsys.profiler.trace.lanes import Busy, busy_of
 from trainsys.profiler.trace.link import Launches, host_steps, link_launches
 from trainsys.profiler.trace.reader import name_device, read_trace
 from trainsys.profiler.trace.report import RankReport
@@ -29,6 +30,8 @@ class Options:
 
     limits: Limits | None = None
     keep_truncated: bool = False
+    timeline_of: int = 0
+    """Keep what was busy when, for a timeline of so many files; 0: none."""
 
 
 @dataclass(slots=True)
@@ -44,6 +47,7 @@ class Analysed:
     steps: list[int]
     lanes: list[RankReport] = field(default_factory=list)
     """The file's further devices: lanes of their own, busiest first."""
+    busy: Busy | None = None
 
 
 @dataclass(slots=True)
@@ -89,13 +93,13 @@ def analyse_file(path: Path, options: Options) -> Analysed:
     trace = read_trace(path, limits=options.limits, keep_truncated=options.keep_truncated)
     found = _devices(trace)
     if len(found) < 2:
-        return _analysed(path, trace, None)
-    out, *others = [_analysed(path, _only(trace, d), d) for d in found]
+        return _analysed(path, trace, None, options)
+    out, *others = [_analysed(path, _only(trace, d), d, options) for d in found]
     out.lanes = [o.report for o in others]
     return out
 
 
-def _analysed(path: Path, trace: RankTrace, device: int | None) -> Analysed:
+def _analysed(path: Path, trace: RankTrace, device: int | None, options: Options) -> Analysed:
     loaded = _loaded(trace)
     kinds, launches = loaded.kinds, loaded.launches
     comms = list_communications(trace, kinds, launches)
@@ -128,7 +132,8 @@ def _analysed(path: Path, trace: RankTrace, device: int | None) -> Analysed:
         health=examine(trace, launches),
     )
     steps = [n for _, _, n in host_steps(trace)]
-    return Analysed(report, comms, trace.device_memory, trace.stated, trace.span, steps)
+    busy = busy_of(trace, kinds, comms, options.timeline_of) if options.timeline_of else None
+    return Analysed(report, comms, trace.device_memory, trace.stated, trace.span, steps, busy=busy)
 
 
 def _nothing_timed(path: Path, trace: RankTrace) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trainsys.profiler.trace.breakdown import Terms
+from trainsys.profiler.trace.kernel_names import short_names
 from trainsys.profiler.trace.report import RankReport, Report
-from trainsys.profiler.trace.text import ms, table
+from trainsys.profiler.trace.text import LONGEST_NAME, MOST_KERNELS, ms, words
+from trainsys.terminal_text import Table, layout
 
 TERMS = ("matmul", "other_compute", "comm_exposed", "memcpy_exposed", "idle")
 
@@ -101,29 +103,33 @@ def _verdict(d: RunDiff) -> str:
     )
     like = [k for k in d.kernels if (k.delta_ns > 0) == (change > 0)]
     if like and worst.name != "idle":
-        text += f"; most changed kernel {like[0].name[:80]} ({like[0].delta_ns / 1e6:+,.3f} ms)"
+        text += f"; most changed kernel {short_names([like[0].name], 60)[0]} ({like[0].delta_ns / 1e6:+,.3f} ms)"
     return text
 
 
-def render_diff(d: RunDiff) -> str:
-    out = [f"Against the other run, per {d.per}: {d.verdict}"]
-    out += table(
-        ("term", "before ms", "after ms", "change ms"),
-        [(c.name, ms(c.before_ns), ms(c.after_ns), f"{c.delta_ns / 1e6:+,.3f}") for c in (d.span, *d.terms)],
-    )
-    changed = [k for k in d.kernels if abs(k.delta_ns) >= 1000][:12]
-    out += table(
-        ("kernel", "calls before", "after", "before ms", "after ms", "change ms"),
+def render_diff(d: RunDiff, width: int | None = None) -> str:
+    """``width`` as of ``text.render``."""
+    terms = [
+        (words(c.name), ms(c.before_ns), ms(c.after_ns), f"{c.delta_ns / 1e6:+,.3f}") for c in (d.span, *d.terms)
+    ]
+    changed = [k for k in d.kernels if abs(k.delta_ns) >= 1000][:MOST_KERNELS]
+    kernels = [
+        (
+            short,
+            f"{c.calls_before:.1f}",
+            f"{c.calls_after:.1f}",
+            ms(c.before_ns),
+            ms(c.after_ns),
+            f"{c.delta_ns / 1e6:+,.3f}",
+        )
+        for c, short in zip(changed, short_names([c.name for c in changed], LONGEST_NAME), strict=True)
+    ]
+    return layout(
         [
-            (
-                c.name[:60],
-                f"{c.calls_before:.1f}",
-                f"{c.calls_after:.1f}",
-                ms(c.before_ns),
-                ms(c.after_ns),
-                f"{c.delta_ns / 1e6:+,.3f}",
-            )
-            for c in changed
+            f"Against the other run, per {d.per}: {d.verdict}",
+            Table(("term", "before ms", "after ms", "change ms"), terms),
+            Table(("kernel", "calls before", "after", "before ms", "after ms", "change ms"), kernels),
+            *(f"  {n}" for n in d.notes),
         ],
+        width,
     )
-    return "\n".join(out + [f"  {n}" for n in d.notes]) + "\n"

@@ -31,6 +31,7 @@ KINDS = {
     "driver": RUNTIME,
     "xpu_runtime": RUNTIME,
     "xpu_driver": RUNTIME,
+    "xpu_sync": RUNTIME,
     "hip_driver": RUNTIME,
     "mtia_runtime": RUNTIME,
     "privateuse1_runtime": RUNTIME,

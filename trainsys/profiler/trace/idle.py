@@ -21,7 +21,7 @@ from trainsys.profiler.trace.link import Launches
 
 CAUSES = ("host", "data", "sync", "launch", "queued", "unlinked")
 SYNC = re.compile(
-    r"(?:Device|Stream|Event)Synchronize|^(?:cuda|hip)Memcpy(?:WithStream)?$|^(?:cuda|hip)(?:Malloc|Free)$"
+    r"(?:Device|Stream|Event|Host|Queue)Synchronize|^ur(?:QueueFinish|EventWait)$|^(?:cuda|hip)Memcpy(?:WithStream)?$|^(?:cuda|hip)(?:Malloc|Free)$"
 )
 _DATA = re.compile(r"DataLoader|\bdata(?:_|\.)?(?:wait|load|loading|stall)|next_batch|fetch_batch", re.I)
 _SETTLE_NS = 5_000

@@ -10,8 +10,11 @@ Inductor that lists an all-reduce among its fused ops is no communication.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+from trainsys.terminal_text import tell_apart
 
 MATMUL, COMPUTE, COMM, COPY = 0, 1, 2, 3
 CLASS_NAMES = ("matmul", "other_compute", "communication", "memcpy")
@@ -149,3 +152,34 @@ def class_of_kernel(name: str) -> tuple[int, str]:
         if hit:
             return rule.kind, rule.why
     return COMPUTE, ""
+
+
+_SCOPES = re.compile(r"(?:\b[A-Za-z_]\w*|\((?:anonymous|unnamed) namespace\)|<unnamed>)::")
+_BLANKS = re.compile(r"(?<=[<>,]) (?=>)")
+
+
+def short_names(names: Sequence[str], width: int) -> list[str]:
+    """What to call each kernel in ``width`` characters: without return type, namespaces and arguments where that leaves
+    it unlike all others, and told apart where long names differ."""
+    plain = [_plain(name) for name in names]
+    whole: dict[str, set[str]] = {}
+    for name, short in zip(names, plain, strict=True):
+        whole.setdefault(short, set()).add(name)
+    chosen = [short if len(whole[short]) == 1 else name for name, short in zip(names, plain, strict=True)]
+    return tell_apart(chosen, width)
+
+
+def _plain(name: str) -> str:
+    found = split_name(name)
+    if _MANGLED.match(name):
+        return found.leaf
+    name = _SCOPES.sub("", name).removeprefix("void ")
+    if name.endswith(")"):
+        depth = 0
+        for at in range(len(name) - 1, 0, -1):
+            depth += {")": 1, "(": -1}.get(name[at], 0)
+            if not depth:
+                # "operator()" is a name, and what follows a blank is a remark.
+                name = name if name[:at].endswith(("operator", " ")) else name[:at]
+                break
+    return _BLANKS.sub("", name)

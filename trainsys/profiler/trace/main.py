@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ from trainsys.profiler.trace.analyse import Analysed, Options, analyse_file, loa
 from trainsys.profiler.trace.commlist import CommList
 from trainsys.profiler.trace.critical import critical_path
 from trainsys.profiler.trace.kinds import Inputs, sort_inputs
+from trainsys.profiler.trace.lanes import timeline_of
 from trainsys.profiler.trace.matching import match
 from trainsys.profiler.trace.report import Report, Unread, to_json
 from trainsys.profiler.trace.source import Limits
 from trainsys.profiler.trace.text import render
 from trainsys.profiler.trace.verdicts import judge
 from trainsys.profiler.trace.windows import place
+from trainsys.terminal_text import columns
 
 if TYPE_CHECKING:
     from trainsys.config.model import ModelConfig
@@ -36,14 +39,17 @@ def analyse(
     model: ModelConfig | None = None,
     seq_len: int | None = None,
     tokens_per_step: int | None = None,
+    timeline: bool = False,
 ) -> Report:
-    """The report over files and folders; see :func:`run` for the arguments.
+    """The report over files and folders; see :func:`run` for the arguments. ``timeline``: with one, as pages have it.
 
     One file that cannot be read does not lose the others: it is listed in ``Report.unread``. Raises
     UserError if nothing can be read at all.
     """
     options = options or Options()
     inputs = sort_inputs(paths)
+    if timeline:
+        options = replace(options, timeline_of=len(inputs.traces))
     report = Report(unread=[Unread(str(p), why) for p, why in inputs.unread])
     found: list[Analysed] = []
     for result in _each(inputs.traces, options, workers):
@@ -67,6 +73,8 @@ def analyse(
         windows = [match(comms, hosts) for comms in _windows(placed.captures)]
         report.across = compare_ranks(windows, hosts, common_device(report))
         waits = waits_by_start(windows) if critical else {}
+    if timeline:
+        report.timeline = timeline_of(report, placed.captures)
     if critical and report.ranks:
         _critical(report, options, waits)
     _others(inputs, report)
@@ -127,14 +135,16 @@ def run(
         model=model,
         seq_len=seq_len,
         tokens_per_step=tokens_per_step,
+        timeline=html is not None,
     )
-    text = render(report)
+    width = columns()
+    text = render(report, width)
     diff = None
     if against:
         from trainsys.profiler.trace.diff import compare_runs, render_diff
 
         diff = compare_runs(analyse(against, workers=workers, options=options, critical=False), report)
-        text += "\n" + render_diff(diff)
+        text += "\n" + render_diff(diff, width)
     if json:
         _write(Path(json), to_json(report))
     if html:

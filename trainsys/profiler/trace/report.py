@@ -9,6 +9,7 @@ import msgspec
 
 from trainsys.profiler.hang.report import HangReport
 from trainsys.profiler.memory_snapshot.report import MemoryReport
+from trainsys.profiler.timeline import Timeline
 from trainsys.profiler.trace.across import Across
 from trainsys.profiler.trace.breakdown import Breakdown
 from trainsys.profiler.trace.critical import CriticalPath
@@ -91,6 +92,8 @@ class Report:
     hang: HangReport | None = None
     memory: list[MemoryReport] = field(default_factory=list)
     timelines: list[TimelineReport] = field(default_factory=list)
+    timeline: Timeline | None = None
+    """Of the ranks on one axis; where a page is written."""
     verdicts: list[Verdict] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
     schema: str = SCHEMA

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from trainsys.profiler.hang.analyse import explain_mismatch
 from trainsys.profiler.hang.report import HangReport
 from trainsys.profiler.memory_snapshot.report import MemoryReport
 from trainsys.profiler.trace.across import Across
 from trainsys.profiler.trace.breakdown import Terms
+from trainsys.profiler.trace.kernel_names import short_names
 from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.report import RankReport, Report
 from trainsys.rank_lists import first_few, ranks_named
+from trainsys.terminal_text import Table, layout
 
 MOST_RANKS = 16
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns aligned, the first to the left, the others to the right."""
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  " + "  ".join(cells).rstrip()
-
-    return [line(head), *map(line, rows)]
+MOST_STEPS = MOST_KERNELS = 12
+LONGEST_NAME = 90
+"""Of a kernel, where the width would allow for more."""
+_SHAPE = str.maketrans("", "", "[] ")
 
 
 def ms(ns: float) -> str:
@@ -37,68 +30,84 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole * 100:.1f}%" if whole else "-"
 
 
-def render(report: Report) -> str:
-    out = _health(report)
+def render(report: Report, width: int | None = None) -> str:
+    """``width`` of the output in columns; None: paragraphs are not broken (see ``terminal_text``)."""
+    out = [*health(report)]
+    if out:
+        out = ["Trace health", *(f"  {line}" for line in out), ""]
+    parts: list[str | Table] = [*out]
     if report.verdicts:
-        out.append("What is wrong")
+        parts.append("What is wrong")
         for i, v in enumerate(report.verdicts, 1):
-            out += [f"  {i}. {v.title}", f"     why: {v.evidence}", f"     try: {v.advice}"]
-        out.append("")
+            parts += [f"  {i}. {v.title}", f"     why: {v.evidence}", f"     try: {v.advice}"]
+        parts.append("")
     if report.ranks:
-        out += _ranks(report)
+        parts += _ranks(report)
     if report.across is not None and report.across.ranks:
-        out += _across(report.across)
+        parts += _across(report.across)
     elif report.across is not None:
-        out += ["Across ranks: nothing is compared, for want of evidence (see Trace health)", ""]
+        parts += ["Across ranks: nothing is compared, for want of evidence (see Trace health)", ""]
     if report.critical is not None:
         c = report.critical
-        out.append(f"Critical path of rank {report.critical_rank} ({ms(c.span_ns)} ms)")
-        out += table(
-            ("held by", "ms", "share"),
-            [(k, ms(v), share(v, c.span_ns)) for k, v in sorted(c.by_kind.items(), key=lambda i: -i[1])],
+        parts.append(f"Critical path of rank {report.critical_rank} ({ms(c.span_ns)} ms)")
+        parts.append(
+            Table(
+                ("held by", "ms", "share"),
+                [(words(k), ms(v), share(v, c.span_ns)) for k, v in folded(c.by_kind, c.span_ns)],
+            )
         )
-        out += [
+        parts += [
             f"  if {w.what}: {ms(w.span_ns)} ms, {w.saved_share * 100:.1f}% less"
             for w in c.what_if
             if w.saved_share >= 0.001
         ]
-        out += [f"  if {what}: withheld, {why}" for what, why in c.withheld.items()]
-        out.append("")
+        parts += [f"  if {what}: withheld, {why}" for what, why in c.withheld.items()]
+        parts.append("")
     if report.hang is not None:
-        out += _hang(report.hang)
+        parts += _hang(report.hang)
     for m in report.memory:
-        out += _memory(m)
+        parts += _memory(m)
     for line in report.timelines:
-        out += _timeline(line)
-    out += _said(report)
-    return "\n".join(out).rstrip() + "\n"
+        parts += _timeline(line)
+    return layout([*parts, *_said(report)], width)
 
 
-def _health(report: Report) -> list[str]:
-    """What is missing, before anything is said: by finding, with the ranks that have it."""
+def folded(parts: Mapping[str, float], whole: float) -> list[tuple[str, float]]:
+    """Largest first; those that would be 0.0% of ``whole`` are one row, unless it is only one."""
+    rows = sorted(parts.items(), key=lambda i: -i[1])
+    small = [(k, v) for k, v in rows if v < 0.0005 * whole]
+    if len(small) < 2:
+        return rows
+    return [*rows[: len(rows) - len(small)], (f"{len(small)} others", sum(v for _, v in small))]
+
+
+def words(name: str) -> str:
+    """A name of code as words."""
+    return name.replace("_", " ")
+
+
+def health(report: Report) -> list[str]:
+    """What is missing, before anything is said: by finding, with the ranks that have it. A line each."""
     by_text: dict[str, list[str]] = {}
     for r in report.ranks:
         for f in r.health:
             by_text.setdefault(f.text, []).append(report.label(r))
     lines = [
-        text
-        if len(report.ranks) == 1
-        else f"rank {first_few(ranks)}: {text}"
-        for text, ranks in by_text.items()
+        text if len(report.ranks) == 1 else f"rank {first_few(ranks)}: {text}" for text, ranks in by_text.items()
     ]
     n = len({r.rank for r in report.ranks})
     if report.world > n:
         lines.append(f"{n} of {report.world} ranks were given: nothing is said of the others")
     if report.across is not None:
         lines += [f"not compared: {why}" for why in report.across.withheld[:10]]
-    return ["Trace health", *(f"  {line}" for line in lines), ""] if lines else []
+    return lines
 
 
-def _ranks(report: Report) -> list[str]:
+def _ranks(report: Report) -> list[str | Table]:
     ranks = report.ranks
     first = ranks[0]
     devices = sorted({r.device for r in ranks if r.device})
-    out = [f"{count_ranks(report)}, {', '.join(devices) or 'no device named'}; times in ms"]
+    out: list[str | Table] = [f"{count_ranks(report)}, {', '.join(devices) or 'no device named'}; times in ms"]
     head = ("rank", "span", "matmul", "other", "exposed comm", "exposed copy", "idle", "idle%", "comm hidden")
     rows = []
     for r in ranks[:MOST_RANKS]:
@@ -106,51 +115,59 @@ def _ranks(report: Report) -> list[str]:
             rows.append((report.label(r), *["-"] * 8))
             continue
         rows.append((report.label(r), *_terms(r.breakdown.whole)))
-    out += table(head, rows)
+    out.append(Table(head, rows))
     if len(ranks) > MOST_RANKS:
         out.append(f"  and {len(ranks) - MOST_RANKS} more (--json has all)")
     if first.breakdown is not None:
         if first.breakdown.steps:
             out.append(f"Steps of rank {first.rank}")
-            out += table(("step", *head[1:]), [(str(t.step), *_terms(t)) for t in first.breakdown.steps[:12]])
-        out += _parts("Idle by cause", first, "idle_by_cause") + _parts(
-            "Exposed communication by group", first, "by_group"
-        )
+            steps = first.breakdown.steps
+            out.append(Table(("step", *head[1:]), [(str(t.step), *_terms(t)) for t in steps[:MOST_STEPS]]))
+            if len(steps) > MOST_STEPS:
+                out.append(f"  and {len(steps) - MOST_STEPS} more (--json has all)")
+        out += _parts("Idle by cause", first, "idle_by_cause")
+        out += _parts("Exposed communication by group", first, "by_group")
     if first.mfu is not None:
         out.append(
             f"MFU {first.mfu.value * 100:.2f}% of rank {first.rank}: {first.mfu.flops}; peak {first.mfu.peak}"
         )
     elif first.work.products:
         out.append(
-            f"Matrix products: {first.work.products / 1e12:.3f} TFLOP from shapes; no MFU: the device's peak is not known"
+            f"Matmuls: {first.work.products / 1e12:.3f} TFLOP from shapes; no MFU: the device's peak is not known"
         )
     if first.kernels:
-        out.append(f"Kernels of rank {first.rank}")
-        busy = sum(k.total_ns for k in first.kernels)
-        out += table(
-            ("kernel", "class", "calls", "ms", "share"),
-            [
-                (k.name[:60], k.kind, str(k.count), ms(k.total_ns), share(k.total_ns, busy))
-                for k in first.kernels[:12]
-            ],
-        )
+        out += [f"Kernels of rank {first.rank}", _kernels(first)]
     if first.products:
-        out.append(f"Matrix products of rank {first.rank} by shape")
-        out += table(
-            ("operator", "shape", "calls", "TFLOP/s", "of reachable", "bound"),
-            [
-                (
-                    p.op,
-                    p.dims[:50],
-                    str(p.calls),
-                    f"{p.rate / 1e12:.1f}",
-                    share(p.rate, p.reachable) if p.reachable else "-",
-                    p.bound or "-",
-                )
-                for p in first.products[:8]
-            ],
-        )
+        out.append(f"Matmuls of rank {first.rank} by shape")
+        rows = [
+            (
+                p.op.removeprefix("aten::"),
+                p.dims.translate(_SHAPE).replace("x", " x "),
+                str(p.calls),
+                f"{p.rate / 1e12:.1f}",
+                share(p.rate, p.reachable) if p.reachable else "-",
+                p.bound or "-",
+            )
+            for p in first.products[:8]
+        ]
+        out.append(Table(("operator", "shape", "calls", "TFLOP/s", "of reachable", "bound"), rows, (0, 1)))
     return [*out, ""]
+
+
+def _kernels(rank: RankReport) -> Table:
+    """The costliest; what else there is, or is 0.0%, is one row, so that the shares sum to all of it."""
+    busy = sum(k.total_ns for k in rank.kernels)
+    named = [k for k in rank.kernels[:MOST_KERNELS] if k.total_ns >= 0.0005 * busy]
+    rest = rank.kernels[len(named) :]
+    shown = [
+        (short, words(k.kind), f"{k.count:,}", ms(k.total_ns), share(k.total_ns, busy))
+        for k, short in zip(named, short_names([k.name for k in named], LONGEST_NAME), strict=True)
+    ]
+    if rest:
+        total = sum(k.total_ns for k in rest)
+        name = f"and {len(rest)} more (--json has all)"
+        shown.append((name, "", f"{sum(k.count for k in rest):,}", ms(total), share(total, busy)))
+    return Table(("kernel", "class", "calls", "ms", "share"), shown)
 
 
 def count_ranks(report: Report) -> str:
@@ -175,17 +192,17 @@ def _terms(t: Terms) -> tuple[str, ...]:
     )
 
 
-def _parts(title: str, rank: RankReport, part: str) -> list[str]:
+def _parts(title: str, rank: RankReport, part: str) -> list[str | Table]:
     assert rank.breakdown is not None
     parts: dict[str, int] = getattr(rank.breakdown.whole, part)
     if not parts:
         return []
-    text = ", ".join(f"{k} {ms(v)}" for k, v in sorted(parts.items(), key=lambda i: -i[1])[:8])
-    return [f"{title} (rank {rank.rank}): {text}"]
+    rows = folded(parts, rank.breakdown.whole.span)
+    return [f"{title} (rank {rank.rank}): {first_few((f'{k} {ms(v)}' for k, v in rows), 8)}"]
 
 
-def _across(a: Across) -> list[str]:
-    out = [
+def _across(a: Across) -> list[str | Table]:
+    out: list[str | Table] = [
         f"Across ranks: {a.matched} collectives matched; ends agree within {a.end_spread_ns / 1e3:,.1f} us"
     ]
     rows = [
@@ -199,14 +216,16 @@ def _across(a: Across) -> list[str]:
         )
         for r in a.ranks[:MOST_RANKS]
     ]
-    out += table(("rank", "comm ms", "waiting ms", "arrived last", "made others wait ms", "clock us"), rows)
+    out.append(Table(("rank", "comm ms", "waiting ms", "arrived last", "made others wait ms", "clock us"), rows))
+    if len(a.ranks) > MOST_RANKS:
+        out.append(f"  and {len(a.ranks) - MOST_RANKS} more (--json has all)")
     if a.bandwidth:
-        out += table(
+        links = Table(
             ("collective", "group", "members", "MiB", "calls", "shortest ms", "bus GB/s", "link GB/s"),
             [
                 (
                     b.op,
-                    b.group[:30],
+                    b.group,
                     str(b.members),
                     f"{b.size / 2**20:.2f}" if b.size >= 0 else "?",
                     str(b.calls),
@@ -216,12 +235,14 @@ def _across(a: Across) -> list[str]:
                 )
                 for b in a.bandwidth[:10]
             ],
+            (1, 0),
         )
+        out.append(links)
     return [*out, ""]
 
 
-def _hang(h: HangReport) -> list[str]:
-    out = [f"Flight recorder of {len(h.ranks)} ranks: {h.verdict}"]
+def _hang(h: HangReport) -> list[str | Table]:
+    out: list[str | Table] = [f"Flight recorder of {len(h.ranks)} ranks: {h.verdict}"]
     out += [
         f"  rank {r.rank} ({r.kind}): {r.evidence}" + (f"; at {r.where}" if r.where else "") for r in h.roots
     ]
@@ -241,11 +262,11 @@ def _hang(h: HangReport) -> list[str]:
     return [*out, ""]
 
 
-def _memory(m: MemoryReport) -> list[str]:
+def _memory(m: MemoryReport) -> list[str | Table]:
     def gib(n: int) -> str:
         return f"{n / 2**30:.2f}"
 
-    out = [
+    out: list[str | Table] = [
         f"Memory of device {m.device}: {gib(m.reserved)} GiB reserved, {gib(m.active)} in use, peak {gib(m.peak)}; "
         f"largest free block {m.largest_free_block / 2**20:.0f} MiB, largest request {m.largest_request / 2**20:.0f} MiB"
     ]
@@ -255,10 +276,8 @@ def _memory(m: MemoryReport) -> list[str]:
             f"{gib(m.pending_free)} freed and waiting for a stream"
         )
     out.append("  peak by part: " + ", ".join(f"{k} {gib(v)}" for k, v in m.by_part.items()))
-    out += table(
-        ("held at the peak by", "part", "blocks", "MiB each", "GiB"),
-        [(h.where[:70], h.part, str(h.blocks), _each(h.each), gib(h.bytes)) for h in m.holders[:10]],
-    )
+    rows = [(h.where, h.part, str(h.blocks), _each(h.each), gib(h.bytes)) for h in m.holders[:10]]
+    out.append(Table(("held at the peak by", "part", "blocks", "MiB each", "GiB"), rows, labels=(), tails=(0,)))
     out += [
         f"  out of memory: {o.request / 2**20:.0f} MiB asked at {o.where}; would have fitted: {o.would_fit}"
         for o in m.out_of_memory[:5]
@@ -266,13 +285,13 @@ def _memory(m: MemoryReport) -> list[str]:
     return [*out, ""]
 
 
-def _timeline(t: TimelineReport) -> list[str]:
-    out = [
+def _timeline(t: TimelineReport) -> list[str | Table]:
+    out: list[str | Table] = [
         f"Op timeline of {t.workers} workers, {t.steps} steps: {t.step_time_s * 1e3:,.1f} ms per step, "
         f"{t.slowdown:.2f} times what it would be with every operation ideal"
     ]
     rows = [(kind, f"{s:.3f}") for kind, s in sorted(t.by_kind.items(), key=lambda i: -i[1])]
-    return [*out, *table(("kind of operation", "slowdown by it alone"), rows), ""]
+    return [*out, Table(("kind of operation", "slowdown by it alone"), rows), ""]
 
 
 def _each(sizes: list[int]) -> str:
@@ -280,7 +299,7 @@ def _each(sizes: list[int]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _said(report: Report) -> list[str]:
+def _said(report: Report) -> list[str | Table]:
     total: dict[str, int] = {}
     for said in (
         [r.said for r in report.ranks]
@@ -289,6 +308,8 @@ def _said(report: Report) -> list[str]:
     ):
         for what, n in said.items():
             total[what] = total.get(what, 0) + n
-    out = [f"  {what}: {n}" for what, n in sorted(total.items())]
+    out: list[str | Table] = [f"  {what}: {n:,}" for what, n in sorted(total.items())]
     out += [f"  not read: {u.why}" for u in report.unread[:10]]
+    if len(report.unread) > 10:
+        out.append(f"  and {len(report.unread) - 10} more files not read (--json has all)")
     return ["Notes", *out] if out else []

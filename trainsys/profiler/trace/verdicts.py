@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainsys.profiler.hang.report import HangReport
 from trainsys.profiler.memory_snapshot.report import OutOfMemory
 from trainsys.profiler.trace.breakdown import Terms
+from trainsys.profiler.trace.kernel_names import short_names
 from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.report import RankReport, Report, Verdict
 
@@ -146,7 +147,8 @@ def _time(report: Report, ranks: list[RankReport]) -> list[Verdict]:
     share, products = _mean(ranks, "other_compute"), _mean(ranks, "matmul")
     if share >= 0.15 and share > products:
         top = [k for k in ranks[0].kernels if k.kind == "other_compute"][:2]
-        evidence = "; ".join(f"{k.count} x {k.name[:60]}: {k.total_ns / 1e6:.2f} ms" for k in top)
+        names = short_names([k.name for k in top], 60)
+        evidence = "; ".join(f"{k.count} x {n}: {k.total_ns / 1e6:.2f} ms" for k, n in zip(top, names, strict=True))
         out.append(
             Verdict(
                 "fusion",

@@ -1,8 +1,7 @@
-"use strict";
 const R = JSON.parse(document.getElementById("report").textContent);
 const main = document.querySelector("main");
 const TERMS = [
-  ["matmul", "Matrix products", "--matmul"], ["other_compute", "Other compute", "--other"],
+  ["matmul", "Matmuls", "--matmul"], ["other_compute", "Other compute", "--other"],
   ["comm_exposed", "Exposed communication", "--comm"], ["memcpy_exposed", "Exposed copies", "--copy"], ["idle", "Idle", "--idle"],
 ];
 const KIND = { matmul: "--matmul", other_compute: "--other", communication: "--comm", memcpy: "--copy" };
@@ -80,7 +79,7 @@ function table(head, rows, options) {
   const text = options?.text ?? [0];
   let order = null, down = true;
   const fill = (filter) => {
-    let shown = filter ? rows.filter((r) => String(r[0]).toLowerCase().includes(filter)) : rows.slice();
+    let shown = filter ? rows.filter((r) => (r[0] instanceof Node ? r[0].title + r[0].textContent : String(r[0])).toLowerCase().includes(filter)) : rows.slice();
     if (order !== null) shown.sort((a, b) => (sortable(a[order]) > sortable(b[order]) ? 1 : -1) * (down ? -1 : 1));
     body.replaceChildren(...shown.slice(0, 400).map((r) => el("tr", {}, r.map((cell, i) =>
       el("td", { class: text.includes(i) ? "text" : "", title: i === 0 && typeof cell === "string" ? cell : "" },
@@ -93,7 +92,8 @@ function table(head, rows, options) {
   node.filter = (f) => fill(f.toLowerCase());
   return node;
 }
-function pill(kind) { return el("span", { class: "pill", style: `background:var(${KIND[kind] ?? "--idle"})` }, kind.replace("_", " ")); }
+function pill(kind) { return el("span", { class: "pill", style: `border-color:var(${KIND[kind] ?? "--idle"})` }, el("span", {}, kind.replace("_", " "))); }
+const words = (name) => name.replaceAll("_", " ");
 
 /* head */
 const timed = R.ranks.filter((r) => r.breakdown);
@@ -115,9 +115,17 @@ if (timed.length) {
   main.append(el("div", { class: "tiles" }, tiles.map(([v, k]) => el("div", { class: "tile" }, el("b", {}, v), el("span", {}, k)))));
   if (mfu) main.append(el("p", { class: "note", style: "margin:-6px 4px 16px" }, `MFU counts ${mfu.flops}; its peak is ${mfu.peak}.`));
 }
+if (R.health.length) section("Trace health", "What is missing from the recording or contradicts itself, before anything is said", R.health.map((line) => el("p", { class: "root health" }, line)));
 if (R.verdicts.length) section("What is wrong, and what to do", "Costliest first; the share is of the traced time", R.verdicts.map((v) =>
   el("div", { class: "verdict" }, el("div", { class: "share" }, pct(v.share, v.share < 0.0995 ? 1 : 0)), el("div", { class: "title" }, v.title),
     el("div", { class: "why" }, v.evidence), el("div", { class: "try" }, v.advice))));
+
+/* timeline: the slowest rank, a typical one, then all, on one axis */
+if (R.timeline) {
+  const holder = el("div", {}), T = R.timeline, hue = { matmul: "--matmul", "other compute": "--other", communication: "--comm", copies: "--copy" };
+  section("Timeline", "All ranks on one axis" + (T.lanes.length > 2 ? "; the slowest first, then a typical one" : "") + ". In each row compute is above, communication and copies below: where only the lower half is filled, communication is exposed", holder);
+  redraws.push(drawTimeline(holder, T, (k) => hue[k] ?? "--idle", (k) => k, showTip, () => { tip.style.display = "none"; }));
+}
 
 /* hang */
 if (R.hang) {
@@ -143,7 +151,7 @@ if (timed.length) {
   const host = el("div", {});
   const show = () => {
     const r = timed[pick.value], whole = r.breakdown.whole, span = whole.end - whole.start;
-    const top = (o) => Object.entries(o).sort((a, b) => b[1] - a[1]).slice(0, 12);
+    const top = (o) => Object.entries(o).filter(([, ns]) => ns >= 0.0005 * span).sort((a, b) => b[1] - a[1]).slice(0, 12);
     const steps = r.breakdown.steps.slice(0, 60), most = Math.max(...steps.map((t) => t.end - t.start), 1);
     host.replaceChildren(
       el("div", { class: "two" },
@@ -202,14 +210,14 @@ function rgb(c) { const d = el("i", { style: `color:${c}` }); document.body.appe
 if (R.critical) {
   const c = R.critical;
   section("Critical path and what-if", `Rank ${R.critical_rank}, ${ms(c.span_ns)} ms; replayed with one thing ideal at a time`, el("div", { class: "two" },
-    el("div", {}, el("h2", {}, "What the end waited for"), barList(Object.entries(c.by_kind).sort((x, y) => y[1] - x[1]), c.span_ns, "--mark")),
-    el("div", {}, el("h2", {}, "Shorter by, had …"), c.what_if.length ? barList(c.what_if.map((w) => [w.what, w.saved_ns]), c.span_ns, "--good") : el("p", { class: "note" }, c.faithful ? "nothing" : "the replay was not faithful"),
+    el("div", {}, el("h2", {}, "What the end waited for"), barList(Object.entries(c.by_kind).filter(([, ns]) => ns >= 0.0005 * c.span_ns).sort((x, y) => y[1] - x[1]).map(([k, ns]) => [words(k), ns]), c.span_ns, "--mark")),
+    el("div", {}, el("h2", {}, "Shorter by, had …"), c.what_if.some((w) => w.saved_share >= 0.001) ? barList(c.what_if.filter((w) => w.saved_share >= 0.001).map((w) => [w.what, w.saved_ns]), c.span_ns, "--good") : el("p", { class: "note" }, c.faithful ? "nothing would save 0.1%" : "the replay was not faithful"),
       ...Object.entries(c.withheld).map(([what, why]) => el("p", { class: "note" }, `${what}: withheld, ${why}`)))));
 }
 if (R.diff) {
   const d = R.diff, rows = [d.span, ...d.terms, ...d.kernels.slice(0, 30)];
   section("Against the other run", d.verdict, table([`mean per ${d.per}`, "calls before", "after", "before ms", "after ms", "change ms"], rows.map((c) =>
-    [c.name, c.calls_before ? c.calls_before.toFixed(1) : "", c.calls_after ? c.calls_after.toFixed(1) : "", ms(c.before_ns, 3), ms(c.after_ns, 3), ((c.after_ns - c.before_ns) / 1e6).toFixed(3)])));
+    [c.shown ? el("span", { title: c.name }, c.shown) : words(c.name), c.calls_before ? c.calls_before.toFixed(1) : "", c.calls_after ? c.calls_after.toFixed(1) : "", ms(c.before_ns, 3), ms(c.after_ns, 3), ((c.after_ns - c.before_ns) / 1e6).toFixed(3)])));
 }
 
 /* kernels and products */
@@ -217,14 +225,14 @@ const full = R.ranks.find((r) => r.kernels.length);
 if (full) {
   const busy = full.kernels.reduce((s, k) => s + k.total_ns, 0);
   const t = table(["kernel", "class", "calls", "total ms", "share", "mean µs", "longest µs"], full.kernels.map((k) =>
-    [k.name, pill(k.kind), k.count.toLocaleString(), ms(k.total_ns, 3), pct(k.total_ns / busy), (k.total_ns / k.count / 1e3).toFixed(1), (k.max_ns / 1e3).toFixed(1)]), { text: [0, 1] });
+    [el("span", { title: k.name }, k.shown), pill(k.kind), k.count.toLocaleString(), ms(k.total_ns, 3), pct(k.total_ns / busy), (k.total_ns / k.count / 1e3).toFixed(1), (k.max_ns / 1e3).toFixed(1)]), { text: [0, 1] });
   section(`Kernels of rank ${full.rank}`, "By total time", el("div", { class: "tools" }, el("input", { placeholder: "filter by name", oninput: (e) => t.filter(e.target.value) })), t);
 }
 const shaped = R.ranks.find((r) => r.products.length);
 if (shaped) {
   const P = shaped.products.map((p) => ({ ...p, rate: (p.flops / p.time_ns) * 1e9 }));
   const dots = P.filter((p) => p.intensity > 0 && p.rate > 0), box = el("div", {});
-  section(`Matrix products of rank ${shaped.rank}`, "FLOP/s reached against the roofline: what bandwidth and the dense peak allow at each shape's intensity", box,
+  section(`Matmuls of rank ${shaped.rank}`, "FLOP/s reached against the roofline: what bandwidth and the dense peak allow at each shape's intensity", box,
     table(["operator", "shapes", "type", "calls", "ms", "TFLOP/s", "of reachable", "bound by"], P.map((p) =>
       [p.op, p.dims, p.dtype, p.calls, ms(p.time_ns, 3), (p.rate / 1e12).toFixed(1), p.reachable ? pct(p.rate / p.reachable) : "?", p.bound ?? "?"]), { text: [0, 1, 2, 7] }));
   if (dots.length > 1) {
@@ -243,6 +251,11 @@ if (shaped) {
     box.append(s);
   }
 }
+
+/* op timelines */
+for (const t of R.timelines) section("Op timeline", `${t.workers} workers, ${t.steps} steps of ${(1e3 * t.step_time_s).toLocaleString("en", { maximumFractionDigits: 1 })} ms; ${t.slowdown.toFixed(2)} times what it would be with every operation ideal`,
+  table(["kind of operation", "slowdown by it alone"], Object.entries(t.by_kind).sort((a, b) => b[1] - a[1]).map(([kind, s]) => [kind, s.toFixed(3)])),
+  t.worst.length ? el("p", { class: "note" }, `Slowest workers (data rank, stage): ${t.worst.slice(0, 8).map((w) => `(${w.join(", ")})`).join(" ")}; without their slowness ${pct(t.worst_gives_back)} of the lost time is gone.`) : null);
 
 /* memory */
 for (const m of R.memory) {
