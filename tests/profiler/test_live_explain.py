@@ -333,7 +333,7 @@ def test_the_page_in_a_browser_in_both_themes(made: Path, tmp_path: Path) -> Non
         assert seen["bad"] is False
         assert seen["wide"] is False
         assert str(seen["h1"]).startswith("rank 2 on node1 computes slowly")
-        for title in ("Where each step goes", "Who costs everyone time", "What if", "What to change",
+        for title in ("Where each step goes", "Stragglers", "What if", "What to change",
                       "The same over time", "Rank by time", "Phases by rank", "Memory at the peak",
                       "Goodput"):  # fmt: skip
             assert title in seen["sections"]  # type: ignore[operator]

@@ -24,7 +24,7 @@ def run_cli(run_dir: str | Path, html: str | None = None, json: bool = False) ->
     if json:
         print(to_json(explanation).decode())
     else:
-        final_report(run)
+        final_report(run, explanation.use)
         console = Console(highlight=False)
         print_explanation(explanation, console if console.is_terminal else None)
     if html is None:

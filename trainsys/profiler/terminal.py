@@ -55,11 +55,11 @@ class _Page:
     def waterfall(self, fall: Waterfall) -> None:
         self.head(
             "Where the time goes",
-            f"{1e3 * fall.wall_s:,.1f} ms of wall time a step, mean of {fall.steps:,} steps, {fall.clock} clock",
+            f"{1e3 * fall.wall_s:,.1f} ms of wall time per step, mean of {fall.steps:,} steps, {fall.clock} clock",
         )
         table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim", show_edge=False)
         table.add_column("", no_wrap=True)
-        for name in ("ms", "% of step") + (("mfu without it",) if fall.mfu is not None else ()):
+        for name in ("ms", "% of wall time") + (("mfu without it",) if fall.mfu is not None else ()):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True, width=BAR)
         shares = say.percents([max(0.0, t.seconds) for t in fall.terms])
@@ -76,10 +76,13 @@ class _Page:
             if fall.mfu is not None:
                 row.append("" if term.mfu_without is None else f"{100 * term.mfu_without:.1f}%")
             table.add_row(*row, bar)
-        total = ["  step and stalls", f"{1e3 * fall.wall_s:,.2f}", "100.0%"]
-        if fall.mfu is not None:
-            total.append(f"mfu {100 * fall.mfu:.1f}%")
-        table.add_row(*total, "", style="bold")
+        for name, seconds in (("step", fall.step_s), ("step and stalls", fall.wall_s)):
+            total = [f"  {name}", f"{1e3 * seconds:,.2f}", f"{100 * seconds / (fall.wall_s or 1.0):.1f}%"]
+            if fall.mfu is not None:
+                # Stalls between steps cost goodput, not MFU.
+                total.append(f"mfu {100 * fall.mfu:.1f}%" if name == "step" else "")
+            if name == "step" or fall.wall_s > fall.step_s:
+                table.add_row(*total, "", style="bold")
         if self._fancy:
             self._console.print(table)
         else:
@@ -93,13 +96,13 @@ class _Page:
             self.line(note, "dim")
 
     def verdicts(self, e: Explanation) -> None:
-        self.head("Who costs everyone time")
+        self.head("Stragglers")
         if not e.verdicts:
             ranks = len(e.ranks)
             self.line("no rank, node or link stands out" if ranks > 1 else "one rank: nobody to compare with")
         for v in e.verdicts:
             until = "" if v.until is None else f" to {v.until}"
-            self.line(f"{1e3 * v.cost_s:,.1f} ms a step ({100 * v.share:.1f}%)  {v.title}", "bold red")
+            self.line(f"{1e3 * v.cost_s:,.1f} ms per step ({100 * v.share:.1f}%)  {v.title}", "bold red")
             self.line(f"since step {v.since}{until}: {v.evidence}", "", 6)
             self.line(f"-> {v.advice}", "green", 6)
 
@@ -108,7 +111,7 @@ class _Page:
             return
         self.head("What if", "the step, replayed with one thing ideal")
         for w in e.what_if[:6]:
-            self.line(f"{1e3 * w.step_s:,.1f} ms a step ({-100 * w.gain:+.1f}%)  {w.what}")
+            self.line(f"{1e3 * w.step_s:,.1f} ms per step ({-100 * w.gain:+.1f}%)  {w.what}")
 
     def advice(self, e: Explanation) -> None:
         if not e.advice and not e.fit:
@@ -144,6 +147,6 @@ class _Page:
         if m.would_have_fitted:
             self.line(m.would_have_fitted, "bold red")
         if m.leak_bytes_per_step:
-            self.line(f"memory grows by {say.size(m.leak_bytes_per_step)} a step", "bold red")
+            self.line(f"memory grows by {say.size(m.leak_bytes_per_step)} per step", "bold red")
         for note in m.notes:
             self.line(note, "dim")
