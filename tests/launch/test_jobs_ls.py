@@ -51,8 +51,8 @@ def test_an_attempt_that_has_done_nothing_yet_is_where_it_began(tmp_path: Path) 
 def test_a_job_that_is_over_has_the_mfu_of_its_report(tmp_path: Path) -> None:
     logs = tmp_path / "jobs/one/logs/task-0/attempt-1"
     logs.mkdir(parents=True)
-    record = {"id": 7, "on": "kubernetes", "kind": "job", "namespace": "n", "name": "demo", "ranks": 2, "submitted_s": 1.0}
-    (tmp_path / "jobs/one" / RECORD).write_text(json.dumps(record))
+    record = {"id": 7, "on": "kubernetes", "kind": "job", "namespace": "n", "name": "demo", "ranks": 2}
+    (tmp_path / "jobs/one" / RECORD).write_text(json.dumps({**record, "submitted_s": 1.0}))
     line = "step 150/150  loss 2.39  3,153 tok/s  325 ms/step  mfu >100% (of measured here)  mem 1 GiB  eta 0:00"
     log = logs / "train-00000.log"
     log.write_text(f"step   1/150  mfu 23.0% (of x)\n{line}\n")

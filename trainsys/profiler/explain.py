@@ -22,7 +22,7 @@ from trainsys.profiler.steps import MEMORY, Floats, StepTable
 from trainsys.profiler.straggler import peer_log_ratio
 from trainsys.profiler.verdict import Verdict
 from trainsys.profiler.waits import LateForGood, work_between
-from trainsys.profiler.waterfall import Ledger, Waterfall, label
+from trainsys.profiler.waterfall import JITTER, Ledger, Waterfall, label
 from trainsys.profiler.what_if_run import Saved, WhatIf, what_if
 from trainsys.rank_lists import rank_numbers, ranks_named
 from trainsys.telemetry.run_data import RunData
@@ -104,6 +104,9 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
     for rows, table in steps.windows():
         over_time.add(rows, table, ledger.add(table, split_flops(table, cfg)))
     fall = ledger.waterfall()
+    verdicts = seen.blame.verdicts()
+    if fall is not None and all(v.kind == "gc" for v in verdicts):
+        fall = replace(fall, terms=[replace(t, label=JITTER) if t.name == "straggler" else t for t in fall.terms])
     use = utilization(run, fall.mfu if fall else None, fall.peak_flops if fall else None)
     memory = memory_report(seen.memory(), start, cfg, run.reason)
     good = goodput_of(run.run_dir, run.lead.rank)
@@ -123,8 +126,8 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
             "steps": run.lead.steps, "global_batch": start.global_batch, "seq_len": start.seq_len,
             "parameters": start.parameters, "hosts": len(set(steps.hosts.values()) - {""}),
         },
-        use=use, waterfall=fall, over_time=over_time.result(ledger.peak()), verdicts=seen.blame.verdicts(),
-        advice=advise(fall, cfg, memory) if fall is not None else [], goodput=good, goodput_share=good.share,
+        use=use, waterfall=fall, over_time=over_time.result(ledger.peak()), verdicts=verdicts,
+        advice=advise(fall, cfg, memory, verdicts) if fall is not None else [], goodput=good, goodput_share=good.share,
         memory=memory, fit=fit, heat=seen.heat.result(), pipeline=pipe,
         what_if=[] if fall is None else what_if(fall, pipe, seen.saved.most(steps.ranks)),
         phases={name: values[0].tolist() for name, values in sorted(usual.phases.items()) if usual.work.any()},

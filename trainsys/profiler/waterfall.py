@@ -48,6 +48,8 @@ LABELS = {
     "gc": "garbage collection",
     "unattributed": "not attributed",
 }
+JITTER = "jitter: waiting, with no rank late for good"
+"""The label of ``straggler`` where nobody was found to be one."""
 _COMPUTE = ("forward", "backward", "recompute")
 _DATA = ("data", "h2d")
 _PAUSES = ("checkpoint", "eval", "compile", "report", "data_retry")

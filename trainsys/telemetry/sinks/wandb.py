@@ -26,7 +26,7 @@ SUMMARY = {
 
 
 SETTLED = {f"perf/{name}": name for name in ("mfu", "mfu_palm", "hfu", "step_time_s", "tokens_per_s")}
-"""Metrics of which the run's own summary has the last word: without warm-up, and of the peak as it is known at the end."""
+"""Metrics of which the run's own summary has the last word: without warm-up, of the peak as known at the end."""
 
 
 TABLES = ("waterfall", "verdicts")
