@@ -24,7 +24,7 @@ def run_all(sweep: SweepConfig, todo: list[Candidate], store: Store, say: Callab
         say(f"[{at}/{len(todo)}] {candidate.label}")
         result = _run(sweep, candidate, store)
         store.write(candidate, result)
-        took = "" if result.step_time_s is None else f": {result.step_time_s:.3g} s a step"
+        took = "" if result.step_time_s is None else f": {result.step_time_s:.3g} s per step"
         say(f"    {result.status}{took}{': ' + result.reason if result.reason else ''}")
 
 

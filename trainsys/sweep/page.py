@@ -16,7 +16,7 @@ def page(name: str, board: Sequence[dict[str, Any]]) -> str:
     dark = look[look.index("{", look.index('data-theme="dark"')) + 1 :].split("}", 1)[0]
     done = [r for r in board if r["status"] == "done"]
     best = (
-        f"best: {html.escape(done[0]['candidate'])}, {done[0]['step_time_s']:.4g} s a step"
+        f"best: {html.escape(done[0]['candidate'])}, {done[0]['step_time_s']:.4g} s per step"
         if done
         else "none finished"
     )

@@ -10,7 +10,7 @@ GIB = 1 << 30
 SECTIONS = {
     "train": "what is learned: loss, grad_norm, lr, tokens (seen so far)",
     "perf": "how fast: step_time_s, tokens_per_s, flops_per_s, mfu, mfu_palm, hfu (0..1)",
-    "time": "seconds a step by phase, mean over ranks, and max_ over ranks",
+    "time": "seconds per step by phase, mean over ranks, and max_ over ranks",
     "comm": "by axis: seconds of exposed communication (mean and max_ over ranks), GB moved by all ranks",
     "memory": "GiB of the rank that has most: allocated, reserved, peak, rss",
 }

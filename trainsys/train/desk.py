@@ -80,7 +80,7 @@ class Desk:
         self._reply("message", level, text)
 
     def _found(self, verdict: Verdict) -> None:
-        self._warn(f"{verdict.title}; {1e3 * verdict.cost_s:.1f} ms a step; {verdict.advice}")
+        self._warn(f"{verdict.title}; {1e3 * verdict.cost_s:.1f} ms per step; {verdict.advice}")
         self._reply("verdict", verdict)
 
     def _reply(self, kind: str, *args: Any) -> None:

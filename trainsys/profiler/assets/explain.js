@@ -72,7 +72,7 @@ out.append(h("header", {}, h("div", {}, h("h1", {}, E.verdicts[0]?.title ?? (wor
   h("button", { click: () => dress(root.dataset.theme !== "dark") }, "light / dark")));
 const tile = (value, word, kind) => h("div", { class: "tile " + (kind ?? "") }, h("b", {}, value), h("span", {}, word));
 out.append(h("div", { class: "tiles" },
-  W && W.mfu !== null ? tile(share(W.mfu), "MFU, stalls included", "hero") : null,
+  W && W.mfu !== null ? tile(share(W.mfu), "MFU of the steps", "hero") : null,
   W ? tile(span(W.step_s), "a step, mean of ranks") : null,
   tile(share(E.goodput_share), `goodput of ${span(E.goodput.wall_s)}`),
   E.memory ? tile(bytes(E.memory.peak), E.memory.capacity ? `peak memory, ${share(E.memory.peak / E.memory.capacity, 0)} of the device` : "peak memory, rank " + E.memory.rank) : null,
@@ -106,7 +106,7 @@ if (W) {
 
 /* verdicts and advice */
 const pair = h("div", { class: "two" });
-pair.append(h("div", {}, h("h2", {}, "Who costs everyone time"), h("p", { class: "sub" }, "Work between collectives, compared among ranks that do the same"),
+pair.append(h("div", {}, h("h2", {}, "Stragglers"), h("p", { class: "sub" }, "Work between collectives, compared among ranks that do the same"),
   E.verdicts.length ? E.verdicts.map((v) => h("div", { class: "verdict" }, h("div", { class: "share" }, share(v.share, v.share < 0.0995 ? 1 : 0)), h("div", { class: "title" }, v.title),
     h("div", { class: "why" }, `${millis(v.cost_s)} ms of each step, since step ${v.since}${v.until === null ? "" : " to " + v.until}. ${v.evidence}`), h("div", { class: "try" }, v.advice)))
     : h("div", { class: "verdict calm" }, E.ranks.length > 1 ? "No rank, node or link stands out." : "One rank: nobody to compare with."),
