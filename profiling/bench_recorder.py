@@ -123,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     calls = args.micro_batches * args.layers * 4
     print(
-        f"{args.steps} steps, {args.micro_batches} micro-batches, {calls} collectives; microseconds a step:"
+        f"{args.steps} steps, {args.micro_batches} micro-batches, {calls} collectives; microseconds per step:"
     )
     clock_us = min(timeit.repeat(time.perf_counter_ns, number=10_000, repeat=5)) * 100
     print(f"  {'(one reading of the clock':34}        {clock_us:7.2f})")

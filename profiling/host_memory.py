@@ -39,7 +39,7 @@ def start(layout: str, keep: bool) -> None:
 
 
 def steps(count: int) -> tuple[float, int]:
-    """Seconds a step, and the peak resident memory in MiB."""
+    """Seconds per step, and the peak resident memory in MiB."""
     began = time.perf_counter()
     for _ in range(count):
         _state["step"](_state["number"])

@@ -41,7 +41,7 @@ EVERYTHING = [
     "launch.kubernetes.namespace=research",
     "launch.kubernetes.queue=gpus",
     "launch.kubernetes.claim=work",
-    "launch.kubernetes.mount=/work",
+    "launch.kubernetes.mount=/shared",
     "launch.kubernetes.volumes=[{path: /data, claim: corpora, read_only: true}, {path: /scratch, host_path: /mnt/nvme}, "
     "{path: /fast, memory: 8Gi}]",
     "launch.kubernetes.shm=64Gi",
@@ -145,14 +145,14 @@ def test_every_field_of_a_pod_is_where_the_crd_wants_it(kind: list[str]) -> None
     volumes = {v.pop("name"): v for v in spec["volumes"]}
     assert {path: volumes[m["name"]] for path, m in mounts.items()} == {
         "/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}},
-        "/work": {"persistentVolumeClaim": {"claimName": "work"}},
+        "/shared": {"persistentVolumeClaim": {"claimName": "work"}},
         "/data": {"persistentVolumeClaim": {"claimName": "corpora"}},
         "/scratch": {"hostPath": {"path": "/mnt/nvme"}},
         "/fast": {"emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
     }
     assert mounts["/data"]["readOnly"] is True
     assert mounts["/fast"]["subPath"] == "a"
-    assert container["workingDir"] == "/work"
+    assert container["workingDir"] == "/shared"
 
 
 def test_objects_around_the_pods() -> None:
@@ -184,13 +184,13 @@ def test_a_trainjob_patches_the_runtime_that_it_names() -> None:
     assert "env" not in container
     assert [m["mountPath"] for m in container["volumeMounts"]] == [
         "/dev/shm",
-        "/work",
+        "/shared",
         "/data",
         "/scratch",
         "/fast",
     ]
     assert pod["spec"]["terminationGracePeriodSeconds"] == 90
-    assert train_job["trainer"]["command"][2].startswith("cd '/work'\nulimit")
+    assert train_job["trainer"]["command"][2].startswith("cd '/shared'\nulimit")
 
 
 @pytest.mark.parametrize(

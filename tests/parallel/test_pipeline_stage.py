@@ -70,7 +70,7 @@ def test_the_first_half_computes_no_weight_gradient() -> None:
         (Case("zbv", 4), "pp=4 × 2 virtual stages a rank is more stages than .* pp can be 1 to 2"),
         (
             Case("dualpipev", 2, {"dp_shard": 4}),
-            r"at least 4 micro-batches a step, but there are 2 "
+            r"at least 4 micro-batches per step, but there are 2 "
             r"\(train.global_batch=8 / \(dp_replicate × dp_shard × micro_batch = 4\) = 2 micro-batches\)",
         ),
         (Case("1f1b", 2, {"dp_shard": 16}), "global_batch=8 does not divide .* global_batch can be 16"),
@@ -104,7 +104,7 @@ def test_schedules_and_options_that_do_not_exist_are_refused() -> None:
     ("case", "says"),
     [
         (Case("zbv", 1), "parallel.pipeline is set but parallel.pp=1"),
-        (Case("1f1b", 4, train={"global_batch": 2}), "2 micro-batches a step are fewer than parallel.pp=4"),
+        (Case("1f1b", 4, train={"global_batch": 2}), "2 micro-batches per step are fewer than parallel.pp=4"),
         (
             Case("1f1b", 2, {"dp_shard": 2, "fsdp": {"prefetch": 2}}),
             "a pipeline gathers parameters by its schedule",

@@ -202,6 +202,17 @@ def test_command_prints_ranks_and_writes_a_config_that_loads(tmp_path: Path) -> 
     assert (cfg.launch.nodes, cfg.launch.devices_per_node, cfg.launch.cluster) == (8, 8, "dgx-h100")
 
 
+def test_only_a_plan_is_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for gpus in (64, 16):
+        plan(RUN, "dgx-h100", gpus=gpus, write=path, console=Console(file=StringIO()))
+        assert load_run(path).launch.nodes == gpus // 8
+    path.write_text(mine := "# my notes\n" + path.read_text())
+    with pytest.raises(UserError, match="exists and was not written by trainsys plan"):
+        plan(RUN, "dgx-h100", gpus=64, write=path, console=Console(file=StringIO()))
+    assert path.read_text() == mine
+
+
 @pytest.mark.parametrize(
     ("world", "most", "nodes", "each"),
     [(512, 8, 64, 8), (4, 8, 1, 4), (12, 8, 2, 6), (16, 4, 4, 4), (7, 4, 7, 1), (72, 72, 1, 72)],

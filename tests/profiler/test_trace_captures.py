@@ -127,7 +127,7 @@ def test_collectives_that_do_not_meet_give_no_verdict(tmp_path):
     report = analyse([tmp_path])
     assert report.across.matched == 0
     assert not [v for v in report.verdicts if v.kind in ("straggler", "late")]
-    assert "do not meet" in report.across.withheld[0]
+    assert "do not overlap" in report.across.withheld[0]
 
 
 def column(ends, lengths=None, **more) -> Column:

@@ -168,7 +168,7 @@ def test_as_torch_orders_it(name: str, ranks: int, virtual: int, micros: int) ->
         ("zbv", 2, 4, 1, "zbv has exactly 2 a rank"),
         ("1f1b", 2, 4, 3, "1f1b has exactly 1 a rank; interleaved_1f1b and zero_bubble and blockwise take 3"),
         ("interleaved_1f1b", 2, 4, 1, "at least 2 stages a rank"),
-        ("dualpipev", 4, 7, None, "needs at least 8 micro-batches a step, but there are 7"),
+        ("dualpipev", 4, 7, None, "needs at least 8 micro-batches per step, but there are 7"),
         ("interleaved_1f1b", 4, 9, None, "which 9 do not make; 8 or 12 micro-batches work"),
         ("2f2b", 4, 9, None, "schedule=2f2b: there are gpipe"),
     ],

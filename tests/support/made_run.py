@@ -23,8 +23,8 @@ PAGE = 4096
 
 
 class Run:
-    """``micro`` micro-batches a step of about ``micro * 30`` ms, each span 6% (one standard deviation) longer or shorter,
-    one in 200 several times as long."""
+    """``micro`` micro-batches per step of about ``micro * 30`` ms, each span 6% (one standard deviation) longer or
+    shorter, one in 200 several times as long."""
 
     def __init__(
         self, layout: Layout, micro: int = 4, seed: int = 0, packed: bool = False, device: bool = False,

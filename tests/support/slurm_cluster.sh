@@ -19,6 +19,8 @@ up() {
 ClusterName=trainsystest
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
+# Ranks meet on a port that follows from the job's id: two clusters on one machine have no id in common.
+FirstJobId=$((port * 10))
 SlurmUser=$me
 SlurmdUser=$me
 # Nobody but this user is on this cluster: no munge. Credentials must expire soon, for a job that is requeued

@@ -171,7 +171,7 @@ def test_a_step_and_rank_takes_less_than_fifty_bytes(tmp_path: Path, run: Run) -
     told = list(run.record(tmp_path, 1, range(count)))
     path = event_file(tmp_path, 1)
     plain = sum(len(msgspec.json.encode(e)) for e in told) / count
-    print(f"{path.stat().st_size / count:.1f} bytes a step and rank on disk, {plain:.0f} as JSON")
+    print(f"{path.stat().st_size / count:.1f} bytes per step and rank on disk, {plain:.0f} as JSON")
     assert path.stat().st_size / count < 50 < plain / 10
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     kept = [e for e in read_events(path)[0] if isinstance(e, Step)]

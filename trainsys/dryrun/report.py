@@ -19,8 +19,8 @@ def render(data: dict[str, Any], console: Console | None = None) -> None:
         screen = Console(highlight=False, width=120)
     share = data["model_flops_per_rank"]
     screen.print(
-        f"{data['model']}, {data['world']} ranks: {data['layout']}; {data['micro_batches']} micro-batches a step\n"
-        f"model FLOPs a step {data['model_flops']:.4g}, {share:.4g} a rank on average; memory as on {data['device']}"
+        f"{data['model']}, {data['world']} ranks: {data['layout']}; {data['micro_batches']} micro-batches per step\n"
+        f"model FLOPs per step {data['model_flops']:.4g}, {share:.4g} a rank on average; memory as on {data['device']}"
     )
     table = Table(title="a step of each rank: FLOPs, and GiB at the peak")
     for name in ("rank", "at"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 _NOISE: tuple[tuple[str, type[Warning]], ...] = (
-    # Both use them, a hundred times a step.
+    # Both use them, a hundred times per step.
     (r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning),
     # Megatron-Core of a default of its own, and of its optimizer's look at every parameter.
     (r"full scope is deprecated", UserWarning),

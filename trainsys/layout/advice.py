@@ -100,6 +100,6 @@ def _pipeline(
     micros = train.global_batch // (layout.data_world * train.micro_batch)
     if micros < layout.pp:
         yield (
-            f"{micros} micro-batches a step are fewer than parallel.pp={layout.pp} ranks: most of them wait most "
+            f"{micros} micro-batches per step are fewer than parallel.pp={layout.pp} ranks: most of them wait most "
             f"of the time; raise train.global_batch or lower train.micro_batch"
         )

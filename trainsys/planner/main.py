@@ -28,6 +28,7 @@ from trainsys.planner.space import Job, parse_limits
 from trainsys.planner.step_time import StepTime
 from trainsys.planner.view import render
 
+_PLANNED = "Planned by trainsys plan:"
 _MEMORY = ("total", "parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
@@ -53,17 +54,17 @@ def write_winner(
     """The run's own settings with the winning layout and the nodes it takes laid over them.
 
     ``cluster``: name or file of the planned one. Values of secrets are left out. Raises UserError if the file cannot be
-    written.
+    written, or is there and no earlier plan wrote it: its comments, if not more, would be lost.
     """
+    if _is_somebody_elses(Path(path)):
+        raise UserError(f"--write {path}: the file exists and was not written by trainsys plan; give another name")
     values = read_tree(run_yaml, overrides).values
     for section, settings in winner(found).items():
         values.setdefault(section, {}).update(settings)
     per_node = devices_per_node(found.job.world, load_cluster(cluster).gpus_per_node)
     launch = values.setdefault("launch", {})
     launch |= {"nodes": found.job.world // per_node, "devices_per_node": per_node, "cluster": cluster}
-    notes = [
-        f"Planned by trainsys plan: {explain.short(found, 0)}, {found.time.total[0]:.2f} s a step predicted"
-    ]
+    notes = [f"{_PLANNED} {explain.short(found, 0)}, {found.time.total[0]:.2f} s per step predicted"]
     for name in [n for n, value in launch.get("env", {}).items() if is_secret(n, str(value))]:
         del launch["env"][name]
         notes.append(f"launch.env.{name} is not written down: give it to trainsys launch")
@@ -71,6 +72,14 @@ def write_winner(
         Path(path).write_text("".join(f"# {n}\n" for n in notes) + dump(values), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--write {path}: {error.strerror or error}") from error
+
+
+def _is_somebody_elses(path: Path) -> bool:
+    try:
+        with path.open(errors="replace") as file:
+            return not file.readline().startswith(f"# {_PLANNED}")
+    except OSError:
+        return False  # what is wrong with it is said when it is written
 
 
 def devices_per_node(world: int, most: int) -> int:

@@ -115,7 +115,7 @@ LIMITS = (
         "too few micro-batches",
         lambda w: w.micros < fewest_micros(w.name, w.ranks),
         lambda w: (
-            f"{w.name} over parallel.pp={w.ranks} needs at least {fewest_micros(w.name, w.ranks)} micro-batches a "
+            f"{w.name} over parallel.pp={w.ranks} needs at least {fewest_micros(w.name, w.ranks)} micro-batches per "
             f"step, but there are {w.micros}"
         ),
         {"parallel.pp": 4, "parallel.pipeline.schedule": "dualpipev", "train.micro_batch": 6},
@@ -141,7 +141,7 @@ def problems(name: str, ranks: int, virtual: int, micros: int) -> Iterator[str]:
 
 
 def fewest_micros(name: str, ranks: int) -> int:
-    """Micro-batches a step below which the schedule has no order."""
+    """Micro-batches per step below which the schedule has no order."""
     return 2 * ranks if name == "dualpipev" else 1
 
 

@@ -25,7 +25,7 @@ _LATEST = [PLACE[name] for name in ("step", "lr", "allocated", "rss")]
 class Window:
     """The mean step since the last ``take``, in constant memory.
 
-    Times, bytes, tokens, loss and gradient norm are means a step (of the values that are there); step number,
+    Times, bytes, tokens, loss and gradient norm are means per step (of the values that are there); step number,
     learning rate and current memory are the latest; reserved and peak memory the highest.
     """
 

@@ -1,4 +1,4 @@
-"""Where a rank's time goes, step by step, for a few microseconds a step.
+"""Where a rank's time goes, step by step, for a few microseconds per step.
 
 ``telemetry.step_clock`` does the accounting: phases are exclusive and sum to the step time by construction; what no
 phase claims is ``other``. Here it becomes records.

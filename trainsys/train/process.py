@@ -128,7 +128,7 @@ def process(cfg: TrainConfig, timeout_s: float = TIMEOUT_S) -> Iterator[Process]
             meeting = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
             said = str(error).splitlines()[0]
             raise MachineFault(
-                f"rank {rank} on {this_node()} does not meet the others at {meeting}: {said}"
+                f"rank {rank} on {this_node()} cannot reach the others at {meeting}: {said}"
             ) from error
     ranks = Ranks(timeout_s)
     yield Process(rank, world, local_rank, local_world, device, ranks)

@@ -13,7 +13,7 @@ TERMS = ("matmul", "other_compute", "comm_exposed", "memcpy_exposed", "idle")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """ns a step, mean over ranks, before and after."""
+    """ns per step, mean over ranks, before and after."""
 
     name: str
     kind: str

@@ -76,7 +76,7 @@ def analyse(
     if model is not None:
         if seq_len is None or tokens_per_step is None:
             raise UserError(
-                "MFU by a model needs its sequence length and tokens a step: give --seq-len and --tokens-per-step"
+                "MFU by a model needs its sequence length and tokens per step: give --seq-len and --tokens-per-step"
             )
         add_model_mfu(report, model, seq_len, tokens_per_step)
     report.verdicts = judge(report)

@@ -85,7 +85,7 @@ def pair(a: Column, b: Column, one_clock: bool) -> Pairing | str:
     if bool((a.sequence >= 0).all() and (b.sequence >= 0).all()):
         left, right = _by_sequence(a, b)
         if not left.size:
-            return "they recorded no collective in common: their sequence numbers do not meet"
+            return "they recorded no collective in common: their sequence numbers do not overlap"
         found = _checked(a, b, left, right, one_clock, trusted=True)
         if not isinstance(found, str):
             return found

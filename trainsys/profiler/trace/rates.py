@@ -83,6 +83,6 @@ def add_model_mfu(report: Report, model: ModelConfig, seq_len: int, tokens_per_s
         mean_s = sum(t.span for t in steps) / len(steps) / 1e9
         rank.mfu = Mfu(
             round(flops / world / (mean_s * peak), 6),
-            f"{model.name}, exact (causal attention, no recompute), {tokens_per_step} tokens a step over {world} ranks",
+            f"{model.name}, exact (causal attention, no recompute), {tokens_per_step} tokens per step over {world} ranks",
             f"{device.name} {dtype} dense {peak / 1e12:g} TFLOP/s",
         )
