@@ -69,7 +69,8 @@ class MemoryReport:
 
 
 def predict(cfg: RunConfig, start: RunStart) -> dict[str, float] | None:
-    """Bytes by part on the rank with the highest memory use (``planner.memory``); None where the planner does not know such a run."""
+    """Bytes by part on the rank with the highest use (``planner.memory``); None where the planner does not know such a
+    run."""
     # As the run resolved it, which may have been on other devices than the config asks for.
     axes = {axis: start.layout[axis] for axis in AXES if axis in start.layout}
     here = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=axes)})
