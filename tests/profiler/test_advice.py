@@ -30,7 +30,7 @@ CONFIGS: dict[str, RunConfig | None] = {
     "8b, all on": load_run("train/llama3-8b", (*ON, "train.dtype=bf16", "train.global_batch=64", "train.micro_batch=1")),
     "8b, off": load_run("train/llama3-8b", (
         "train.dtype=fp32", "data.packing=pad", "checkpoint.mode=sync", "parallel.overlap.gradients=false",
-        "data.prefetch=0", "recompute.policy=full",
+        "data.prefetch=0", "recompute.policy=full", "train.compile=false",
     )),
     "overlap": load_run("train/llama3-8b", ("parallel.tp=2", "parallel.overlap.tensor=true", "train.micro_batch=2")),
     "replicas": load_run("train/llama3-8b", (
@@ -45,7 +45,7 @@ SETTING = re.compile(r"\b((?:train|data|parallel|telemetry|checkpoint|recompute)
 
 def fall(largest: str, others: float = 0.01) -> Waterfall:
     """A step of 1 s, useful for 0.4 s, of which ``largest`` takes most of the rest."""
-    seconds = {"useful": 0.4, largest: 0.5, "unattributed": 0.1 - others, "gc": others if largest != "gc" else 0.0}
+    seconds = {"useful": 0.4, "unattributed": 0.1 - others, "gc": others} | {largest: 0.5}
     terms = [Term(n, label(n), s, s, None if n == "useful" else 0.4 / (1.0 - s), False, 0, s) for n, s in seconds.items()]
     return Waterfall(terms, 1.0, 1.0, 100, 0.4, 1e12, 1e12, "host")
 
@@ -64,7 +64,9 @@ def test_the_largest_loss_has_advice_that_is_not_followed_already(term: str, con
         assert "  " not in advice.what
         for key, value in SETTING.findall(advice.what):
             now = Settings(cfg).value(key)
-            assert cfg is None or now is not None, f"no such setting: {key}"
+            if cfg is None:
+                continue
+            assert now is not None, f"no such setting: {key}"
             assert str(now).lower() != value, f"{advice.what}: {key} is {value} already"
 
 

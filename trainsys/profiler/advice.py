@@ -107,7 +107,7 @@ def _communication(axis: str, settings: Settings) -> str:
         return settings.any_of("parallel.overlap.tensor=true", settings.less("parallel.tp", least=1),
                                otherwise="keep tp within the fastest links")  # fmt: skip
     if axis in ("fsdp", "dp_shard"):
-        return settings.any_of(settings.more("train.micro_batch"), settings.more("parallel.fsdp.prefetch"),
+        return settings.any_of(settings.bigger_micro_batch(), settings.more("parallel.fsdp.prefetch"),
                                "parallel.fsdp.reshard_after_forward=false")  # fmt: skip
     if axis == "dp_replicate":
         return settings.any_of("parallel.overlap.gradients=true", settings.more("train.global_batch"))
@@ -166,8 +166,9 @@ def _less_recompute(settings: Settings) -> tuple[str, ...]:
 def _bubble(settings: Settings, cfg: RunConfig | None) -> tuple[str, float, str]:
     more = settings.any_of(settings.less("train.micro_batch", least=1), settings.more("train.global_batch"))
     if cfg is not None and cfg.parallel.pipeline.schedule in ("gpipe", "1f1b"):
+        other = "" if cfg.train.compile else ", or zero_bubble"  # which needs blocks that are not compiled
         return (
-            f"parallel.pipeline.schedule=interleaved_1f1b with 2 virtual stages, or zero_bubble; else {more}",
+            f"parallel.pipeline.schedule=interleaved_1f1b with 2 virtual stages{other}; else {more}",
             0.5, "bubble of (p-1)/v forwards and backwards (Narayanan et al. 2021)",
         )  # fmt: skip
     return f"more micro-batches per step: {more}", 0.5, "the bubble's share goes with 1/m"
