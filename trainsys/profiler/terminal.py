@@ -59,7 +59,7 @@ class _Page:
         )
         table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim", show_edge=False)
         table.add_column("", no_wrap=True)
-        for name in ("ms", "% of wall time") + (("mfu without it",) if fall.mfu is not None else ()):
+        for name in ("ms", "% of wall") + (("mfu without it",) if fall.mfu is not None else ()):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True, width=BAR)
         shares = say.percents([max(0.0, t.seconds) for t in fall.terms])

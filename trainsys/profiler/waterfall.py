@@ -48,7 +48,7 @@ LABELS = {
     "gc": "garbage collection",
     "unattributed": "not attributed",
 }
-JITTER = "jitter: waiting, with no rank late for good"
+JITTER = "jitter (waiting)"
 """The label of ``straggler`` where nobody was found to be one."""
 _COMPUTE = ("forward", "backward", "recompute")
 _DATA = ("data", "h2d")
