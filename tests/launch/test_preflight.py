@@ -82,7 +82,7 @@ def test_a_slow_network_is_a_nodes_problem() -> None:
     ranks = [replace(r, axes=(rate,)) for r in fleet()]
     assert judge(ranks) == []
     (problem,) = judge(ranks, {"fsdp": 50e9})
-    assert "fsdp: all-reduce of ranks 0-7 at 1 GB/s a rank, 50 expected" in str(problem)
+    assert "fsdp: all-reduce of ranks 0-7 at 1 GB/s per rank, 50 expected" in str(problem)
 
 
 def test_a_node_is_named_once_for_what_all_its_ranks_have() -> None:

@@ -116,7 +116,7 @@ def test_a_grid_runs_as_an_array_of_what_was_submitted(
     said = capsys.readouterr().out
     assert code == 0, said
     assert "COMPLETED" in said
-    assert "preflight: 1 ranks on 1 nodes: all fit" in said
+    assert "preflight: 1 ranks on 1 node: all fit" in said
     (folder,) = Path("runs/jobs").glob("*")
     for number, lr in enumerate((1e-3, 1e-2)):
         own = losses(Path("runs"), f"tiny-{number:04d}")

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from trainsys.telemetry.events import Message
+from trainsys.telemetry.events import Event, Message
 from trainsys.telemetry.reader import read_events
 from trainsys.telemetry.writer import EventWriter
 
@@ -37,7 +38,7 @@ def test_a_killed_process_leaves_whole_records(tmp_path: Path) -> None:
     code = f"""
 import itertools, time
 from trainsys.telemetry.writer import EventWriter
-from trainsys.telemetry.events import Message
+from trainsys.telemetry.events import Event, Message
 w = EventWriter({str(tmp_path / "e.jsonl")!r}, flush_s=0.02)
 for i in itertools.count():
     w.put(Message(level="info", text="x" * 300, time_s=float(i)))
@@ -63,7 +64,7 @@ for i in itertools.count():
 def test_the_interpreters_end_flushes(tmp_path: Path) -> None:
     code = f"""
 from trainsys.telemetry.writer import EventWriter
-from trainsys.telemetry.events import Message
+from trainsys.telemetry.events import Event, Message
 EventWriter({str(tmp_path / "e.jsonl")!r}, flush_s=60).put(Message(level="error", text="last", time_s=1.0))
 raise RuntimeError("out")
 """
@@ -104,6 +105,29 @@ def test_a_stuck_disk_does_not_fill_memory(tmp_path: Path) -> None:
     assert writer.lost == 15
     writer.close()
     assert len(read_events(writer.path)[0]) == 10
+
+
+def test_a_slow_machine_is_waited_for_and_a_stuck_one_is_not(tmp_path: Path) -> None:
+    stuck = threading.Event()
+
+    def kept(event: Event) -> Event:
+        if stuck.is_set():
+            time.sleep(60)
+        time.sleep(0.02)
+        return event
+
+    writer = EventWriter(tmp_path / "slow.jsonl", kept=kept, flush_s=60)
+    for i in range(20):
+        writer.put(note(i))
+    writer.close(timeout_s=0.2)
+    assert len(read_events(writer.path)[0]) == 20
+    assert [p.name for p in tmp_path.iterdir()] == ["slow.jsonl"], "its tail is in a block"
+    stuck.set()
+    writer = EventWriter(tmp_path / "stuck.jsonl", kept=kept, flush_s=60)
+    writer.put(note(0))
+    began = time.monotonic()
+    writer.close(timeout_s=0.2)
+    assert time.monotonic() - began < 30
 
 
 def test_an_event_that_json_cannot_hold_is_lost_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

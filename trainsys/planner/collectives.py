@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainsys.planner.cases import Array, Cases
 from trainsys.planner.constants import Constants
@@ -56,10 +57,15 @@ def group(c: Cases, k: Constants, n: Array, stride: Array) -> Group:
     inside = k.link_eff * mesh
     outside = np.minimum(inside, k.nic_eff * c.nic_bw * local / c.domain)
     rate = np.where(crosses, outside, inside)
-    hop = np.where(
+    return Group(n, local, rate, hop_seconds(k, local, crosses))
+
+
+def hop_seconds(k: Constants, local: Array, crosses: NDArray[np.bool_]) -> Array:
+    """Latency of one ring step, mean over the ring: of ``local`` neighbours in a domain, one sends out of it."""
+    out: Array = np.where(
         crosses, k.hop_inter_s * (1.0 / local) + k.hop_intra_s * (1.0 - 1.0 / local), k.hop_intra_s
     )
-    return Group(n, local, rate, hop)
+    return out
 
 
 def all_to_all(g: Group, c: Cases, k: Constants, nbytes: Array, crossing: Array | float = 1.0) -> Array:

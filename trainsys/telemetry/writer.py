@@ -63,6 +63,8 @@ class EventWriter:
         self._io = threading.Lock()
         self._stop = threading.Event()
         self._warned = False
+        self._taken = 0
+        """Records, of all that were queued: how far the thread has come."""
         self._open = Gathering()
         self._steps = 0
         """In it, since it was last tried to be packed."""
@@ -95,6 +97,7 @@ class EventWriter:
                 return
             for event in events:
                 self._take(event)
+                self._taken += 1
             self._to_tail()
 
     def _take(self, event: Event) -> None:
@@ -199,14 +202,18 @@ class EventWriter:
             print(f"trainsys: {self.path}: events are not being written: {error}", file=sys.stderr)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Writes the rest and closes; waits for a stuck disk no longer than ``timeout_s``."""
+        """Writes the rest and closes. A stuck disk is waited for no longer than ``timeout_s``; a slow one, or a busy
+        machine, for as long as it takes records."""
         if self._stop.is_set():
             return
         self._stop.set()
         atexit.unregister(self.close)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            return
+        taken = -1
+        while self._thread.is_alive():
+            if taken == self._taken:
+                return
+            taken = self._taken
+            self._thread.join(timeout_s)
         self.flush()
         with self._io:
             if self._pack():
