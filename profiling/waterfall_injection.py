@@ -32,7 +32,6 @@ from trainsys.profiler.flops_split import split_flops  # noqa: E402
 from trainsys.profiler.run_steps import load_steps  # noqa: E402
 from trainsys.profiler.steps import StepTable  # noqa: E402
 from trainsys.profiler.waterfall import Work, seconds_by_term  # noqa: E402
-from trainsys.telemetry.run_data import load_run  # noqa: E402
 
 LAYOUT = (("dp_shard", 2), ("tp", 2))
 STEPS = 60
@@ -50,11 +49,10 @@ CASES: dict[str, tuple[Fault, str]] = {
 }
 
 
-def one(spec: Standin) -> tuple[StepTable, list[dict[str, list[float]]], float | None]:
+def one(spec: Standin) -> tuple[StepTable, list[dict[str, list[float]]]]:
     with tempfile.TemporaryDirectory() as folder:
         told = run_ranks(4, run, spec, folder, timeout_s=300)
-        start = load_run(folder)
-        return load_steps(folder), told, start.start.peak_flops
+        return load_steps(folder), told
 
 
 def quick(table: StepTable, rows: Any) -> Any:
@@ -63,26 +61,26 @@ def quick(table: StepTable, rows: Any) -> Any:
     return np.flatnonzero(rows)[took <= np.median(took)]
 
 
-def terms(table: StepTable, peak: float | None, work: Work | None = None) -> dict[str, Any]:
+def terms(table: StepTable, work: Work | None = None) -> dict[str, Any]:
     """Term -> seconds by step, mean over ranks."""
-    parts = seconds_by_term(table, peak, work or split_flops(table, None))
+    parts = seconds_by_term(table, work or split_flops(table, None))
     return {name: values.mean(axis=1) for name, values in parts.items()}
 
 
 def fault(name: str, seed: int) -> dict[str, float]:
     put, term = CASES[name]
-    table, told, peak = one(Standin(LAYOUT, steps=STEPS, seed=seed, faults=(put,)))
+    table, told = one(Standin(LAYOUT, steps=STEPS, seed=seed, faults=(put,)))
     rows = np.arange(len(table.steps))
     before, after = quick(table, (rows >= WARM) & (rows < HALF)), quick(table, rows >= HALF)
     without, found = (
-        float(np.median(terms(table.select(chosen), peak).get(term, np.zeros(1))))
+        float(np.median(terms(table.select(chosen)).get(term, np.zeros(1))))
         for chosen in (before, after)
     )
     if put.kind == "link":
         each = link_s(told, put.axis)
     else:
         injected = np.array([rank[put.kind] for rank in told])[:, HALF:]
-        # One slow rank costs everyone all of its own; a fault on all costs their mean.
+        # All ranks lose what one slow rank loses; a fault on all costs their mean.
         each = injected.max(axis=0) if put.ranks else injected.mean(axis=0)
     return {"injected_s": float(np.median(each[after - HALF])), "gained_s": found - without}
 
@@ -97,11 +95,11 @@ def link_s(told: list[dict[str, list[float]]], axis: str) -> Any:
 
 def recomputation(seed: int, timed: bool) -> dict[str, float]:
     spec = replace(LONG, seed=seed, recompute_share=0.8, timed_recompute=timed)
-    table, told, peak = one(spec)
+    table, told = one(spec)
     chosen = quick(table, np.arange(len(table.steps)) >= WARM)
     work = Work(np.zeros(len(table.steps)), np.full(len(table.steps), 0.8e6), spec.recompute_share)
     injected = np.mean([rank["recompute"] for rank in told], axis=0)[chosen]
-    gained = terms(table, peak, work)["recompute"][chosen]
+    gained = terms(table, work)["recompute"][chosen]
     return {"injected_s": float(np.median(injected)), "gained_s": float(np.median(gained))}
 
 
@@ -113,10 +111,10 @@ def padding(seed: int) -> dict[str, float]:
     )
     both = []
     for spec in (alone, padded):
-        table, _, peak = one(spec)
+        table, _ = one(spec)
         chosen = quick(table, np.arange(len(table.steps)) >= WARM)
         compute = (table.phases["forward"] + table.phases["backward"]).mean(axis=1)[chosen]
-        both.append((float(np.median(compute)), terms(table, peak), chosen))
+        both.append((float(np.median(compute)), terms(table), chosen))
     (short, _, _), (long, parts, chosen) = both
     return {"injected_s": long - short, "gained_s": float(np.median(parts["padding"][chosen]))}
 

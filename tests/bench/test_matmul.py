@@ -101,9 +101,9 @@ def stored(processes: int, flops_per_s: float) -> None:
     store_measurement(Measurement(key=key, flops_per_s=flops_per_s, shape=(1, 1, 1), seconds=1.0))
 
 
-def ceiling(ranks: Ranks, processes: int, store: bool = False) -> Measurement:
+def ceiling(ranks: Ranks, processes: int, store: bool = False, cores: int | None = None) -> Measurement:
     return matmul.ceiling_in_run(
-        "fp32", processes, barrier=ranks.barrier, total=ranks.total, device=CPU, store=store, seconds=0.03
+        "fp32", processes, barrier=ranks.barrier, total=ranks.total, device=CPU, store=store, seconds=0.03, cores=cores
     )
 
 
@@ -118,11 +118,16 @@ def test_a_run_measures_all_ranks_together_and_keeps_it() -> None:
     assert again.flops_per_s == pytest.approx(first.flops_per_s)
 
 
-def test_the_ceiling_is_the_best_shape_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cores", "together"), [(8, 12e9), (4, 12e9), (2, 6e9)])
+def test_the_ceiling_is_the_best_shape_summed_over_ranks(
+    monkeypatch: pytest.MonkeyPatch, cores: int, together: float
+) -> None:
+    """Four ranks of a thread each; on two cores they take turns."""
     rates = iter((1e9, 3e9, 2e9))
-    monkeypatch.setattr(matmul, "combined_rate", lambda _, bins: next(rates) if bins == 1 else 0.0)
-    found = ceiling(Ranks(world=4, know=0), processes=4)
-    assert found.flops_per_s == 12e9
+    monkeypatch.setattr(matmul, "fastest_rate", lambda _: next(rates))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    found = ceiling(Ranks(world=4, know=0), processes=4, cores=cores)
+    assert found.flops_per_s == together
     assert found.shape == (512, 512, 512)
 
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainsys.bench.together import Stamps, Work, _collect, _Failure, combined_rate, repeat, run_together
+from trainsys.bench.together import (
+    Stamps,
+    Work,
+    _collect,
+    _Failure,
+    combined_rate,
+    fastest_rate,
+    repeat,
+    run_together,
+)
 
 
 def _sleeper(variant: int, device: torch.device) -> Work:
@@ -49,6 +58,20 @@ def test_a_disturbed_stretch_is_left_out() -> None:
     assert combined_rate([Stamps(times, 1.0)]) == pytest.approx(10, rel=0.05)
     mean = 100 / times[-1]
     assert mean < 9
+
+
+def test_other_load_does_not_lower_the_fastest_rate() -> None:
+    """Nine calls in ten wait for another process, up to a second: a mean, or a median, is that process's."""
+    quick, slow = [0.001] * 20, [0.1 * (1 + i % 10) for i in range(180)]
+    times = [0.0]
+    for i in range(20):
+        for seconds in (*slow[9 * i : 9 * i + 9], quick[i]):
+            times.append(times[-1] + seconds)
+    busy = Stamps(times, 5.0)
+    assert fastest_rate(busy) == pytest.approx(5000)
+    assert combined_rate([busy]) < 20
+    # A single call that was too quick to be true is not the ceiling.
+    assert fastest_rate(Stamps([0.0, 1e-9, *(1e-9 + i / 10 for i in range(1, 100))], 1.0)) == pytest.approx(10)
 
 
 def test_repeat_stamps_every_call() -> None:

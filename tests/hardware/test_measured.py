@@ -27,7 +27,7 @@ def measured(flops_per_s: float = 8e10, **changes: Any) -> Measurement:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "measured.json"
+    path = tmp_path / "deep" / "ceilings.json"
     assert load_measurement(KEY, path) is None
     store_measurement(measured(), path)
     store_measurement(measured(9e9, dtype="fp32"), path)
@@ -41,7 +41,7 @@ def test_round_trip(tmp_path: Path) -> None:
     ids=lambda o: next(iter(o)),
 )
 def test_another_condition_is_another_ceiling(tmp_path: Path, other: dict[str, Any]) -> None:
-    path = tmp_path / "measured.json"
+    path = tmp_path / "ceilings.json"
     store_measurement(measured(), path)
     key = KEY.model_copy(update=other)
     assert load_measurement(key, path) is None
@@ -51,7 +51,7 @@ def test_another_condition_is_another_ceiling(tmp_path: Path, other: dict[str, A
 
 
 def test_a_slower_repeat_does_not_lower_a_ceiling(tmp_path: Path) -> None:
-    path = tmp_path / "measured.json"
+    path = tmp_path / "ceilings.json"
     for rate, kept in ((5e10, 5e10), (3e10, 5e10), (6e10, 6e10)):
         store_measurement(measured(rate), path)
         found = load_measurement(KEY, path)
@@ -61,7 +61,7 @@ def test_a_slower_repeat_does_not_lower_a_ceiling(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"%s": {"flops_per_s": -1}}', '{"%s": 3}'])
 def test_a_damaged_store_is_an_empty_one(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "measured.json"
+    path = tmp_path / "ceilings.json"
     path.write_text(content.replace("%s", KEY.text))
     assert load_measurement(KEY, path) is None
     store_measurement(measured(), path)
@@ -71,9 +71,9 @@ def test_a_damaged_store_is_an_empty_one(tmp_path: Path, content: str) -> None:
 def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("TRAINSYS_CACHE", raising=False)
-    assert cache_path() == tmp_path / "xdg" / "trainsys" / "measured.json"
+    assert cache_path() == tmp_path / "xdg" / "trainsys" / "ceilings.json"
     monkeypatch.setenv("TRAINSYS_CACHE", str(tmp_path / "own"))
-    assert cache_path() == tmp_path / "own" / "measured.json"
+    assert cache_path() == tmp_path / "own" / "ceilings.json"
 
 
 def test_the_key_of_this_machine() -> None:

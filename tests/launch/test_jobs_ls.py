@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainsys.launch.job import RECORD
 from trainsys.launch.jobs import ls
 
 
@@ -45,3 +46,16 @@ def test_an_attempt_that_has_done_nothing_yet_is_where_it_began(tmp_path: Path) 
     attempt(tmp_path, "a-20250101-000000-aaaa", "one", 200, {"steps": 0, "last_step": 0, "status": "failed"})
     (tmp_path / "a-20250101-000000-aaaa/metrics.jsonl").unlink()
     assert rows(tmp_path)[1][4:7] == ["failed", "1", "200/300"]
+
+
+def test_a_job_that_is_over_has_the_mfu_of_its_report(tmp_path: Path) -> None:
+    logs = tmp_path / "jobs/one/logs/task-0/attempt-1"
+    logs.mkdir(parents=True)
+    record = {"id": 7, "on": "kubernetes", "kind": "job", "namespace": "n", "name": "demo", "ranks": 2}
+    (tmp_path / "jobs/one" / RECORD).write_text(json.dumps({**record, "submitted_s": 1.0}))
+    line = "step 150/150  loss 2.39  3,153 tok/s  325 ms/step  mfu >100% (of measured here)  mem 1 GiB  eta 0:00"
+    log = logs / "train-00000.log"
+    log.write_text(f"step   1/150  mfu 23.0% (of x)\n{line}\n")
+    assert " 150/150  >100%  " in ls(tmp_path)
+    log.write_text(f"{line}\n  throughput  1,719 tokens/s\n  mfu         57.9%             of 57.4 GFLOP/s a rank\n")
+    assert " 150/150  57.9%  " in ls(tmp_path)

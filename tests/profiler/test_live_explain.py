@@ -99,6 +99,25 @@ def test_a_whole_run(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
+def test_waiting_for_now_one_rank_and_now_another_is_jitter(made: Path, tmp_path: Path) -> None:
+    by_rank = {rank: records(rank, slow=None) for rank in range(4)}
+    for rank, events in by_rank.items():
+        for event in events:
+            if isinstance(event, Step) and event.step % 4 == rank:
+                event.phases["forward"] += 0.03
+                event.phases["comm/fsdp"] -= 0.03
+    e = explain(write(tmp_path / "even", by_rank))
+    assert e.verdicts == []
+    assert e.waterfall is not None
+    assert {t.name: t.label for t in e.waterfall.terms}["straggler"] == "jitter (waiting)"
+    (advice,) = [a.what for a in e.advice if "jitter" in a.what]
+    assert "garbage collection" in advice
+    late = explain(made)
+    assert late.waterfall is not None
+    assert {t.name: t.label for t in late.waterfall.terms}["straggler"] == "waiting for stragglers"
+    assert any("the straggler: rank 2 on node1" in a.what for a in late.advice)
+
+
 def test_json_is_the_same_tree(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explain", str(made), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

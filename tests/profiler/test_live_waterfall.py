@@ -58,12 +58,15 @@ def test_terms_sum_to_step_and_stalls_whatever_the_phases(data: st.DataObject) -
     capture = data.draw(st.sampled_from([None, Capture(0, 0, 0.6, 0.2)]))
     table.captures = [capture] if capture else []
     peak = data.draw(st.sampled_from([None, 1e8, 1e12]))
-    parts = seconds_by_term(table, peak, work, capture)
+    parts = seconds_by_term(table, work, capture)
     total = sum(parts.values())
     np.testing.assert_allclose(total, table.time + table.stalls["eval"], atol=1e-9)
     assert all(values.min() >= -1e-9 for values in parts.values())
-    fall = waterfall(table, peak, work)
+    fall = waterfall(table, peak, work, data.draw(st.booleans()))
     assert fall is not None
+    assert all(t.seconds >= -1e-9 for t in fall.terms)
+    assert fall.mfu is None or 0.0 <= fall.mfu <= 1.0 + 1e-9
+    assert fall.mfu is None or fall.get("useful") == pytest.approx(fall.mfu * fall.step_s)
     # A term below a nanosecond is left out of the list: dust of the arithmetic, not time.
     assert sum(t.seconds for t in fall.terms) == pytest.approx(fall.wall_s, rel=1e-9, abs=1e-8)
 
@@ -160,7 +163,7 @@ def ledger(tmp_path: Path, spec: Standin, world: int = 4) -> tuple[dict[str, flo
         fall = waterfall(part, start.start.peak_flops, split_flops(part, None))
         assert fall is not None
         assert sum(t.seconds for t in fall.terms) == pytest.approx(fall.wall_s, rel=1e-6)
-        parts = seconds_by_term(part, start.start.peak_flops, split_flops(part, None))
+        parts = seconds_by_term(part, split_flops(part, None))
         medians.append({name: float(np.median(values.mean(axis=1))) for name, values in parts.items()})
     before, after = medians
     return {name: after[name] - before.get(name, 0.0) for name in after}, told, table

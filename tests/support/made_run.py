@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -28,19 +28,20 @@ class Run:
 
     def __init__(
         self, layout: Layout, micro: int = 4, seed: int = 0, packed: bool = False, device: bool = False,
-        slow: int | None = None,
+        slow: int | None = None, peak: float = 9.89e14, source: Literal["", "catalogue", "measured"] = "",
     ) -> None:  # fmt: skip
         """``packed``: rows of documents, whose attention varies; ``device``: a device's clock as well, a little behind;
-        ``slow``: a rank whose compute takes a third longer."""
+        ``slow``: a rank whose compute takes a third longer; ``peak``: FLOP/s of a rank, and its ``source``."""
         self.layout, self.micro, self.seed, self.packed, self.device = layout, micro, seed, packed, device
-        self.slow = slow
+        self.slow, self.peak, self.source = slow, peak, source
 
     def info(self, rank: int, first_step: int = 0, attempt: int = 0) -> RunStart:
         layout = self.layout
         axes = {a: getattr(layout, a) for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
         return RunStart(
             run_id="made", rank=rank, world=layout.world, t0_wall=1.79e9, t0_mono=10.0, name="made", layout=axes,
-            coords=dict(layout.coords(rank)), hostname=f"node{rank // 8}", peak_flops=9.89e14, first_step=first_step,
+            coords=dict(layout.coords(rank)), hostname=f"node{rank // 8}", peak_flops=self.peak, peak_label="of a test",
+            peak_source=self.source, first_step=first_step,
             attempt=attempt,
         )  # fmt: skip
 

@@ -10,11 +10,13 @@ from rich.console import Console
 
 from support.made_run import as_lines
 from trainsys.errors import UserError
+from trainsys.profiler.explain import explain
 from trainsys.telemetry.events import DeviceStep, Flops, RunStart
 from trainsys.telemetry.reader import event_file
 from trainsys.telemetry.recorder import Recorder
-from trainsys.telemetry.report import final_report, print_report, summarize, tokens_per_s, utilization
+from trainsys.telemetry.report import final_report, summarize, tokens_per_s
 from trainsys.telemetry.run_data import load_run
+from trainsys.telemetry.utilization import Utilization
 
 
 class Clock:
@@ -84,16 +86,20 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def use_of(run_dir: Path) -> Utilization:
+    return explain(run_dir).use
+
+
 def printed(run_dir: Path, terminal: bool = False, width: int = 100) -> str:
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=terminal, color_system=None, highlight=False)
-    print_report(run_dir, console)
+    final_report(load_run(run_dir), use_of(run_dir), console)
     return file.getvalue()
 
 
 def test_numbers_leave_the_warm_up_out(run_dir: Path) -> None:
     run = load_run(run_dir)
-    got = summarize(run)
+    got = summarize(run, use_of(run_dir))
     assert got["status"] == "done"
     assert got["warmup_steps"] == 5
     assert got["step_time_s"] == pytest.approx(0.115)  # mean of 100, 110, 120, 130 ms
@@ -104,8 +110,10 @@ def test_numbers_leave_the_warm_up_out(run_dir: Path) -> None:
     assert (got["loss_first"], got["loss_last"], got["loss_best"]) == (5.0, 3.1, 3.1)
     rates = [1000 / s for s in (0.100, 0.110, 0.120, 0.130)]
     assert tokens_per_s(run) == pytest.approx(2 * sum(rates) / 4)  # two data ranks
-    # FLOPs are of all ranks: 1e9 in 0.1 s of rank 0's time on four ranks of 25e9
-    assert utilization(run) == pytest.approx({"mfu": 0.1, "mfu_palm": 0.12, "hfu": 0.15})
+    # FLOPs are of all ranks: 1e9 in the mean step of 0.115 s, on four ranks of 25e9.
+    mfu = 1e9 / 0.115 / 1e11
+    assert use_of(run_dir).shares == pytest.approx({"mfu": mfu, "mfu_palm": 1.2 * mfu, "hfu": 1.5 * mfu})
+    assert {name: got[name] for name in ("mfu", "mfu_palm", "hfu")} == use_of(run_dir).shares
     assert got["conventions"]["mfu"] == "exact"
     assert got["stalls_s"] == {"setup": 1.0, "checkpoint": 0.5}
     assert got["wall_s"] == pytest.approx(1.0 + 5 * 0.3 + 15 * 0.1 + 0.5)
@@ -129,7 +137,7 @@ def test_plain_page(run_dir: Path) -> None:
         "done after 20 steps in 4.50 s",
         "5.0000 -> 3.1000",
         "17,5",  # tokens/s
-        "10.0%             of measured 100 GFLOP/s; exact",
+        "8.7%              of measured 100 GFLOP/s; exact",
         "6N + 12LHQT a token (PaLM)",
         "66.7% training, 22.2% setup, 11.1% checkpoint",
         "mean of 15 steps on 4 ranks, wall time; 5 warm-up steps left out",
@@ -137,11 +145,12 @@ def test_plain_page(run_dir: Path) -> None:
         "25.0 on every rank",
     ):
         assert said in page
-    table = re.findall(r"^  ([a-z][a-z ]+?) +([\d.]+) +([\d.]+)%", page, re.MULTILINE)
-    assert [row[0] for row in table] == ["data", "forward", "communication tp", "other", "step"]
+    table = re.findall(r"^  ([a-z][a-z *]+?) +([\d.]+) +([\d.]+)%", page, re.MULTILINE)
+    assert [row[0] for row in table] == ["data", "forward", "communication tp*", "other", "step"]
     assert sum(float(row[1]) for row in table[:-1]) == pytest.approx(float(table[-1][1]), abs=0.1)
     assert sum(round(10 * float(row[2])) for row in table[:-1]) == 1000
     assert "!" not in page
+    assert "* includes waiting for slower ranks" in page
 
 
 def test_terminal_page_fits_and_is_drawn(run_dir: Path) -> None:
@@ -185,17 +194,17 @@ def test_a_restart_is_one_run_of_two_attempts(tmp_path: Path) -> None:
     run = load_run(tmp_path)
     assert run.status == "done"
     assert (run.lead.attempts, run.lead.steps, run.lead.warmup) == (2, 40, 10)
-    assert summarize(run)["step_time_s"] == pytest.approx(0.1)
+    assert summarize(run, use_of(tmp_path))["step_time_s"] == pytest.approx(0.1)
     assert "2 attempts are in these files" in printed(tmp_path)
 
 
 def test_no_peak_is_said_and_no_step_too(tmp_path: Path) -> None:
     write_rank(tmp_path, 0, world=1, peak_flops=None, peak_label="")
-    assert utilization(load_run(tmp_path)) == {"mfu": None, "mfu_palm": None, "hfu": None}
+    assert use_of(tmp_path).shares == {"mfu": None, "mfu_palm": None, "hfu": None}
     assert "trainsys bench matmul measures one" in " ".join(printed(tmp_path).split())
     write_rank(tmp_path / "none", 0, world=1, steps=0, end="killed")
     assert "No step was finished" in printed(tmp_path / "none")
-    assert summarize(load_run(tmp_path / "none"))["mfu"] is None
+    assert summarize(load_run(tmp_path / "none"), use_of(tmp_path / "none"))["mfu"] is None
 
 
 def test_a_loss_that_broke(tmp_path: Path) -> None:
@@ -205,7 +214,7 @@ def test_a_loss_that_broke(tmp_path: Path) -> None:
     rec.finish("done")
     assert "4.0000 -> nan" in printed(tmp_path)
     assert "2 steps were not finite" in printed(tmp_path)
-    assert summarize(load_run(tmp_path))["loss_last"] is None
+    assert summarize(load_run(tmp_path), use_of(tmp_path))["loss_last"] is None
 
 
 def test_device_time_is_preferred_where_there_is_any(tmp_path: Path) -> None:
@@ -221,8 +230,8 @@ def test_device_time_is_preferred_where_there_is_any(tmp_path: Path) -> None:
 
 def test_no_run_here(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run here .* runs/latest"):
-        print_report(tmp_path / "nowhere")
+        load_run(tmp_path / "nowhere")
     (tmp_path / "events").mkdir()
     event_file(tmp_path, 0).write_bytes(b"rubbish\n")
     with pytest.raises(UserError, match="no usable record in 1 event file"):
-        final_report(load_run(tmp_path))
+        load_run(tmp_path)

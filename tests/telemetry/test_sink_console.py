@@ -55,6 +55,14 @@ def test_a_plain_line_needs_no_legend() -> None:
     assert screen.file.getvalue().isascii()
 
 
+def test_no_line_quotes_more_than_the_peak() -> None:
+    screen = Screen(terminal=False)
+    screen.step(0, perf__mfu=1.386)
+    screen.step(299, dt=10.0, perf__mfu=1.0)
+    assert "mfu >100% (of measured 92 GFLOP/s)" in screen.lines[2]
+    assert "mfu 100.0% (of" in screen.lines[3]
+
+
 def test_plain_lines_come_in_sensible_intervals() -> None:
     screen = Screen(terminal=False)
     for i in range(300):

@@ -48,7 +48,7 @@ for i in range(first, first + 4):
     times = {"time/forward_s": 0.5, "comm/tp_s": 0.1}
     sinks.step(i, {"train/loss": 4.0 - i, "perf/mfu": 0.1 * i, "memory/peak_gib": i, **times})
 print("STEPS", time.monotonic() - began, flush=True)
-sinks.finish({"loss_last": 1.0})
+sinks.finish({"loss_last": 1.0, "mfu": 0.0625, "hfu": 0.125})
 print("DONE", flush=True)
 """
 
@@ -88,6 +88,9 @@ def test_an_offline_run_holds_everything(tmp_path: Path) -> None:
         assert name in text
     for value in ("proj", "layouts", "tiny", "parallel", "demo"):
         assert value in text
+    summary = {k: v for r in read_back(tmp_path) if r["type"] == "summary" for k, v in r["summary"]["update"].items()}
+    # The run's own, not the mean of what was shown while it trained (0.15).
+    assert (summary["mfu"], summary["perf/mfu"], summary["perf/hfu"]) == (0.0625, {"mean": 0.0625}, 0.125)
 
 
 def test_attempts_are_one_run_of_their_lineage(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainsys.bench.together import Stamps, Work, combined_rate, refuse, repeat, run_together, threads_each
+from trainsys.bench.together import Work, fastest_rate, refuse, repeat, run_together, threads_each
 from trainsys.errors import UserError
 from trainsys.hardware.catalogue import DType
+from trainsys.hardware.machine import usable_cores
 from trainsys.hardware.measured import (
     Measurement,
     MeasurementKey,
@@ -25,9 +26,10 @@ _TORCH_DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-# (m, n, k). A CPU core is at its best once blocks fill its cache; a GPU only when waves fill its multiprocessors.
+# (m, n, k). A CPU core is at its best while both factors stay in its cache, and with little to sum over: small models
+# have such products, and beat a ceiling that is of large ones alone. A GPU needs waves that fill its multiprocessors.
 _SHAPES: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "cpu": ((256, 256, 256), (512, 512, 512), (256, 1024, 1024)),
+    "cpu": ((512, 384, 128), (512, 512, 512), (256, 1024, 1024)),
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192)),
 }
 
@@ -78,7 +80,8 @@ def measure_matmul(
         seconds=seconds,
         device=device,
     )
-    rates = [combined_rate(of_shape) for of_shape in stamps]
+    room = _room(processes, threads, usable_cores(), device)
+    rates = [room * sum(map(fastest_rate, of_shape)) for of_shape in stamps]
     best = max(range(len(rates)), key=rates.__getitem__)
     measurement = Measurement(
         key=_key(dtype, processes, threads, device),
@@ -99,6 +102,7 @@ def ceiling_in_run(
     device: torch.device,
     store: bool,
     seconds: float = 0.5,
+    cores: int | None = None,
 ) -> Measurement:
     """The ceiling of a running job: from the store if every rank finds it there, else measured by all at once.
 
@@ -110,8 +114,10 @@ def ceiling_in_run(
         total: the sum over ranks of a float.
         store: whether this rank writes the store (one rank, of a job on one host).
         seconds: of measuring in all, if it must be measured.
+        cores: of this host, for all its ranks; None: those that this process may use.
     """
     world = round(total(1.0))
+    room = _room(processes, torch.get_num_threads(), cores or usable_cores(), device.type)
     key = _key(dtype, processes, torch.get_num_threads(), device.type)
     known = load_measurement(key)
     # One host may have a stored ceiling and another none: then all measure, or they would wait for each other.
@@ -125,10 +131,7 @@ def ceiling_in_run(
         work = _make(dtype, variant, device)
         work.run()
         barrier()
-        own: Stamps = repeat(work, seconds / len(shapes), device)
-        # The mean: where ranks take turns on a core, the median of one rank's slices is not its share, and
-        # the slices of ranks on other hosts cannot be laid over each other.
-        rates.append(total(combined_rate([own], bins=1)))
+        rates.append(total(room * fastest_rate(repeat(work, seconds / len(shapes), device))))
     best = max(range(len(rates)), key=rates.__getitem__)
     measurement = Measurement(
         key=_of_world(key, world), flops_per_s=rates[best], shape=shapes[best], seconds=seconds / len(shapes)
@@ -136,6 +139,12 @@ def ceiling_in_run(
     if store and world == processes:
         store_measurement(measurement)
     return measurement
+
+
+def _room(processes: int, threads: int, cores: int, device: str) -> float:
+    """The share of its fastest rate that each process can have while all work: on fewer cores than threads they take
+    turns."""
+    return 1.0 if device == "cuda" else min(1.0, cores / (processes * threads))
 
 
 def _of_world(key: MeasurementKey, world: int) -> MeasurementKey:

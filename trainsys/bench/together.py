@@ -22,6 +22,7 @@ from trainsys.hardware.measured import usable_cores
 # Shortest stretch that is timed on a device, so that launching and waiting are small beside it.
 _DEVICE_STRETCH_S = 5e-3
 _MIN_CALLS = 4
+_FASTEST = 0.95
 _PATIENCE_S = 120.0
 
 
@@ -100,6 +101,15 @@ def _on_device(work: Work, seconds: float) -> Stamps:
     while len(times) <= _MIN_CALLS or times[-1] < times[0] + seconds:
         times.append(times[0] + start.elapsed_time(stretch(calls)) / 1e3)
     return Stamps(times, work.amount * calls)
+
+
+def fastest_rate(stamps: Stamps) -> float:
+    """Amount a second that one process reaches in the fastest twentieth of its stretches.
+
+    What else runs on the machine only ever makes a stretch longer: a mean or median over wall time is that load's as much
+    as the hardware's. Stretches have to be short beside the scheduler's time slices (milliseconds) for some to be whole.
+    """
+    return float(np.quantile(stamps.amount / np.diff(stamps.times_s), _FASTEST))
 
 
 def combined_rate(stamps: Sequence[Stamps], bins: int = 10) -> float:

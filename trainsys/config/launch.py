@@ -128,7 +128,7 @@ class LaunchConfig(Strict):
         default=0.0,
         ge=0.0,
         lt=1.0,
-        description="a node that costs everyone this share of a step is left: the run saves, and is requeued "
+        description="a node that slows all ranks by this share of a step is left: the run saves, and is requeued "
         "without it; 0: never",
     )
     kubernetes: KubernetesConfig = KubernetesConfig()

@@ -75,10 +75,10 @@ def cpu_model() -> str:
 
 
 def cache_path() -> Path:
-    """``measured.json`` in ``$TRAINSYS_CACHE``, else in the user's cache folder."""
+    """``ceilings.json`` in ``$TRAINSYS_CACHE``, else in the user's cache folder."""
     own = os.environ.get("TRAINSYS_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(own) if own else Path(base) / "trainsys") / "measured.json"
+    return (Path(own) if own else Path(base) / "trainsys") / "ceilings.json"
 
 
 def _read(path: Path) -> dict[str, object]:

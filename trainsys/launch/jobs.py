@@ -17,7 +17,9 @@ from trainsys.launch.tail import Tail
 from trainsys.telemetry.attempts import facts_of, lineage_of
 
 _STEP = re.compile(r"step\s+(\d+/\d+)\s")
-_MFU = re.compile(r"\bmfu (\d+(?:\.\d+)?%)")
+_MFU = re.compile(r"\bmfu (>?\d+(?:\.\d+)?%)")
+_FINAL_MFU = re.compile(r"  mfu +(\d+(?:\.\d+)?%|n/a) ")
+"""The report's line, which follows the last step's and is what the run quotes everywhere."""
 
 
 def ls(folder: str | Path) -> str:
@@ -131,18 +133,18 @@ def _elsewhere(job: dict[str, Any], what: str) -> str:
 
 
 def _progress(folder: Path) -> tuple[str, str]:
-    """The last step and MFU that rank 0 has logged in the newest attempt."""
+    """The last step that rank 0 has logged in the newest attempt, and the MFU: the report's, where there is one."""
     files = sorted(folder.glob("logs/task-*/attempt-*/train-00000.log"), key=lambda p: p.stat().st_mtime)
     for path in reversed(files):
-        lines = [
-            line
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if _STEP.match(line)
-        ]
-        if lines:
-            mfu = _MFU.search(lines[-1])
-            step = _STEP.match(lines[-1])
-            return step.group(1) if step else "-", mfu.group(1) if mfu else "-"
+        found, step = "-", None
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if at := _STEP.match(line):
+                step, mfu = at.group(1), _MFU.search(line)
+                found = mfu.group(1) if mfu else "-"
+            elif final := _FINAL_MFU.match(line):
+                found = final.group(1)
+        if step is not None:
+            return step, found
     return "-", "-"
 
 

@@ -22,7 +22,7 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest device; the parts sum to ``total``."""
+    """Bytes on the device with the highest memory use; the parts sum to ``total``."""
 
     total: Array
     parameters: Array

@@ -38,7 +38,7 @@ def render(data: dict[str, Any], console: Console) -> None:
         (
             "failures",
             f"one in {g['mtbf_s'] / 3600:,.1f} h; checkpoint every {g['checkpoint_every_s'] / 60:.0f} min; "
-            f"{100 * g['share']:.1f}% of time is progress: effective MFU {100 * g['effective_mfu']:.1f}%",
+            f"{100 * g['share']:.1f}% goodput: effective MFU {100 * g['effective_mfu']:.1f}%",
         ),
         ("time against memory", front),
         ("confidence", data["confidence"]),

@@ -1,4 +1,4 @@
-"""Who or what costs everyone time: rank, node, switch, link, garbage collection, the data's shape, a pipeline stage.
+"""Who or what holds all ranks up: rank, node, switch, link, garbage collection, the data's shape, a pipeline stage.
 
 What is compared is work between collectives (``waits.work_between``), among ranks that do the same work. The
 statistics, and what keeps false alarms rare, are ``profiler.straggler``'s; this file asks it the questions and
@@ -96,7 +96,7 @@ def _rank(table: StepTable, work: Floats, s: Straggler, step_s: float) -> Verdic
                      if n in (*COMPUTE, *DATA))  # fmt: skip
     return Verdict(
         "rank", f"rank {rank}{where} {words}: {100 * s.slowdown:.0f}% more work time than its peers",
-        f"{1e3 * gap:.2f} ms a step above their median, slow in {100 * s.share:.0f}% of the steps, "
+        f"{1e3 * gap:.2f} ms per step above their median, slow in {100 * s.share:.0f}% of the steps, "
         f"z = {min(s.z, 999):.1f}; {told}",
         f"look at {PHASE_ADVICE.get(phase, PHASE_ADVICE['compute'])}",
         cost, cost / step_s, (rank,), phase, int(table.steps[s.since]),

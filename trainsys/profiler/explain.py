@@ -16,6 +16,7 @@ from trainsys.profiler.flops_split import load_config, split_flops
 from trainsys.profiler.goodput import Goodput, goodput_of
 from trainsys.profiler.loss_curve import LossCurve, loss_curve
 from trainsys.profiler.memory import MemoryReport, MemoryUse, memory_report
+from trainsys.profiler.peak import at_peak
 from trainsys.profiler.pipeline import PipelineStep, pipeline_step
 from trainsys.profiler.run_steps import Ints, RunSteps, read_run
 from trainsys.profiler.run_timeline import run_timelines
@@ -24,10 +25,11 @@ from trainsys.profiler.straggler import peer_log_ratio
 from trainsys.profiler.timeline import Timeline
 from trainsys.profiler.verdict import Verdict
 from trainsys.profiler.waits import LateForGood, work_between
-from trainsys.profiler.waterfall import Ledger, Waterfall, label
+from trainsys.profiler.waterfall import JITTER, Ledger, Waterfall, label
 from trainsys.profiler.what_if_run import Saved, WhatIf, what_if
 from trainsys.rank_lists import rank_numbers, ranks_named
 from trainsys.telemetry.run_data import RunData
+from trainsys.telemetry.utilization import Utilization, utilization
 
 SCHEMA = "trainsys.explain/1"
 BINS = 160
@@ -65,6 +67,7 @@ class Explanation:
     status: str
     reason: str
     facts: dict[str, Any]
+    use: Utilization
     waterfall: Waterfall | None
     over_time: OverTime | None
     verdicts: list[Verdict]
@@ -102,10 +105,14 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
     for rows, table in steps.windows():
         seen.add(rows, table)
     steps.of_run = replace(steps.of_run, late=seen.late.ranks())
-    ledger, over_time = Ledger(start.peak_flops), _OverTime(steps)
+    ledger, over_time = Ledger(start.peak_flops, start.peak_source == "measured"), _OverTime(steps)
     for rows, table in steps.windows():
         over_time.add(rows, table, ledger.add(table, split_flops(table, cfg)))
     fall = ledger.waterfall()
+    verdicts = seen.blame.verdicts()
+    if fall is not None and all(v.kind == "gc" for v in verdicts):
+        fall = replace(fall, terms=[replace(t, label=JITTER) if t.name == "straggler" else t for t in fall.terms])
+    use = utilization(run, fall.mfu if fall else None, fall.peak_flops if fall else None)
     memory = memory_report(seen.memory(), start, cfg, run.reason)
     good = goodput_of(run.run_dir, run.lead.rank)
     fit: list[str] = []
@@ -119,13 +126,13 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
         reason=run.reason,
         facts={
             "model": start.model, "world": start.world, "layout": {k: v for k, v in start.layout.items() if v > 1},
-            "dtype": start.dtype, "hardware": start.hardware or "", "peak_flops": start.peak_flops,
-            "peak_label": start.peak_label, "mfu_counts": start.conventions.get("mfu", ""),
+            "dtype": start.dtype, "hardware": start.hardware or "", "peak_flops": use.peak_flops,
+            "peak_label": use.peak_label, "mfu_counts": start.conventions.get("mfu", ""),
             "steps": run.lead.steps, "global_batch": start.global_batch, "seq_len": start.seq_len,
             "parameters": start.parameters, "hosts": len(set(steps.hosts.values()) - {""}),
         },
-        waterfall=fall, over_time=over_time.result(), verdicts=seen.blame.verdicts(),
-        advice=advise(fall, cfg, memory) if fall is not None else [], goodput=good, goodput_share=good.share,
+        use=use, waterfall=fall, over_time=over_time.result(ledger.peak()), verdicts=verdicts,
+        advice=advise(fall, cfg, memory, verdicts) if fall is not None else [], goodput=good, goodput_share=good.share,
         memory=memory, fit=fit, heat=seen.heat.result(), pipeline=pipe,
         what_if=[] if fall is None else what_if(fall, pipe, seen.saved.most(steps.ranks)),
         phases={name: values[0].tolist() for name, values in sorted(usual.phases.items()) if usual.work.any()},
@@ -207,6 +214,8 @@ class _OverTime:
     def __init__(self, steps: RunSteps) -> None:
         self._whole, self._bins = steps.whole, _Bins(steps)
         self._sums: dict[str, Floats] = {}
+        self._flops = np.zeros(self._bins.sizes.size)
+        """Of one rank, over a bin's steps."""
 
     def add(self, rows: Ints, table: StepTable, parts: dict[str, Floats]) -> None:
         whole = self._whole[rows]
@@ -214,11 +223,13 @@ class _OverTime:
         for name, values in parts.items():
             sums = self._sums.setdefault(name, np.zeros(self._bins.sizes.size))
             np.add.at(sums, at, values[whole].mean(axis=1))
+        np.add.at(self._flops, at, table.flops_model[whole] / table.layout.world)
 
-    def result(self) -> OverTime | None:
+    def result(self, peak: float | None) -> OverTime | None:
         if not self._bins.sizes.size:
             return None
-        terms = {name: np.round(sums / self._bins.sizes, 7).tolist() for name, sums in self._sums.items()}
+        sums = self._sums if peak is None else at_peak(self._sums, self._flops / peak)
+        terms = {name: np.round(values / self._bins.sizes, 7).tolist() for name, values in sums.items()}
         return OverTime(
             self._bins.steps, {name: values for name, values in terms.items() if any(values)},
             {name: label(name) for name in terms},

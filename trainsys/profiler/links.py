@@ -72,7 +72,7 @@ def _beside_others(
         lasting = floor and slow.size >= min(MIN_BEFORE, len(own)) and float(slow.mean()) >= MIN_STEPS_SLOW
         if lasting and cost >= LEAST_SHARE * step_s:
             evidence = (
-                f"its communication takes {1e3 * np.median(own[:, s.index]):.2f} ms a step when nobody is late, "
+                f"its communication takes {1e3 * np.median(own[:, s.index]):.2f} ms per step when nobody is late, "
                 f"{1e3 * np.median(own[:, rest]):.2f} ms in the other groups of {axis}; z = {min(s.z, 999):.1f}"
             )
             return _verdict(table, axis, members[s.index], s.slowdown + 1, evidence, cost, step_s, s.since)
@@ -125,7 +125,7 @@ def _changed(
     table: StepTable, axis: str, columns: npt.NDArray[np.int64], low: float, high: float, step_s: float, split: int
 ) -> Verdict:
     evidence = (
-        f"its communication takes {1e3 * high:.2f} ms a step when nobody is late, "
+        f"its communication takes {1e3 * high:.2f} ms per step when nobody is late, "
         f"{1e3 * low:.2f} ms before step {int(table.steps[split])}; the bytes are the same"
     )
     return _verdict(table, axis, columns, high / max(low, 1e-5), evidence, high - low, step_s, split)

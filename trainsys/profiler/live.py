@@ -29,7 +29,7 @@ class LiveWatch:
     """``add`` returns at once. ``found`` is called for each new verdict, ``show`` with ``waterfall/*`` in ms.
 
     Arguments:
-        peak_flops: FLOP/s of one rank, or None.
+        peak_flops: FLOP/s of one rank, or None; ``measured``: it is no catalogue's.
         recompute_share: of forward FLOPs, that backward repeats.
         found, show: called from the watch's thread; ``show`` takes (step, metrics).
     """
@@ -41,8 +41,10 @@ class LiveWatch:
         found: Callable[[Verdict], None],
         show: Callable[[int, dict[str, float]], None],
         recompute_share: float = 0.0,
+        measured: bool = False,
     ) -> None:
         self._layout, self._peak, self._share = layout, peak_flops, recompute_share
+        self._measured = measured
         self._found, self._show = found, show
         self._windows: deque[tuple[Floats, Flops | None]] = deque(maxlen=KEEP)
         self._known: set[tuple[object, ...]] = set()
@@ -85,7 +87,7 @@ class LiveWatch:
         padding = np.maximum(0.0, hardware - self._share * hardware / (3 + self._share) - model)
         newest = table.select(np.arange(max(0, len(table.steps) - EVERY), len(table.steps)))
         work = Work(padding[-len(newest.steps) :], np.zeros(len(newest.steps)), self._share)
-        fall = waterfall(newest, self._peak, work)
+        fall = waterfall(newest, self._peak, work, self._measured)
         if fall is not None:
             self._show(last, {f"waterfall/{t.name.replace('/', '_')}_ms": 1e3 * t.seconds for t in fall.terms})
         if len(recent) < EVERY or len(table.ranks) < 2 or not table.work.all():

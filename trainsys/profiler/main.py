@@ -22,7 +22,7 @@ def run_cli(run_dir: str | Path, html: str | None = None, json: bool = False) ->
     if json:
         print(to_json(explanation).decode())
     else:
-        final_report(run)
+        final_report(run, explanation.use)
         print_explanation(explanation)
     if html is None:
         return

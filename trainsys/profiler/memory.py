@@ -36,7 +36,7 @@ _ANY_DEVICE = "H100-SXM-80"
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """Bytes on the fullest rank. ``measured`` None: no counter tells this part alone."""
+    """Bytes on the rank with the highest memory use. ``measured`` None: no counter tells this part alone."""
 
     name: str
     predicted: float | None
@@ -64,12 +64,13 @@ class MemoryReport:
     by_stage: dict[int, float]
     """Highest peak of each pipeline stage."""
     over_time: list[tuple[int, float, float]]
-    """(step, resident bytes, peak bytes) of the fullest rank, thinned."""
+    """(step, resident bytes, peak bytes) of the rank with the highest memory use, thinned."""
     notes: list[str] = field(default_factory=list)
 
 
 def predict(cfg: RunConfig, start: RunStart) -> dict[str, float] | None:
-    """Bytes by part on the fullest rank (``planner.memory``); None where the planner does not know such a run."""
+    """Bytes by part on the rank with the highest use (``planner.memory``); None where the planner does not know such a
+    run."""
     # As the run resolved it, which may have been on other devices than the config asks for.
     axes = {axis: start.layout[axis] for axis in AXES if axis in start.layout}
     here = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=axes)})
@@ -92,7 +93,7 @@ def _constants(start: RunStart) -> MemoryConstants:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a run told of its memory: each rank's highest peak, and all of the fullest one; bytes."""
+    """What a run told of its memory: each rank's highest peak, and all of the one with the highest; bytes."""
 
     ranks: Sequence[int]
     stages: npt.NDArray[np.int64]
@@ -189,7 +190,7 @@ def would_have_fitted(reason: str) -> str:
 
 
 def _leak(held: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
-    """Bytes a step: the slope between the thirds of the run, if the last third is above all of the first."""
+    """Bytes per step: the slope between the thirds of the run, if the last third is above all of the first."""
     x = held[len(held) // 5 :]  # caches and workspaces fill at first
     third = len(x) // 3
     if third < 10:

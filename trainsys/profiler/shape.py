@@ -91,7 +91,7 @@ def stage_imbalance(table: StepTable, work: Floats, alpha: float, step_s: float)
             advice = "all of its ranks are alike: look at what they share (node, switch), then at its layers"
         mine, others = (1e3 * float(np.median(x)) for x in (by_stage[:, s.index], rest))
         out.append(Verdict(
-            "stage", title, f"{mine:.1f} ms of work a step, the others {others:.1f} ms; z = {min(s.z, 999):.1f}",
+            "stage", title, f"{mine:.1f} ms of work per step, the others {others:.1f} ms; z = {min(s.z, 999):.1f}",
             advice, cost, cost / step_s, () if by_design else ranks, f"stage {s.index}", int(table.steps[s.since]),
         ))  # fmt: skip
     return out

@@ -66,9 +66,14 @@ class _Page:
         if small:
             cells = [f"{1e3 * rest:,.2f}", shares[-1]] + [""] * known
             rows.append(Row(f"{len(small)} others", cells, rest / longest))
-        total = [f"{1e3 * fall.wall_s:,.2f}", "100.0%"] + ([f"mfu {100 * fall.mfu:.1f}%"] if fall.mfu is not None else [])
-        rows.append(Row("step and stalls", total, None, bold=True))
-        self._bars(["", "ms", "% of step"] + ["mfu without it"] * known, rows, 3 if known else 2)
+        for name, seconds in (("step", fall.step_s), ("step and stalls", fall.wall_s)):
+            cells = [f"{1e3 * seconds:,.2f}", f"{100 * seconds / (fall.wall_s or 1.0):.1f}%"]
+            if fall.mfu is not None:
+                # Stalls between steps cost goodput, not MFU.
+                cells.append(f"mfu {100 * fall.mfu:.1f}%" if name == "step" else "")
+            if name == "step" or fall.wall_s > fall.step_s:
+                rows.append(Row(name, cells, None, bold=True))
+        self._bars(["", "ms", "% of wall"] + ["mfu without it"] * known, rows, 3 if known else 2)
         if small:
             self.line("others: " + ", ".join(t.label for t in small), "dim", hang=4)
         if any(t.estimated for t in fall.terms):

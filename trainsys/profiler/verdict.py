@@ -14,7 +14,7 @@ LEAST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Verdict:
-    """What it is, what shows it, what to do; who, in which phase, since when, and what it costs everyone."""
+    """What it is, what shows it, what to do; who, in which phase, since when, and what all ranks lose by it."""
 
     kind: str
     """rank, node, link, gc, sequence, stage."""
@@ -22,7 +22,7 @@ class Verdict:
     evidence: str
     advice: str
     cost_s: float
-    """Seconds a step that everyone would save without it."""
+    """Seconds per step that all ranks would save without it."""
     share: float
     """Of the step time."""
     ranks: tuple[int, ...]

@@ -16,7 +16,7 @@
 Every rank's seconds are moved between terms and never made or lost, so each rank's terms sum to its own step
 time, and the mean over ranks to the mean step time.
 
-Without a profiler capture, phase timers cannot tell products from other kernels: then all of forward and
+Without a profiler capture, phase timers cannot tell matmuls from other kernels: then all of forward and
 backward above the useful time stands under ``compute_below_peak``, which says so.
 """
 
@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trainsys.profiler.peak import Reached, at_peak, compute_of, make_room
 from trainsys.profiler.steps import Capture, Floats, StepTable, axes_of
 from trainsys.profiler.waits import garbage_share, late_excess, waiting, work_phases
 from trainsys.telemetry.events import COMM
@@ -47,6 +48,8 @@ LABELS = {
     "gc": "garbage collection",
     "unattributed": "not attributed",
 }
+JITTER = "jitter (waiting)"
+"""The label of ``straggler`` where nobody was found to be one."""
 _COMPUTE = ("forward", "backward", "recompute")
 _DATA = ("data", "h2d")
 _PAUSES = ("checkpoint", "eval", "compile", "report", "data_retry")
@@ -65,15 +68,15 @@ def label(term: str) -> str:
 
 @dataclass(frozen=True)
 class Term:
-    """One line of the ledger; seconds a step, mean over ranks and steps."""
+    """One line of the ledger; seconds per step, mean over ranks and steps."""
 
     name: str
     label: str
     seconds: float
     share: float
-    """Of a step's wall time; with a known peak also the MFU points that it takes, as 0..1."""
+    """Of the wall time per step, 0..1."""
     mfu_without: float | None
-    """MFU had this term been nothing."""
+    """MFU had this term been nothing; None for what is outside steps, which MFU does not count."""
     estimated: bool
     """Split by a formula or by a capture of another step, not timed in each step."""
     slowest_rank: int
@@ -89,8 +92,12 @@ class Waterfall:
     step_s: float
     steps: int
     mfu: float | None
-    """Of the wall time, stalls included; the step's own is ``mfu_step``."""
-    mfu_step: float | None
+    """``useful`` / ``step_s``, 0..1: stalls between steps are goodput's. The run's one MFU: whoever quotes it takes it
+    from here."""
+    peak_flops: float | None
+    """FLOP/s of one rank that ``mfu`` is a share of."""
+    peak_before: float | None
+    """What was taken for the peak at the run's start; lower where its steps exceeded it."""
     clock: str
     notes: list[str] = field(default_factory=list)
 
@@ -109,10 +116,9 @@ class Work:
     """Forward FLOPs that backward repeats, as a share of forward's."""
 
 
-def seconds_by_term(
-    table: StepTable, peak_flops: float | None, work: Work, capture: Capture | None = None
-) -> dict[str, Floats]:
-    """term -> seconds [T, R]. At each step and rank they sum to step time plus stalls."""
+def seconds_by_term(table: StepTable, work: Work, capture: Capture | None = None) -> dict[str, Floats]:
+    """term -> seconds [T, R]. At each step and rank they sum to step time plus stalls. Which part of ``compute`` is
+    useful work depends on a peak: ``at_peak`` tells."""
     left = {name: values.copy() for name, values in table.phases.items()}
     zero = np.zeros(table.time.shape)
     out: dict[str, Floats] = {}
@@ -143,15 +149,20 @@ def seconds_by_term(
     for name in _PAUSES:
         if name in left:
             add(STALL + name, left.pop(name))
-    for name, values in _split_compute(left, table, peak_flops, work, capture).items():
+    for name, values in _split_compute(left, table, work, capture).items():
         add(name, values)
     for name in _COMPUTE:
         left.pop(name, None)
     for values in left.values():
         add("unattributed", values)
     for kind, values in table.stalls.items():
-        add(STALL + kind if kind != "all" else STALL + "pauses", values)
+        add(_stall(kind), values)
     return out
+
+
+def _stall(kind: str) -> str:
+    """The term of a kind of stall."""
+    return STALL + (kind if kind != "all" else "pauses")
 
 
 def _excess_by_phase(table: StepTable, names: Iterable[str]) -> dict[str, Floats]:
@@ -171,7 +182,7 @@ def _excess_by_phase(table: StepTable, names: Iterable[str]) -> dict[str, Floats
 
 
 def _split_compute(
-    left: dict[str, Floats], table: StepTable, peak: float | None, work: Work, capture: Capture | None
+    left: dict[str, Floats], table: StepTable, work: Work, capture: Capture | None
 ) -> dict[str, Floats]:
     zero = np.zeros(table.time.shape)
     forward, backward = left.get("forward", zero), left.get("backward", zero)
@@ -181,36 +192,19 @@ def _split_compute(
     elif work.recompute_share > 0:
         out["recompute"] = np.minimum(forward * work.recompute_share, backward)
         backward = backward - out["recompute"]
-    useful = forward + backward
-    known = table.flops_model[:, None] > 0
+    compute = forward + backward
     padded = work.padding_flops[:, None]
     if np.any(padded > 0):
+        known = table.flops_model[:, None] > 0
         share = np.divide(padded, table.flops_model[:, None] + padded, out=np.zeros_like(padded), where=known)
-        out["padding"] = useful * share
-        useful = useful - out["padding"]
-    if capture is not None:
-        out["launch"] = useful * capture.idle
-        useful = useful - out["launch"]
-    all_known = known.all() if table.of_run is None else table.of_run.flops_known
-    if not peak or not all_known:
-        if capture is None:
-            return {**out, "compute": useful}
-        busy = max(1e-9, 1.0 - capture.idle)
-        matmul = useful * min(1.0, capture.matmul / busy)
-        return {**out, "compute": matmul, "other_compute": useful - matmul}
-    world = table.layout.world
-    at_peak = table.flops_model[:, None] / (peak * world)
-    # The mean over ranks is what counts: a stage with fewer layers has less useful work than its share says.
-    scale = np.minimum(1.0, np.divide(useful.mean(axis=1, keepdims=True), at_peak, out=np.ones_like(at_peak),
-                                      where=at_peak > 0))  # fmt: skip
-    mean = useful.mean(axis=1, keepdims=True)
-    ideal = at_peak * scale * np.divide(useful, mean, out=np.ones_like(useful), where=mean > 0)
-    out["useful"] = ideal
+        out["padding"] = compute * share
+        compute = compute - out["padding"]
     if capture is None:
-        return {**out, "compute_below_peak": useful - ideal}
-    busy = max(1e-9, 1.0 - capture.idle)
-    products = np.maximum(ideal, useful * min(1.0, capture.matmul / busy))
-    return {**out, "matmul_below_peak": products - ideal, "other_compute": useful - products}
+        return {**out, "compute": compute}
+    out["launch"] = compute * capture.idle
+    compute = compute - out["launch"]
+    matmul = compute * min(1.0, capture.matmul / max(1e-9, 1.0 - capture.idle))
+    return {**out, "compute": matmul, "other_compute": compute - matmul}
 
 
 def mean_capture(captures: Iterable[Capture]) -> Capture | None:
@@ -229,19 +223,23 @@ def mean_capture(captures: Iterable[Capture]) -> Capture | None:
 class Ledger:
     """The waterfall of any number of windows: sums over their steps of ``table.work``.
 
-    ``peak_flops``: FLOP/s of one rank at the run's dtype; None: unknown, then the ledger has no MFU.
+    ``peak_flops``: FLOP/s of one rank at the run's dtype; None: unknown, then the ledger has no MFU. ``measured``: it is
+    no catalogue's. A peak that the steps exceed is raised to what they reached (``profiler.peak``).
     """
 
-    def __init__(self, peak_flops: float | None) -> None:
-        self._peak = peak_flops
+    def __init__(self, peak_flops: float | None, measured: bool = False) -> None:
+        self._peak, self._reached = peak_flops, Reached(measured)
         self._table: StepTable | None = None
         self._steps = 0
         self._sums: dict[str, Floats] = {}
-        self._step_s = self._stalls_s = 0.0
+        self._between: dict[str, float] = {}
+        """Seconds of each term outside steps, over all ranks."""
+        self._flops_known = True
+        self._flops = self._step_s = 0.0
 
     def add(self, table: StepTable, work: Work) -> dict[str, Floats]:
         """Returns the window's ``seconds_by_term``."""
-        parts = seconds_by_term(table, self._peak, work, mean_capture(table.captures))
+        parts = seconds_by_term(table, work, mean_capture(table.captures))
         rows = np.flatnonzero(table.work)
         if rows.size:
             self._table = table
@@ -249,8 +247,18 @@ class Ledger:
             for name, values in parts.items():
                 self._sums[name] = self._sums.get(name, 0.0) + values[rows].sum(axis=0)
             self._step_s += float(table.time[rows].sum())
-            self._stalls_s += sum(float(values[rows].sum()) for values in table.stalls.values())
+            for kind, values in table.stalls.items():
+                name = _stall(kind)
+                self._between[name] = self._between.get(name, 0.0) + float(values[rows].sum())
+            known = bool((table.flops_model > 0).all()) if table.of_run is None else table.of_run.flops_known
+            self._flops_known &= known
+            self._flops += float(table.flops_model[rows].sum()) / table.layout.world
+            self._reached.add(table, rows, compute_of(parts))
         return parts
+
+    def peak(self) -> float | None:
+        """FLOP/s of one rank that MFU is a share of; None where it cannot be told."""
+        return self._reached.settle(self._peak) if self._peak and self._flops_known and self._steps else None
 
     def waterfall(self) -> Waterfall | None:
         """The mean step; None where there is no such step."""
@@ -261,8 +269,19 @@ class Ledger:
         parts = {name: total / self._steps for name, total in self._sums.items()}  # [R]
         cells = self._steps * len(table.ranks)
         step_s = self._step_s / cells
-        wall_s = step_s + self._stalls_s / cells
-        useful = float(parts["useful"].mean()) if "useful" in parts else None
+        between = {name: seconds / cells for name, seconds in self._between.items()}
+        wall_s = step_s + sum(between.values())
+        peak, useful, notes = self.peak(), None, _notes(table, self._peak, capture, parts)
+        if peak is not None:
+            useful = self._flops / self._steps / peak
+            moved = make_room(parts, between, useful)
+            if moved > 1e-3 * step_s:
+                notes.append(
+                    f"{1e3 * moved:,.2f} ms of useful work ran while phases other than forward and backward were timed, "
+                    "and are taken from all of them alike"
+                )
+            compute = compute_of(parts)
+            parts = at_peak(parts, useful * compute / max(float(np.mean(compute)), 1e-12))
         terms = []
         for name in sorted(parts, key=_place):
             by_rank = parts[name]
@@ -270,24 +289,23 @@ class Ledger:
             if abs(seconds) < 1e-9 and name not in ("useful", "unattributed"):
                 continue
             slowest = int(by_rank.argmax())
+            inside = seconds - between.get(name, 0.0)
             without = None
-            if useful is not None and name != "useful" and wall_s > seconds:
-                without = useful / (wall_s - seconds)
+            if useful is not None and name != "useful" and inside > 1e-9 and step_s > inside:
+                without = useful / (step_s - inside)
             terms.append(
                 Term(name, label(name), seconds, seconds / wall_s if wall_s else 0.0, without,
                      _is_estimate(name, table, capture), table.ranks[slowest], float(by_rank[slowest]))
             )  # fmt: skip
         return Waterfall(
-            terms, wall_s, step_s, self._steps,
-            None if useful is None or not wall_s else useful / wall_s,
-            None if useful is None or not step_s else useful / step_s,
-            "device" if table.on_device else "host", _notes(table, self._peak, capture, parts),
+            terms, wall_s, step_s, self._steps, None if useful is None or not step_s else useful / step_s, peak,
+            self._peak, "device" if table.on_device else "host", notes,
         )  # fmt: skip
 
 
-def waterfall(table: StepTable, peak_flops: float | None, work: Work) -> Waterfall | None:
+def waterfall(table: StepTable, peak_flops: float | None, work: Work, measured: bool = False) -> Waterfall | None:
     """That of one table."""
-    ledger = Ledger(peak_flops)
+    ledger = Ledger(peak_flops, measured)
     ledger.add(table, work)
     return ledger.waterfall()
 
@@ -324,9 +342,6 @@ def _notes(
         notes.append(
             f"matmuls, other compute and launch gaps are split as in the profiler capture of step {capture.step}"
         )
-    below = parts.get("compute_below_peak", parts.get("matmul_below_peak"))
-    if below is not None and below.mean() < 1e-9:
-        notes.append("the steps are as fast as the peak allows or faster: the peak was measured too low")
     if "recompute" in parts and "recompute" not in table.phases:
         notes.append("recomputation is forward's time x the share of forward FLOPs that the policy repeats")
     if any(axis not in ("pp", "unknown") and not table.groups(axis) for axis in axes_of(table)):

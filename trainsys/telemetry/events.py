@@ -83,6 +83,7 @@ class RunStart(Event):
     """FLOP/s of *one rank*, dense, at ``dtype``; None: unknown, and then there is no MFU."""
     peak_label: str = ""
     """Where ``peak_flops`` comes from, in words, e.g. ``measured 92 GFLOP/s``."""
+    peak_source: Literal["", "catalogue", "measured"] = ""
     conventions: dict[str, str] = {}
     """What each FLOPs count includes, by field name (mfu, mfu_palm, hfu)."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,8 @@ from trainsys.rank_lists import rank_numbers
 from trainsys.telemetry import text as say
 from trainsys.telemetry.events import COMM, PHASES
 from trainsys.telemetry.paper import Paper, Row
-from trainsys.telemetry.run_data import RankData, RunData, Sums, load_run
+from trainsys.telemetry.run_data import RankData, RunData, Sums
+from trainsys.telemetry.utilization import Utilization
 
 WIDTH = 100
 STATUS = {"done": "green", "stopped": "yellow", "failed": "bold red", "killed": "bold red"}
@@ -31,21 +31,16 @@ CONVENTIONS = {
 }
 
 
-def print_report(run_dir: str | Path, console: Console | None = None) -> None:
-    """Prints what ``run_dir``'s files tell. Raises ``UserError`` where they are none."""
-    final_report(load_run(run_dir), console)
-
-
-def final_report(run: RunData, console: Console | None = None) -> None:
-    """The same for a run that is loaded already. Plain ASCII where the output is no UTF-8 terminal."""
+def final_report(run: RunData, use: Utilization, console: Console | None = None) -> None:
+    """Prints what a run's files tell. Plain ASCII where the output is no UTF-8 terminal."""
     page = _Page(Paper(console, WIDTH))
     page.title(run)
-    page.facts(run)
+    page.facts(run, use)
     page.phases(run)
     page.gaps(run)
 
 
-def summarize(run: RunData) -> dict[str, Any]:
+def summarize(run: RunData, use: Utilization) -> dict[str, Any]:
     """The report's numbers, for ``summary.json`` and sinks. Seconds, bytes, shares 0..1; None: unknown."""
     work, lead = _mean_work(run), run.lead
     return {
@@ -62,9 +57,10 @@ def summarize(run: RunData) -> dict[str, Any]:
         "loss_best": lead.best_loss,
         "tokens_per_s": tokens_per_s(run),
         "step_time_s": work.mean_s if work.steps else None,
-        **utilization(run),
-        "peak_flops": run.start.peak_flops,
-        "peak_label": run.start.peak_label,
+        **use.shares,
+        "peak_flops": use.peak_flops,
+        "peak_label": use.peak_label,
+        "peak_note": use.peak_note,
         "conventions": {**CONVENTIONS, **run.start.conventions},
         "memory_peak_bytes": max(r.peak_memory for r in run.ranks.values()),
         "rss_bytes": max(r.rss for r in run.ranks.values()),
@@ -77,17 +73,6 @@ def summarize(run: RunData) -> dict[str, Any]:
         "world": run.start.world,
         "ranks_read": len(run.ranks),
     }
-
-
-def utilization(run: RunData) -> dict[str, float | None]:
-    """mfu, mfu_palm and hfu (0..1) over the steps after warm-up: FLOPs done over FLOPs possible in that
-    time."""
-    work, peak = run.lead.work, run.start.peak_flops
-    if not peak or not work.flops_steps or work.flops_steps != work.steps or work.seconds <= 0:
-        return dict.fromkeys(CONVENTIONS)
-    possible = work.seconds * peak * run.start.world
-    counts = (work.flops.model, work.flops.palm, work.flops.hardware)
-    return {name: None if n is None else n / possible for name, n in zip(CONVENTIONS, counts, strict=True)}
 
 
 def tokens_per_s(run: RunData) -> float | None:
@@ -143,8 +128,8 @@ class _Page:
             self._paper.line(run.reason, STATUS[run.status])
         self._paper.blank()
 
-    def facts(self, run: RunData) -> None:
-        rows = [*self._loss(run.lead), *self._speed(run), *self._use(run), *self._memory(run)]
+    def facts(self, run: RunData, use: Utilization) -> None:
+        rows = [*self._loss(run.lead), *self._speed(run), *self._use(run, use), *self._memory(run)]
         self._paper.facts([*rows, ("time", *_time_account(run.lead))])
 
     def _loss(self, lead: RankData) -> list[tuple[str, str, str]]:
@@ -161,28 +146,30 @@ class _Page:
         speed = tokens_per_s(run)
         if speed is None:
             return []
-        note = f"{say.duration(work.mean_s)} a step, standard deviation {say.duration(work.spread_s)}"
+        note = f"{say.duration(work.mean_s)} per step, standard deviation {say.duration(work.spread_s)}"
         padded = sum(r.work.padded for r in run.ranks.values())
         real = sum(r.work.tokens for r in run.ranks.values())
         if padded:
             note += f"; {100 * padded / (padded + real):.1f}% of all tokens were padding"
         return [("throughput", f"{say.count(speed)} tokens/s", note)]
 
-    def _use(self, run: RunData) -> list[tuple[str, str, str]]:
-        values, start = utilization(run), run.start
-        if values["mfu"] is None:
+    def _use(self, run: RunData, use: Utilization) -> list[tuple[str, str, str]]:
+        start = run.start
+        if use.mfu is None:
             why = "no peak is known for this hardware: trainsys bench matmul measures one"
             if start.peak_flops:
                 why = "no step told its FLOPs"
             return [("mfu", "n/a", why)]
         rows = []
-        for name, value in values.items():
+        for name, value in use.shares.items():
             if value is None:
                 continue
             note = start.conventions.get(name, CONVENTIONS[name])
             if name == "mfu":
-                note = f"of {start.peak_label or say.rate(start.peak_flops or 0.0) + ' a rank'}; {note}"
+                note = f"of {use.peak_label or say.rate(use.peak_flops or 0.0) + ' a rank'}; {note}"
             rows.append((name, f"{100 * value:.1f}%", note))
+        if use.peak_note:
+            rows.append(("peak", say.rate(use.peak_flops or 0.0), use.peak_note))
         return rows
 
     def _memory(self, run: RunData) -> list[tuple[str, str, str]]:
@@ -208,7 +195,7 @@ class _Page:
         steps = max(s.steps for s in ranks.values())
         clock = "device" if ranks[min(ranks)] is run.ranks[min(ranks)].device else "wall"
         self._paper.head(
-            "Where a step's time goes",
+            "Phases of a step",
             f"mean of {steps:,} steps on {len(ranks)} rank{'s' * (len(ranks) > 1)}, {clock} time;"
             f" {run.lead.warmup} warm-up steps left out",
         )
@@ -238,6 +225,8 @@ class _Page:
         )
         head = ["phase", "ms", "share"] + ["fastest to slowest rank, ms"] * (len(ranks) > 1)
         self._paper.bars(head, rows, 2)
+        if any(name.startswith(COMM) for name in names):
+            self._paper.line("* includes waiting for slower ranks; the waterfall below tells the two apart", "dim")
         self._paper.blank()
 
     def gaps(self, run: RunData) -> None:
@@ -293,7 +282,7 @@ def _order(name: str) -> tuple[int, str]:
 
 def _label(name: str) -> str:
     if name.startswith(COMM):
-        return f"communication {name[len(COMM) :]}"
+        return f"communication {name[len(COMM) :]}*"
     return {"gc": "garbage collection", "h2d": "copy to device"}.get(name, name)
 
 

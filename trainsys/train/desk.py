@@ -42,7 +42,8 @@ class Desk:
         self._sinks = build_sinks(brief.telemetry, self._warn, lambda text: self._tell("info", text))
         self._sinks.start(brief.info)
         self._watch = LiveWatch(
-            brief.layout, brief.peak_flops, self._found, self._sinks.extra, brief.recompute_share
+            brief.layout, brief.peak_flops, self._found, self._sinks.extra, brief.recompute_share,
+            brief.peak_measured,
         )
 
     def message(self, level: str, text: str) -> None:

@@ -31,7 +31,7 @@ EXIT_S = 5.0
 @dataclass(frozen=True)
 class Brief:
     """What the desk has to know of the run. ``replicas``: how many ranks read the same rows; ``peak_flops``: of one
-    rank; ``recompute_share``: of forward FLOPs, that backward repeats."""
+    rank, ``peak_measured`` here; ``recompute_share``: of forward FLOPs, that backward repeats."""
 
     telemetry: TelemetryConfig
     info: RunInfo
@@ -39,6 +39,7 @@ class Brief:
     replicas: int
     peak_flops: float | None
     recompute_share: float
+    peak_measured: bool = False
 
 
 class DeskLink:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from trainsys.bench.matmul import ceiling_in_run
+from trainsys.blame import this_node
 from trainsys.config.run import RunConfig
 from trainsys.hardware import Device, lookup, match_device
 from trainsys.hardware.catalogue import DType
+from trainsys.hardware.machine import usable_cores
 from trainsys.hardware.measured import MeasurementKey, load_measurement, store_measurement
 from trainsys.hardware.peak import Peak, peak_for_run
 from trainsys.train.process import Process
@@ -28,6 +32,9 @@ def find_peak(cfg: RunConfig, proc: Process, device: Device | None) -> Peak | No
     known = peak_for_run(device, cfg.train.dtype)
     if known is not None:
         return known
+    masks = proc.ranks.to_all((this_node(), _affinity()))
+    # Ranks that are bound have the cores of all of them together.
+    together = set().union(*(mask for node, mask in masks if node == this_node()))
     measured = ceiling_in_run(
         cfg.train.dtype,
         proc.local_world,
@@ -35,8 +42,13 @@ def find_peak(cfg: RunConfig, proc: Process, device: Device | None) -> Peak | No
         total=lambda value: sum(proc.ranks.to_all(value)),
         device=proc.device,
         store=proc.rank == 0 and proc.world == proc.local_world,
+        cores=usable_cores() if together == _affinity() else len(together),
     )
     return peak_for_run(None, cfg.train.dtype, measured)
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(usable_cores()))
 
 
 def raise_peak(dtype: DType, proc: Process, flops_per_s: float) -> bool:

@@ -37,7 +37,9 @@ from trainsys.telemetry.run_dir import (
 )
 from trainsys.telemetry.sinks.base import RunInfo
 from trainsys.telemetry.sinks.build import refuse_missing
+from trainsys.telemetry.text import rate
 from trainsys.telemetry.topology import switch_of
+from trainsys.telemetry.utilization import Utilization
 from trainsys.train.desk_link import Brief, DeskLink
 from trainsys.train.device import CudaTimer, cuda_memory
 from trainsys.train.gather import WindowGather
@@ -75,7 +77,6 @@ class Reporter:
         )
         device = find_device(cfg, proc)
         peak = find_peak(cfg, proc, device)
-        self._measured = peak is not None and peak.source == "measured"
         on_cuda = proc.device.type == "cuda"
         self.info = RunStart(
             run_id=self.run_dir.name,
@@ -106,6 +107,7 @@ class Reporter:
             device_memory=torch.cuda.get_device_properties(proc.device).total_memory if on_cuda else None,
             peak_flops=peak.flops_per_s if peak else None,
             peak_label=peak.label if peak else "",
+            peak_source=peak.source if peak else "",
             conventions=CONVENTIONS,
         )
         self.recorder = Recorder(
@@ -143,8 +145,9 @@ class Reporter:
             )
             replicas = proc.world // layout.data_world
             brief = Brief(
-                cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg)
-            )
+                cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg),
+                self.info.peak_source == "measured",
+            )  # fmt: skip
             self._desk = DeskLink(brief, self.recorder.message, blame)
 
     def warn(self, text: str) -> None:
@@ -194,8 +197,8 @@ class Reporter:
         if (record.mfu or 0.0) > 1.0 and not self._doubted:
             self._doubted = True
             self.warn(
-                f"mfu is above 100%: the peak ({self.info.peak_label}) was measured when the machine was busier; "
-                "what this run reaches is kept for the next one"
+                f"step {step} has an mfu above 100% of the peak ({self.info.peak_label}): the report at the end says "
+                "whether the peak is too low"
             )
         last = step == self.cfg.train.steps - 1
         if (step + 1) % self.cfg.telemetry.log_every == 0 or last:
@@ -242,12 +245,27 @@ class Reporter:
         self._desk.settle(timeout_s=30.0 if wait else 5.0)
         data, steps = read_run(self.run_dir)
         told = explain_run(data, steps)
-        summary = {**summarize(data), **summary_of(told)}
+        summary = {**summarize(data, told.use), **summary_of(told)}
         write_summary(self.run_dir, summary)
-        reached = max(summary["mfu"] or 0.0, summary["hfu"] or 0.0)
-        if self._measured and reached > 1.0 and self.info.peak_flops:
-            raise_peak(self.cfg.train.dtype, self.proc, reached * self.info.peak_flops * self.info.world)
+        self._settle_peak(told.use)
         self._desk.finish(summary, timeout_s=25.0 if wait else 5.0)
         if wait:
-            final_report(data)
+            final_report(data, told.use)
             print_explanation(told)
+
+    def _settle_peak(self, use: Utilization) -> None:
+        """The last word on the peak, where a step or the run was faster; a measured one is kept for later runs."""
+        assert self._desk is not None
+        if use.peak_note and use.peak_flops:
+            kept = self.info.peak_source == "measured" and raise_peak(
+                self.cfg.train.dtype, self.proc, use.peak_flops * self.info.world
+            )
+            self._desk.message(
+                "warning", f"peak: {rate(use.peak_flops)} {use.peak_note}; mfu is of it in report, summary and sinks"
+                + ", and the next run starts with it" * kept
+            )  # fmt: skip
+        elif self._doubted and use.mfu is not None:
+            self._desk.message(
+                "info",
+                f"withdrawn: the warning of an mfu above 100%; over the run it is {100 * use.mfu:.1f}%: the peak stands",
+            )

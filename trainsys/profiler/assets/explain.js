@@ -75,7 +75,7 @@ out.append(h("header", {}, h("div", {}, h("h1", {}, E.verdicts[0]?.title ?? (wor
   h("button", { click: () => dress(root.dataset.theme !== "dark") }, "light / dark")));
 const tile = (value, word, kind) => h("div", { class: "tile " + (kind ?? "") }, h("b", {}, value), h("span", {}, word));
 out.append(h("div", { class: "tiles" },
-  W && W.mfu !== null ? tile(share(W.mfu), "MFU, stalls included", "hero") : null,
+  W && W.mfu !== null ? tile(share(W.mfu), "MFU of the steps", "hero") : null,
   W ? tile(span(W.step_s), "a step, mean of ranks") : null,
   tile(share(E.goodput_share), `goodput of ${span(E.goodput.wall_s)}`),
   E.memory ? tile(bytes(E.memory.peak), E.memory.capacity ? `peak memory, ${share(E.memory.peak / E.memory.capacity, 0)} of the device` : "peak memory, rank " + E.memory.rank) : null,

@@ -143,7 +143,9 @@ class ConsoleSink:
         mfu = self._metrics.get("perf/mfu")
         if mfu is None:
             return "n/a (no known peak)"
-        return f"{100 * mfu:.1f}%" + (f" (of {self._info.peak_label})" if self._info.peak_label else "")
+        # More is a peak that was measured too low: how much more says nothing. The report at the end settles it.
+        shown = f"{100 * mfu:.1f}%" if mfu <= 1.0 else ">100%"
+        return shown + (f" (of {self._info.peak_label})" if self._info.peak_label else "")
 
     def _eta(self) -> str:
         assert self._info is not None

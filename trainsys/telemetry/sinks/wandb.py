@@ -25,6 +25,10 @@ SUMMARY = {
 """How a metric is summed up in W&B's run table; the others: by their last value."""
 
 
+SETTLED = {f"perf/{name}": name for name in ("mfu", "mfu_palm", "hfu", "step_time_s", "tokens_per_s")}
+"""Metrics of which the run's own summary has the last word: without warm-up, of the peak as known at the end."""
+
+
 TABLES = ("waterfall", "verdicts")
 """Keys of the summary that are rows, and become tables."""
 
@@ -127,6 +131,9 @@ class WandbSink:
         tables = {name: rows for name in TABLES if (rows := scalars.pop(name, None))}
         if tables:
             self._run.log({name: self._table(rows) for name, rows in tables.items()})
+        for metric, name in SETTLED.items():
+            if (value := scalars.get(name)) is not None:
+                scalars[metric] = {SUMMARY[metric]: value} if metric in SUMMARY else value
         self._run.summary.update(scalars)
         self._run.finish(exit_code=int(summary.get("status") in ("failed", "killed")))
 

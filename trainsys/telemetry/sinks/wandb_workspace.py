@@ -38,7 +38,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Backward, s": ("time/backward_s", "time/max_backward_s"),
         "Data, s": ("time/data_s", "time/max_data_s"),
     },
-    "Memory": {"GiB of the fullest rank": ("memory/peak_gib", "memory/reserved_gib", "memory/rss_gib")},
+    "Memory": {"GiB, rank with the highest use": ("memory/peak_gib", "memory/reserved_gib", "memory/rss_gib")},
 }  # fmt: skip
 TABLES = {"Waterfall": "waterfall", "Verdicts": "verdicts"}
 LAYOUT = (
