@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from trainsys.profiler.trace.classify import CLASS_NAMES, COMM, COMPUTE, COPY, MATMUL
 from trainsys.profiler.trace.columns import RankTrace
 from trainsys.profiler.trace.graph import HOST, KIND_NAMES, Graph, build
-from trainsys.profiler.trace.intervals import EMPTY, Ints, clip, complement, merge, subtract, total, union
+from trainsys.profiler.trace.intervals import EMPTY, Ints, merge, subtract, total, union
 from trainsys.profiler.trace.link import Launches
 from trainsys.profiler.trace.replay import replay
 from trainsys.profiler.trace.whatif import WhatIf, what_ifs
@@ -71,7 +71,7 @@ def stretches(trace: RankTrace, kinds: Ints, launches: Launches) -> list[Stretch
     if not len(trace.device):
         return []
     path = _walk(build(trace, kinds, launches), trace, int(trace.device.start.min()))
-    return sorted(_settled(path, trace, kinds), key=lambda s: s.start)
+    return _settled(path, trace, kinds)
 
 
 _ON_HOST = frozenset({"host", "data", "sync", "launch"})
@@ -83,24 +83,34 @@ def _settled(path: list[Stretch], trace: RankTrace, kinds: Ints) -> list[Stretch
     So the host's share never exceeds the idle share, whatever waits for the device were not recognised as such.
     """
     device = trace.device
-    sets, taken = [], EMPTY
+    runs: list[tuple[int, int, str]] = []
+    taken = EMPTY
     for k in (MATMUL, COMPUTE, COMM, COPY):
         own = subtract(union(device.start[kinds == k], device.end[kinds == k]), taken)
         taken = merge(taken, own)
-        sets.append((CLASS_NAMES[k], own))
+        runs += [(a, b, CLASS_NAMES[k]) for a, b in zip(*(x.tolist() for x in own), strict=True)]
+    runs.sort()
     out: list[Stretch] = []
-    for part in path:
+    i = 0  # the first run that ends after what is settled
+    for part in reversed(path):
         if part.kind not in _ON_HOST:
             out.append(part)
             continue
-        for kind, own in sets:
-            spans = clip(own, part.start, part.end)
-            out += [
-                Stretch(a, b, kind, "while the host went on")
-                for a, b in zip(*(x.tolist() for x in spans), strict=True)
-            ]
-        left = complement(taken, part.start, part.end)
-        out += [Stretch(a, b, part.kind, part.name) for a, b in zip(*(x.tolist() for x in left), strict=True)]
+        at = part.start
+        while i < len(runs) and runs[i][1] <= at:
+            i += 1
+        while i < len(runs) and runs[i][0] < part.end:
+            start, end, kind = runs[i]
+            start, until = max(start, at), min(end, part.end)
+            if start > at:
+                out.append(Stretch(at, start, part.kind, part.name))
+            out.append(Stretch(start, until, kind, "while the host went on"))
+            at = until
+            if end > part.end:
+                break
+            i += 1
+        if at < part.end:
+            out.append(Stretch(at, part.end, part.kind, part.name))
     return out
 
 
