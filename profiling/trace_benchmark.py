@@ -1,16 +1,17 @@
 """CPU time and memory of ``trainsys trace`` beside HTA's and TraceLens's on the same files, in one run.
 
-    python profiling/trace_benchmark.py --hta-python /tmp/venv_hta/bin/python [--tracelens-python …] [--repeat 3]
+    python profiling/trace_benchmark.py --hta-python PYTHON [--tracelens-python PYTHON] [--repeat 3]
 
-The case: eight copies of HTA's own test trace ``df_index_resolver`` (53.7 MB of JSON each, 430 MB in all), each
-with its own rank. The tools alternate; the median of the repeats counts. CPU seconds are user plus system of
+Three cases (``--cases``): ``small``, a file of 1 MB; ``file``, HTA's own test trace ``df_index_resolver`` (53.7 MB of
+JSON); ``ranks``, eight copies of that (430 MB in all), each with its own rank. The tools alternate; the median of
+the repeats counts. CPU seconds are user plus system of
 the process and all its children; memory is the largest sum of proportional set sizes over the process tree,
 sampled every 50 ms. HTA does what its documentation starts with: load, temporal breakdown, overlap. TraceLens
 builds its tree of each trace and the GPU timeline. ``trainsys`` does the same as HTA (``equal``), and all of its
 report with critical path, JSON and HTML (``full``). Figures go to ``results/trace_benchmark.json``.
 
-HTA comes from PyPI (``HolisticTraceAnalysis``). AMD's TraceLens is not on PyPI: the package of that name there
-is another project's. Without ``--tracelens-python`` its column stays empty.
+HTA comes from PyPI (``HolisticTraceAnalysis``). AMD's TraceLens is installed from its source
+(github.com/AMD-AGI/TraceLens): the package of that name on PyPI is another project's.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT / "../shared/data/traces/hta/df_index_resolver/df_index_resolver.json.gz"
+TRACES = ROOT / "../shared/data/traces"
+SHARED = TRACES / "hta/df_index_resolver/df_index_resolver.json.gz"
+SMALL = TRACES / "dlrm8_v100_8ranks"
 RESULT = ROOT / "profiling/results/trace_benchmark.json"
 
 HTA = """
@@ -64,7 +68,11 @@ if __name__ == "__main__":
 
 
 def make_case(folder: Path, copies: int) -> int:
-    """The copies, each with its rank; returns decompressed bytes in all."""
+    """The copies, each with its rank, or for none the small file; returns decompressed bytes in all."""
+    if not copies:
+        raw = next(SMALL.glob("worker0*")).read_bytes()
+        (folder / "rank0.json.gz").write_bytes(gzip.compress(raw, 6))
+        return len(raw)
     raw = gzip.decompress(SHARED.read_bytes())
     for rank in range(copies):
         text = re.sub(
@@ -130,7 +138,8 @@ def main() -> None:
     )
     parser.add_argument("--tracelens-python", help="python of an environment with AMD's TraceLens")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--cases", default="small,file,ranks", help="of these; the others' results stay")
+    parser.add_argument("--copies", type=int, default=8, help="of the case `ranks`")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     if not SHARED.exists():
@@ -142,41 +151,46 @@ def main() -> None:
     }
     if args.tracelens_python:
         tools["tracelens"] = (args.tracelens_python, TRACELENS)
+    copies = {"small": 0, "file": 1, "ranks": args.copies}
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for case in args.cases.split(","):
+        result[case] = run_case(copies[case], tools, args.repeat)
+        print(case, json.dumps({k: result[case][k] for k in ("median", "ratio")}, indent=1), flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_case(copies: int, tools: dict[str, tuple[str, str]], repeat: int) -> dict[str, Any]:
+    """All tools on one case, in turns."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in tools}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "case"
         folder.mkdir()
-        size = make_case(folder, args.copies)
-        for turn in range(args.repeat):
+        size = make_case(folder, copies)
+        for turn in range(repeat):
             for name, (python, code) in tools.items():
                 runs[name].append(measure(python, code, folder, Path(temporary) / f"run_{name}.py"))
                 print(turn, name, {k: round(v, 2) for k, v in runs[name][-1].items()}, flush=True)
     median = {
         n: {k: round(statistics.median(r[k] for r in rows), 3) for k in rows[0]} for n, rows in runs.items()
     }
-    ours = median["trainsys_equal"]
-    result = {
-        "case": f"{args.copies} copies of df_index_resolver, {size / 1e6:.0f} MB of JSON",
+    return {
+        "case": f"{copies} of df_index_resolver, {size / 1e6:.0f} MB of JSON" if copies else "one rank of DLRM, 0.9 MB",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "load": [round(x, 1) for x in os.getloadavg()],
         "median": median,
         "runs": runs,
         "ratio": {
-            n: {
-                "cpu": round(m["cpu_s"] / ours["cpu_s"], 2),
-                "memory": round(m["peak_mib"] / ours["peak_mib"], 2),
+            f"{peer} over {ours}": {
+                "cpu": round(median[peer]["cpu_s"] / median[ours]["cpu_s"], 2),
+                "memory": round(median[peer]["peak_mib"] / median[ours]["peak_mib"], 2),
             }
-            for n, m in median.items()
-            if n in ("hta", "tracelens")
+            for peer in ("hta", "tracelens")
+            for ours in ("trainsys_equal", "trainsys_full")
+            if peer in median
         },
-        "command": "python profiling/trace_benchmark.py --hta-python PYTHON",
+        "command": "python profiling/trace_benchmark.py --hta-python PYTHON --tracelens-python PYTHON",
     }
-    if "tracelens" not in tools:
-        result["tracelens"] = (
-            "not measured: AMD's TraceLens is not on PyPI (the package of that name is another project)"
-        )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"median": median, "ratio": result["ratio"]}, indent=1))
 
 
 if __name__ == "__main__":

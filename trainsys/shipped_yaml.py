@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import resources
+import pkgutil
 from typing import Any
 
 import yaml
@@ -10,5 +10,6 @@ import yaml
 
 def shipped_yaml(package: str, name: str) -> Any:
     """The values of ``name`` in the folder of ``package``."""
-    text = resources.files(package).joinpath(name).read_text(encoding="utf-8")
+    text = pkgutil.get_data(package, name)
+    assert text is not None, f"{package} is loaded by something that has no files"
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

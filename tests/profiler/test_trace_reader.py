@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainsys.errors import UserError
-from trainsys.profiler.trace import decode, split
+from trainsys.profiler.trace import decode, source, split
+from trainsys.profiler.trace.kernel_names import LONGEST
 from trainsys.profiler.trace.kinds import kind_of, sort_inputs
 from trainsys.profiler.trace.reader import read_trace
 from trainsys.profiler.trace.source import Limits
@@ -218,7 +220,7 @@ def test_categories_as_types_give_what_plain_events_give(tmp_path, monkeypatch, 
     rng = random.Random(seed)
     path = write(tmp_path / "a.json", json.dumps({"traceEvents": [mixed(rng, i) for i in range(400)]}))
     typed = read_trace(path)
-    monkeypatch.setattr(decode, "by_category", lambda others: None)
+    monkeypatch.setattr(decode, "by_category", lambda categories: None)
     plain = read_trace(path)
     for part in ("device", "runtime", "notes", "ops"):
         one, other = getattr(typed, part), getattr(plain, part)
@@ -227,6 +229,18 @@ def test_categories_as_types_give_what_plain_events_give(tmp_path, monkeypatch, 
     assert len(typed.ops) > 0
     assert (typed.said, typed.names, typed.op_shapes) == (plain.said, plain.names, plain.op_shapes)
     assert (typed.span, typed.n_events) == (plain.span, plain.n_events)
+
+
+def test_events_without_a_category_are_not_taken_for_the_only_one(tmp_path, monkeypatch):
+    """Kineto of 2021 wrote its memory instants so, in stretches of operators alone."""
+    monkeypatch.setattr(split, "CHUNK", 1000)
+    monkeypatch.setattr(source, "PIECE", 500)
+    instant = {"ph": "i", "s": "t", "name": "[memory]", "pid": 1, "tid": 1, "ts": 5, "args": {"Bytes": 4}}
+    operators = [kernel(i, 1, i, cat="cpu_op", name="aten::mm") for i in range(20)]
+    events = operators + [event for i in range(20) for event in (kernel(30 + i, 1, i, cat="cpu_op"), instant)]
+    trace = read_trace(write(tmp_path / "rank0.json", json.dumps({"traceEvents": events})))
+    assert trace.n_events == 60
+    assert not any(said.startswith("dropped") for said in trace.said)
 
 
 def test_old_categories_and_rank_from_the_name(tmp_path):
@@ -300,3 +314,18 @@ def test_shared_traces_read_without_loss(shared):
     hta = read_trace(shared / "hta/df_index_resolver/df_index_resolver.json.gz")
     assert (len(hta.device), hta.rank, hta.world) == (22290, 1, 2)
     assert sum("nccl" in hta.names[i] for i in hta.device.name) == 2020
+
+
+def test_a_huge_name_costs_little_more_than_its_bytes_and_is_cut(tmp_path):
+    """An escape in a string must leave no place to come back to: two million of them would, 200 bytes each."""
+    name = '\\"' * 2_000_000
+    plain = json.dumps({"traceEvents": [kernel(i, 1, i) for i in range(3)]})
+    path = write(tmp_path / "rank0.json", plain.replace("k1", name, 1))
+    tracemalloc.start()
+    try:
+        trace = read_trace(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sorted(len(n) for n in trace.names) == [2, 2, LONGEST]
+    assert peak < 12 * len(name)

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NoReturn
 
 from trainsys import __version__
@@ -77,6 +76,8 @@ def _find(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _unknown(group: str, word: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
     close = get_close_matches(word, known, n=1)
     hint = f"did you mean trainsys {group}{close[0]}?" if close else f"there are {', '.join(known)}"
     return f"unknown command {group}{word}; {hint}"

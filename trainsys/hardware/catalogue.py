@@ -2,54 +2,69 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter
+import msgspec
+from msgspec import Meta, Struct, field
 
-from trainsys.config.base import Strict
 from trainsys.errors import UserError
 from trainsys.shipped_yaml import shipped_yaml
 
 DType = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp4", "int8"]
+_Positive = Annotated[float, Meta(gt=0, le=1e30)]
+_NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
+_Count = Annotated[int, Meta(gt=0)]
 
 # What torch reports as memory varies by a percent or two with driver and ECC; the closest pair of parts that
 # share a name is 96 against 144 GB, and the smallest cut by MIG or a partition is a half.
 _MEMORY_TOLERANCE = 0.04
 
 
-class Memory(Strict):
-    marketing_gb: PositiveFloat = Field(description="GB as sold")
-    usable_gib: PositiveFloat = Field(description="GiB that torch reports as total memory")
-    bandwidth_gb_s: PositiveFloat
+class _Row(Struct, frozen=True, forbid_unknown_fields=True):
+    """Not a pydantic model as configs are: importing that was a quarter of the start of ``trainsys trace``."""
 
 
-class ScaleUp(Strict):
+class Memory(_Row, frozen=True, kw_only=True):
+    marketing_gb: _Positive
+    """GB as sold."""
+    usable_gib: _Positive
+    """GiB that torch reports as total memory."""
+    bandwidth_gb_s: _Positive
+
+
+class ScaleUp(_Row, frozen=True, kw_only=True):
     """The fast domain: NVLink, xGMI or the like. Rates one way, GB/s."""
 
     link: str
-    domain: PositiveInt = Field(description="devices in it; 1: none")
-    gb_s: NonNegativeFloat = Field(description="per device, to all others together")
-    p2p_gb_s: NonNegativeFloat | None = Field(None, description="between two devices")
+    domain: _Count
+    """Devices in it; 1: none."""
+    gb_s: _NotNegative
+    """Per device, to all others together."""
+    p2p_gb_s: _NotNegative | None = None
+    """Between two devices."""
 
 
-class Device(Strict):
+class Device(_Row, frozen=True, kw_only=True):
     """One accelerator as one process sees it. Field meanings and units: the head of ``catalogue.yaml``."""
 
     name: str
     vendor: str
     arch: str
-    peak_tflops: dict[DType, PositiveFloat]
-    achieved_tflops: dict[DType, PositiveFloat] = Field({}, description="measured by others")
+    peak_tflops: dict[DType, _Positive]
+    achieved_tflops: dict[DType, _Positive] = field(default_factory=dict)
+    """Measured by others."""
     memory: Memory
     scale_up: ScaleUp
-    network_gb_s: NonNegativeFloat
-    sms: PositiveInt | None = None
-    power_w: PositiveFloat | None = Field(None, description="board power limit, watts")
-    per_node: PositiveInt
-    torch_names: list[str] = Field([], description="device names, whole; none: not run by torch")
-    name_needs_memory: bool = Field(False, description="the name alone does not tell the part")
+    network_gb_s: _NotNegative
+    sms: _Count | None = None
+    power_w: _Positive | None = None
+    """Board power limit, watts."""
+    per_node: _Count
+    torch_names: list[str] = field(default_factory=list)
+    """Device names, whole; none: not run by torch."""
+    name_needs_memory: bool = False
+    """The name alone does not tell the part."""
     trap: str
     source: str
     verified: Literal["vendor_text", "second_source", "unchecked"]
@@ -68,7 +83,7 @@ class Device(Strict):
 @cache
 def devices() -> dict[str, Device]:
     """Every device of the catalogue by name, in its order."""
-    rows = TypeAdapter(list[Device]).validate_python(shipped_yaml("trainsys.hardware", "catalogue.yaml"))
+    rows = msgspec.convert(shipped_yaml("trainsys.hardware", "catalogue.yaml"), list[Device])
     return {device.name: device for device in rows}
 
 
@@ -85,6 +100,8 @@ def lookup(name: str) -> Device:
     close = [d.name for low, d in by_lower.items() if key and low.startswith(key)]
     if close:
         raise UserError(f"hardware {name!r} could be any of {', '.join(close)}: name one")
+    import difflib
+
     close = [by_lower[low].name for low in difflib.get_close_matches(key, by_lower, n=3, cutoff=0.6)]
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(devices())}"
     raise UserError(f"hardware {name!r} is not in the catalogue; {hint}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from trainsys.hardware.catalogue import Device, DType
-from trainsys.hardware.measured import Measurement
+
+if TYPE_CHECKING:
+    from trainsys.hardware.measured import Measurement
 
 
 @dataclass(frozen=True)

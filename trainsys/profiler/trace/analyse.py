@@ -14,7 +14,7 @@ from trainsys.profiler.trace.columns import Activities, RankTrace
 from trainsys.profiler.trace.commlist import CommList, list_communications
 from trainsys.profiler.trace.health import examine
 from trainsys.profiler.trace.hostside import break_down_host
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.intervals import Ints, distinct
 from trainsys.profiler.trace.kernels import kernel_rows, launch_stats
 from trainsys.profiler.trace.lanes import Busy, busy_of
 from trainsys.profiler.trace.link import Launches, host_steps, link_launches
@@ -73,7 +73,7 @@ def _loaded(trace: RankTrace) -> Loaded:
 def _devices(trace: RankTrace) -> list[int]:
     """The devices with activities, busiest first."""
     device = trace.device
-    found: list[int] = np.unique(device.device).tolist()
+    found: list[int] = distinct(device.device).tolist()
     if len(found) < 2:
         return found
     busy = {d: int((device.end - device.start)[device.device == d].sum()) for d in found}

@@ -121,7 +121,7 @@ def _exposed_by_group(trace: RankTrace, kinds: Ints, compute: Spans) -> dict[tup
     device = trace.device
     mine = np.flatnonzero(kinds == COMM)
     labels = [comm_group(trace, i) for i in range(len(trace.comm_meta))]
-    of = {m: (labels[m] if m >= 0 else ("unknown", "unknown")) for m in np.unique(device.comm[mine]).tolist()}
+    of = {m: (labels[m] if m >= 0 else ("unknown", "unknown")) for m in iv.distinct(device.comm[mine]).tolist()}
     members: dict[tuple[str, str], list[Ints]] = {}
     for m, label in of.items():
         members.setdefault(label, []).append(mine[device.comm[mine] == m])

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainsys.profiler.trace.columns import KERNEL, RankTrace
+from trainsys.profiler.trace.intervals import among, distinct
 from trainsys.profiler.trace.kernel_names import CLASS_NAMES, COMM, COMPUTE, COPY, MATMUL, class_of_kernel
 
 _PEER = re.compile(r"^Memcpy PtoP|^CopyPeer", re.I)
@@ -69,7 +70,7 @@ def classify(trace: RankTrace) -> npt.NDArray[np.int64]:
     device = trace.device
     by_name = np.full(len(trace.names), COMPUTE, np.int64)
     known = np.zeros(len(trace.names), bool)
-    for i in np.unique(device.name):
+    for i in distinct(device.name):
         by_name[i], why = class_of_kernel(trace.names[i])
         known[i] = bool(why) and by_name[i] != COMM
     kinds = np.where(device.kind == KERNEL, by_name[device.name], COPY)
@@ -89,10 +90,10 @@ def _by_stream(trace: RankTrace, kinds: npt.NDArray[np.int64], known: npt.NDArra
     if not doubtful.any() or not (kinds == COMM).any():
         return
     lane = device.device * 1_000_003 + device.stream
-    comm_lanes = np.unique(lane[kinds == COMM])
-    compute_lanes = np.unique(lane[(kinds == MATMUL) | ((kinds == COMPUTE) & known[device.name])])
-    only_comm = np.setdiff1d(comm_lanes, compute_lanes)
-    moved = doubtful & np.isin(lane, only_comm)
+    comm_lanes = distinct(lane[kinds == COMM])
+    compute_lanes = lane[(kinds == MATMUL) | ((kinds == COMPUTE) & known[device.name])]
+    only_comm = comm_lanes[~among(comm_lanes, compute_lanes)]
+    moved = doubtful & among(lane, only_comm)
     if moved.any():
         kinds[moved] = COMM
         trace.said["assumed: kernels of unknown name on a communication stream communicate"] += int(

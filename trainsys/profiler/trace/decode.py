@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from trainsys.profiler.trace.events import KINDS, AnyEvent, Event, ExactEvent, by_category
+from trainsys.profiler.trace.events import AnyEvent, Event, ExactEvent, by_category
 from trainsys.profiler.trace.intervals import Ints
 
 _FAST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(list[Event])
@@ -38,10 +38,11 @@ _REPAIRS: tuple[tuple[str, re.Pattern[bytes], bytes], ...] = (
     ("missing comma", re.compile(rb"\}(\s*)\{"), rb"},\1{"),
     ("bad escape", re.compile(rb'(?<!\\)((?:\\\\)*)\\(?![\\"/bfnrtu])'), rb"\1\\\\"),
 )
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
+# Possessive: a string of millions of escapes would else leave a place to come back to at each of them.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.S)
 _CONTROL = re.compile(rb"[\x00-\x1f]")
 # A run of plain characters at once: one step a character would need memory for each of a long name.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.S)
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.S)
 _RESYNC = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|name|cat|pid|tid|ts)"\s*:)')
 
 
@@ -73,8 +74,8 @@ class EventDecoder:
         self.exact = False
         """Set once a double cannot hold the file's timestamps to the nanosecond."""
         self._mend_first = False
-        self._others: frozenset[str] = frozenset()
-        self._typed = by_category(self._others)
+        self._known: frozenset[str] = frozenset()
+        self._typed: msgspec.json.Decoder[Any] | None = None
         self._in_vain = 0
 
     def try_fast(self, chunk: memoryview | bytes) -> list[AnyEvent] | None:
@@ -84,22 +85,24 @@ class EventDecoder:
         try:
             if self.exact:
                 return _EXACT.decode(chunk)  # type: ignore[no-any-return]
-            if self._typed is None:
-                return _FAST.decode(chunk)  # type: ignore[no-any-return]
-            try:
-                return self._typed.decode(chunk)  # type: ignore[no-any-return]
-            except msgspec.ValidationError:
-                return self._learn(_FAST.decode(chunk))
+            if self._typed is not None:
+                try:
+                    return self._typed.decode(chunk)  # type: ignore[no-any-return]
+                except msgspec.ValidationError:
+                    pass
+            events: list[AnyEvent] = _FAST.decode(chunk)
+            if self._in_vain < _PATIENCE:
+                self._learn(events)
+            return events
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 
-    def _learn(self, events: list[AnyEvent]) -> list[AnyEvent]:
-        """What ``by_category`` did not know: from now on it does, or it is left."""
-        new = {e.cat for e in events}.difference(KINDS, self._others)
-        self._others |= new
+    def _learn(self, events: list[AnyEvent]) -> None:
+        """The categories that ``by_category`` did not know: from now on it does, or it is left."""
+        new = {e.cat for e in events} - self._known
+        self._known |= new
         self._in_vain += not new
-        self._typed = by_category(self._others) if self._in_vain < _PATIENCE else None
-        return events
+        self._typed = by_category(self._known) if self._in_vain < _PATIENCE else None
 
     def slow(self, spans: list[bytes]) -> list[AnyEvent]:
         """Events from objects already separated by the scanner, mending and dropping one by one."""

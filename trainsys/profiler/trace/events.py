@@ -103,6 +103,7 @@ class CallArgs(Struct, gc=False):
 
 _ARGS_OF: dict[int, Any] = {DEVICE: Args, RUNTIME: CallArgs}
 _MOST_OTHERS = 48
+_ALWAYS = ("kernel", "cpu_op")
 
 
 def _struct(category: str, fields: list[Any]) -> Any:
@@ -120,16 +121,15 @@ def _kept(category: str) -> Any:
     return _struct(category, [*plain, ("args", args, key(default_factory=args))])
 
 
-_KEPT = [_kept(category) for category in KINDS]
-
-
 @lru_cache(maxsize=16)
-def by_category(others: frozenset[str]) -> msgspec.json.Decoder[Any] | None:
-    """Decoder of lists of events whose categories are in ``KINDS`` or ``others``, of which nothing is kept.
+def by_category(categories: frozenset[str]) -> msgspec.json.Decoder[Any] | None:
+    """Decoder of lists of events of these categories; of those that are not in ``KINDS`` nothing is kept.
 
-    It raises ValidationError at any other event. None where there are too many ``others`` to be categories.
+    It raises ValidationError at any other event. None for no categories, and where there are too many to be some.
     """
-    if len(others) > _MOST_OTHERS:
+    if not 0 < len(categories) <= len(KINDS) + _MOST_OTHERS:
         return None
-    skipped = [_struct(category, []) for category in sorted(others)]
-    return msgspec.json.Decoder(list[Union[tuple(_KEPT + skipped)]])  # type: ignore[misc]  # noqa: UP007
+    # Two at least: a type that is alone is also taken for an event that does not name its category.
+    named = sorted(categories.union(_ALWAYS))
+    types = [_kept(c) if c in KINDS else _struct(c, []) for c in named]
+    return msgspec.json.Decoder(list[Union[tuple(types)]])  # type: ignore[misc]  # noqa: UP007

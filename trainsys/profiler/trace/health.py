@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainsys.profiler.trace.columns import KERNEL, RankTrace
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.intervals import Ints, among
 from trainsys.profiler.trace.link import Launches
 
 _OVERLAP_NS = 2_000
@@ -79,7 +79,7 @@ def _lost(trace: RankTrace, launches: Launches) -> list[Finding]:
     ]
     # Activities before the first launch and launches after the last activity belong to what was not traced.
     inside = runtime.start < device.start.max()
-    seen = np.isin(runtime.correlation, device.correlation) & (runtime.correlation >= 0)
+    seen = among(runtime.correlation, device.correlation) & (runtime.correlation >= 0)
     out = []
     bare = int((graph & inside & ~seen).sum())
     if bare:

@@ -19,6 +19,22 @@ Spans: TypeAlias = tuple[Ints, Ints]
 EMPTY: Spans = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
+def distinct(values: Ints) -> Ints:
+    """Each value once, sorted. As ``np.unique`` does, which imports masked arrays for it: a tenth of the start."""
+    values = np.sort(values)
+    new = np.ones(values.size, bool)
+    new[1:] = values[1:] != values[:-1]
+    return values[new]
+
+
+def among(values: Ints, some: Ints) -> npt.NDArray[np.bool_]:
+    """For each value: whether it is one of ``some``."""
+    if not some.size:
+        return np.zeros(values.size, bool)
+    known = np.sort(some)
+    return np.asarray(known[np.minimum(np.searchsorted(known, values), known.size - 1)] == values)
+
+
 def union(starts: Ints, ends: Ints) -> Spans:
     """The set covered by any of the given intervals (any order, overlapping, empty ones ignored)."""
     real = ends > starts

@@ -90,6 +90,15 @@ def kernel_rows(trace: RankTrace, kinds: Ints) -> list[KernelRow]:
     return rows
 
 
+def _percentile(values: Ints, share: float) -> int:
+    """Between the two nearest of the sorted values. ``np.percentile`` imports masked arrays for the same number."""
+    at = share * (values.size - 1)
+    i = int(at)
+    below, above = np.partition(values, (i, min(i + 1, values.size - 1)))[[i, min(i + 1, values.size - 1)]].tolist()
+    part = at - i
+    return int(below + (above - below) * part if part < 0.5 else above - (above - below) * (1 - part))
+
+
 def launch_stats(trace: RankTrace, launches: Launches) -> LaunchStats:
     device = trace.device
     if not len(device):
@@ -116,8 +125,8 @@ def launch_stats(trace: RankTrace, launches: Launches) -> LaunchStats:
     return LaunchStats(
         linked=int(linked.size),
         unlinked=launches.unlinked,
-        delay_p50_ns=int(np.percentile(delay, 50)) if linked.size else 0,
-        delay_p95_ns=int(np.percentile(delay, 95)) if linked.size else 0,
+        delay_p50_ns=_percentile(delay, 0.5) if linked.size else 0,
+        delay_p95_ns=_percentile(delay, 0.95) if linked.size else 0,
         queue_max=queue_max,
         queue_mean=round(queue_mean, 2),
         empty_share=round(empty_share, 4),
@@ -136,7 +145,8 @@ def _idle_before(trace: RankTrace, chosen: Ints) -> int:
         return 0
     busy = iv.union(device.start, device.end)
     gap = np.append(np.int64(0), busy[0][1:] - busy[1][:-1])
-    at = np.searchsorted(busy[0], np.unique(device.start[chosen]))
+    starts = iv.distinct(device.start[chosen])
+    at = np.searchsorted(busy[0], starts)
     at = np.minimum(at, busy[0].size - 1)
-    hit = np.unique(at[busy[0][at] == np.unique(device.start[chosen])])
+    hit = iv.distinct(at[busy[0][at] == starts])
     return int(gap[hit].sum())

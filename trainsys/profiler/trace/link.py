@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainsys.profiler.trace.columns import Calls, RankTrace
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.intervals import Ints, contains, distinct, union
 
 STEP = re.compile(r"^ProfilerStep#(\d+)$")
 
@@ -121,10 +121,8 @@ def inside_calls(
     calls: Calls, chosen: Ints, at: Ints, thread: Ints
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """For each (instant, thread): whether one of the chosen calls of that thread is then open."""
-    from trainsys.profiler.trace.intervals import contains, union
-
     out = np.zeros(at.size, bool)
-    for t in np.unique(calls.thread[chosen]):
+    for t in distinct(calls.thread[chosen]):
         mine = chosen[calls.thread[chosen] == t]
         here = thread == t
         out[here] = contains(union(calls.start[mine], calls.end[mine]), at[here])
@@ -137,7 +135,7 @@ def enclosing(calls: Calls, at: Ints, thread: Ints) -> Ints:
     Right for calls that do not nest in each other, as leaf operators do not.
     """
     out = np.full(at.size, -1, np.int64)
-    for t in np.unique(calls.thread):
+    for t in distinct(calls.thread):
         mine = np.flatnonzero(calls.thread == t)
         here = np.flatnonzero(thread == t)
         i = np.searchsorted(calls.start[mine], at[here], "right") - 1

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainsys.errors import UserError
-from trainsys.profiler.trace.across import compare_ranks, waits_by_start
 from trainsys.profiler.trace.analyse import Analysed, Options, analyse_file, load, waits_of
 from trainsys.profiler.trace.commlist import CommList
 from trainsys.profiler.trace.critical import critical_path
 from trainsys.profiler.trace.kinds import Inputs, sort_inputs
 from trainsys.profiler.trace.lanes import timeline_of
-from trainsys.profiler.trace.matching import match
 from trainsys.profiler.trace.report import Report, Unread, to_json
 from trainsys.profiler.trace.source import Limits
 from trainsys.profiler.trace.text import render
@@ -70,6 +66,9 @@ def analyse(
     hosts = {c.report.rank: c.report.host for c in placed.captures}
     waits: dict[int, dict[int, int]] = {}
     if len(hosts) > 1:
+        from trainsys.profiler.trace.across import compare_ranks, waits_by_start
+        from trainsys.profiler.trace.matching import match
+
         windows = [match(comms, hosts) for comms in _windows(placed.captures)]
         report.across = compare_ranks(windows, hosts, common_device(report))
         waits = waits_by_start(windows) if critical else {}
@@ -181,6 +180,9 @@ def _each(traces: list[Path], options: Options, workers: int | None) -> Iterator
     if n <= 1:
         yield from map(_one, jobs)
         return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     with ProcessPoolExecutor(n, multiprocessing.get_context(method)) as pool:
         yield from pool.map(_one, jobs)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trainsys.profiler.hang.report import HangReport
-from trainsys.profiler.memory_snapshot.report import MemoryReport
 from trainsys.profiler.timeline import Timeline
-from trainsys.profiler.trace.across import Across
 from trainsys.profiler.trace.breakdown import Breakdown
 from trainsys.profiler.trace.critical import CriticalPath
 from trainsys.profiler.trace.health import Finding
 from trainsys.profiler.trace.kernels import KernelRow, LaunchStats
-from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.roofline import ProductRow, Work
+
+if TYPE_CHECKING:
+    from trainsys.profiler.hang.report import HangReport
+    from trainsys.profiler.memory_snapshot.report import MemoryReport
+    from trainsys.profiler.trace.across import Across
+    from trainsys.profiler.trace.optimeline import TimelineReport
 
 SCHEMA = "trainsys.trace/1"
 
@@ -118,4 +120,11 @@ def to_json(report: Report) -> bytes:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of :func:`to_json`'s output, derived from the same classes."""
+    from trainsys.profiler.hang.report import HangReport
+    from trainsys.profiler.memory_snapshot.report import MemoryReport
+    from trainsys.profiler.trace.across import Across
+    from trainsys.profiler.trace.optimeline import TimelineReport
+
+    # The annotations of ``Report`` are looked up in this module, which does without these to start sooner.
+    globals().update({c.__name__: c for c in (Across, HangReport, MemoryReport, TimelineReport)})
     return msgspec.json.schema(Report)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from trainsys.profiler.hang.analyse import explain_mismatch
-from trainsys.profiler.hang.report import HangReport
-from trainsys.profiler.memory_snapshot.report import MemoryReport
-from trainsys.profiler.trace.across import Across
 from trainsys.profiler.trace.breakdown import Terms
 from trainsys.profiler.trace.kernel_names import short_names
-from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.report import RankReport, Report
 from trainsys.rank_lists import first_few, ranks_named
 from trainsys.terminal_text import Table, layout
+
+if TYPE_CHECKING:
+    from trainsys.profiler.hang.report import HangReport
+    from trainsys.profiler.memory_snapshot.report import MemoryReport
+    from trainsys.profiler.trace.across import Across
+    from trainsys.profiler.trace.optimeline import TimelineReport
 
 MOST_RANKS = 16
 MOST_STEPS = MOST_KERNELS = 12
@@ -242,6 +244,8 @@ def _across(a: Across) -> list[str | Table]:
 
 
 def _hang(h: HangReport) -> list[str | Table]:
+    from trainsys.profiler.hang.analyse import explain_mismatch
+
     out: list[str | Table] = [f"Flight recorder of {len(h.ranks)} ranks: {h.verdict}"]
     out += [
         f"  rank {r.rank} ({r.kind}): {r.evidence}" + (f"; at {r.where}" if r.where else "") for r in h.roots

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from trainsys.profiler.hang.report import HangReport
-from trainsys.profiler.memory_snapshot.report import OutOfMemory
+from typing import TYPE_CHECKING
+
 from trainsys.profiler.trace.breakdown import Terms
 from trainsys.profiler.trace.kernel_names import short_names
-from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.report import RankReport, Report, Verdict
+
+if TYPE_CHECKING:
+    from trainsys.profiler.hang.report import HangReport
+    from trainsys.profiler.memory_snapshot.report import OutOfMemory
+    from trainsys.profiler.trace.optimeline import TimelineReport
 
 _AXIS_ADVICE = {
     "tp": "keep tensor parallelism inside the fast domain, or lower its degree; overlap it with asynchronous TP",
