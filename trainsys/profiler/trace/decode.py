@@ -38,11 +38,12 @@ _REPAIRS: tuple[tuple[str, re.Pattern[bytes], bytes], ...] = (
     ("missing comma", re.compile(rb"\}(\s*)\{"), rb"},\1{"),
     ("bad escape", re.compile(rb'(?<!\\)((?:\\\\)*)\\(?![\\"/bfnrtu])'), rb"\1\\\\"),
 )
-# Possessive: a string of millions of escapes would else leave a place to come back to at each of them.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.S)
+# Possessive, and up to the end where a text is cut inside a string: of millions of escaped quotes each would else be a
+# place to come back to, and then be tried as a string of its own, all the way to the end.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.S)
 _CONTROL = re.compile(rb"[\x00-\x1f]")
 # A run of plain characters at once: one step a character would need memory for each of a long name.
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.S)
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+|[\[\]{}]', re.S)
 _RESYNC = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|name|cat|pid|tid|ts)"\s*:)')
 
 
