@@ -60,3 +60,23 @@ def test_large_values_stay_exact():
     base = 1_790_857_026_000_000_000
     spans = iv.union(np.array([base + 1, base + 5]), np.array([base + 3, base + 6]))
     assert iv.total(spans) == 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(pairs, pairs)
+def test_inside_each_is_a_clip_for_each(raw_a, queries):
+    a = make(raw_a)
+    at = np.array(queries, np.int64).reshape(-1, 2)
+    parts = zip(*(column.tolist() for column in iv.inside_each(a, at[:, 0], at[:, 1])), strict=True)
+    expected = []
+    for i, (low, high) in enumerate(queries):
+        starts, ends = iv.clip(a, low, high)
+        expected += [(i, p, q) for p, q in zip(starts.tolist(), ends.tolist(), strict=True)]
+    assert list(parts) == expected
+
+
+@given(st.lists(st.integers(-5, 5)), st.lists(st.integers(-5, 5)))
+def test_distinct_and_among(values, some):
+    a, b = np.array(values, np.int64), np.array(some, np.int64)
+    assert iv.distinct(a).tolist() == sorted(set(values))
+    assert iv.among(a, b).tolist() == [v in some for v in values]

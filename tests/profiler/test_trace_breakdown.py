@@ -21,6 +21,7 @@ from trainsys.profiler.trace.classify import (
 )
 from trainsys.profiler.trace.columns import Activities, CommMeta, RankTrace
 from trainsys.profiler.trace.commlist import list_communications
+from trainsys.profiler.trace.kernels import _percentile
 from trainsys.profiler.trace.link import link_launches
 from trainsys.profiler.trace.main import analyse
 from trainsys.profiler.trace.reader import read_trace
@@ -274,3 +275,9 @@ def test_hta_agrees_where_it_drops_and_rounds_nothing(shared):
     )
     # HTA leaves the last iteration out; on the others its compute time is the same to the microsecond.
     assert sum(t.matmul + t.other_compute for t in steps[:-1]) == 496_485_000
+
+
+@given(st.lists(st.integers(-(10**6), 10**12), min_size=1, max_size=60), st.sampled_from([0.5, 0.95]))
+def test_percentiles_of_launch_delays_are_numpys(values, share):
+    column = np.array(values, np.int64)
+    assert _percentile(column, share) == int(np.percentile(column, share * 100))
