@@ -112,6 +112,7 @@ def measure(python: str, code: str, folder: Path, script: Path) -> dict[str, flo
     """Run one tool once. Raises RuntimeError with its last output if it fails."""
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the peers lie in their environments compiled
     log = script.with_suffix(".log")
     begin, peak = time.perf_counter(), 0.0
     with log.open("w") as out:
