@@ -17,21 +17,25 @@ from trainsys.layout import Layout
 from trainsys.parallel import parallelize as parallelizing
 from trainsys.parallel.mesh import Mesh
 
-LAYERS = 10  # Dynamo gives up on code that it has compiled for 8 different objects
-SMALL = {"n_layers": LAYERS, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "vocab": 64, "max_seq_len": 32}
+SMALL = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "vocab": 64, "max_seq_len": 32}
+LAYERS = 9
+"""Dynamo gives up on code that it has compiled for 8 different objects."""
 
 
-def _config(recompute: dict[str, object], parallel: dict[str, object]) -> RunConfig:
+def _config(recompute: dict[str, object], parallel: dict[str, object], layers: int) -> RunConfig:
     train = {"seq_len": 32, "global_batch": 2, "micro_batch": 2, "device": "cpu", "dtype": "fp32", "compile": True}
-    return RunConfig.model_validate({"model": SMALL, "recompute": recompute, "parallel": parallel, "train": train})
+    sections = {"recompute": recompute, "parallel": parallel, "train": train}
+    return RunConfig.model_validate({"model": {"n_layers": layers, **SMALL}, **sections})
 
 
-def _compiled(recompute: dict[str, object], parallel: dict[str, object]) -> tuple[int, int, float]:
+def _compiled(
+    recompute: dict[str, object], parallel: dict[str, object], layers: int = LAYERS
+) -> tuple[int, int, float]:
     """Graphs, operations in them, and the largest gradient of a first backward."""
     torch._dynamo.reset()
     counters.clear()
     counter = CompileCounterWithBackend("aot_eager")
-    cfg = _config(recompute, parallel)
+    cfg = _config(recompute, parallel, layers)
     mesh = Mesh(Layout.resolve(cfg.parallel, int(os.environ.get("WORLD_SIZE", 1))), torch.device("cpu"))
     real = torch.compile
     torch.compile = partial(real, backend=counter)  # type: ignore[assignment]
@@ -53,30 +57,40 @@ def _each(cases: list[dict[str, object]]) -> list[tuple[int, int, float]]:
 
 
 def test_one_graph_serves_all_layers_under_every_policy() -> None:
-    policies = ({"policy": p} for p in ("none", "selective", "full", "every_n", "selective++"))
-    plain, selective, full, every, seam, ffn, attn = apart(
-        _each, [*policies, {"stream_ffn": 2}, {"stream_attention": 2}]
+    plain, full, selective, seam = apart(
+        _each, [{"policy": p} for p in ("none", "full", "selective", "selective++")]
     )
     graphs, operations, gradient = plain
     assert graphs == 1
     assert gradient > 0
-    assert full == every == plain, "a recomputed block is the same graph as one that is not"
+    assert full == plain, "a recomputed block is the same graph as one that is not"
     assert selective[0] == 1
     assert selective[1] > 0.8 * operations
     # Attention through the seam is not compiled: what is before and after it is.
     assert seam[0] <= 4
     assert seam[1] > 0.7 * operations
+    assert {round(g / gradient, 4) for *_, g in (selective, seam)} == {1.0}
+
+
+@pytest.mark.slow
+def test_streamed_blocks_share_their_graphs() -> None:
+    plain, every, ffn, attn = apart(
+        _each, [{"policy": "none"}, {"policy": "every_n"}, {"stream_ffn": 2}, {"stream_attention": 2}]
+    )
+    assert every == plain
     for streamed in (ffn, attn):
         assert streamed[0] <= 4
-        assert streamed[1] > 0.4 * operations
-    assert {round(g / gradient, 4) for *_, g in (selective, full, every, seam, ffn, attn)} == {1.0}
+        assert streamed[1] > 0.4 * plain[1]
+        assert streamed[2] == pytest.approx(plain[2], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", ["ring", "ulysses"])
 def test_context_parallel_layers_share_their_graphs(flavour: str) -> None:
-    ranks = run_ranks(2, _compiled, {}, {"cp": 2, "context": {"flavour": flavour}})
-    assert len({r[:2] for r in ranks}) == 1
-    graphs, operations, gradient = ranks[0]
-    assert 1 <= graphs <= 6
+    parallel = {"cp": 2, "context": {"flavour": flavour}}
+    few, many = (run_ranks(2, _compiled, {}, parallel, layers) for layers in (2, LAYERS))
+    assert {r[:2] for r in many} == {r[:2] for r in few}
+    graphs, operations, gradient = many[0]
+    assert graphs >= 1
     assert operations > 25
     assert gradient > 0
