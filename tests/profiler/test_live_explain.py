@@ -110,6 +110,8 @@ def test_waiting_for_now_one_rank_and_now_another_is_jitter(made: Path, tmp_path
     assert e.verdicts == []
     assert e.waterfall is not None
     assert {t.name: t.label for t in e.waterfall.terms}["straggler"] == "jitter (waiting)"
+    assert e.over_time is not None
+    assert e.over_time.labels["straggler"] == "jitter (waiting)", "one name on the page"
     (advice,) = [a.what for a in e.advice if "jitter" in a.what]
     assert "garbage collection" in advice
     late = explain(made)

@@ -110,8 +110,13 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
         over_time.add(rows, table, ledger.add(table, split_flops(table, cfg)))
     fall = ledger.waterfall()
     verdicts = seen.blame.verdicts()
-    if fall is not None and all(v.kind == "gc" for v in verdicts):
-        fall = replace(fall, terms=[replace(t, label=JITTER) if t.name == "straggler" else t for t in fall.terms])
+    series = over_time.result(ledger.peak())
+    if all(v.kind == "gc" for v in verdicts):  # nobody is late for good
+        if series is not None and "straggler" in series.labels:
+            series.labels["straggler"] = JITTER
+        if fall is not None:
+            terms = [replace(t, label=JITTER) if t.name == "straggler" else t for t in fall.terms]
+            fall = replace(fall, terms=terms)
     use = utilization(run, fall.mfu if fall else None, fall.peak_flops if fall else None)
     memory = memory_report(seen.memory(), start, cfg, run.reason)
     good = goodput_of(run.run_dir, run.lead.rank)
@@ -131,7 +136,7 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
             "steps": run.lead.steps, "global_batch": start.global_batch, "seq_len": start.seq_len,
             "parameters": start.parameters, "hosts": len(set(steps.hosts.values()) - {""}),
         },
-        use=use, waterfall=fall, over_time=over_time.result(ledger.peak()), verdicts=verdicts,
+        use=use, waterfall=fall, over_time=series, verdicts=verdicts,
         advice=advise(fall, cfg, memory, verdicts) if fall is not None else [], goodput=good, goodput_share=good.share,
         memory=memory, fit=fit, heat=seen.heat.result(), pipeline=pipe,
         what_if=[] if fall is None else what_if(fall, pipe, seen.saved.most(steps.ranks)),

@@ -76,7 +76,7 @@ out.append(h("header", {}, h("div", {}, h("h1", {}, E.verdicts[0]?.title ?? (wor
 const tile = (value, word, kind) => h("div", { class: "tile " + (kind ?? "") }, h("b", {}, value), h("span", {}, word));
 out.append(h("div", { class: "tiles" },
   W && W.mfu !== null ? tile(share(W.mfu), "MFU of the steps", "hero") : null,
-  W ? tile(span(W.step_s), "a step, mean of ranks") : null,
+  W ? tile(span(W.step_s), "per step, mean over ranks") : null,
   tile(share(E.goodput_share), `goodput of ${span(E.goodput.wall_s)}`),
   E.memory ? tile(bytes(E.memory.peak), E.memory.capacity ? `peak memory, ${share(E.memory.peak / E.memory.capacity, 0)} of the device` : "peak memory, rank " + E.memory.rank) : null,
   tile(String(E.verdicts.length), E.verdicts.length === 1 ? "verdict" : "verdicts", E.verdicts.length ? "alarm" : "")));
@@ -87,7 +87,7 @@ E.missing.forEach((m) => out.append(h("p", { class: "warn" }, m)));
 if (W) {
   const ms = (t) => h("span", { class: "num" }, millis(t) + " ms"), grid = h("div", { class: "fall" });
   const known = W.mfu !== null;
-  for (const [word, kind] of [["", ""], ["", ""], ["a step", "num"], ["share", "num"], [known ? "MFU without it" : "", "num wide"]]) grid.append(h("span", { class: "th " + kind }, word));
+  for (const [word, kind] of [["", ""], ["", ""], ["per step", "num"], ["share", "num"], [known ? "MFU without it" : "", "num wide"]]) grid.append(h("span", { class: "th " + kind }, word));
   const line = (name, words, kind, from, width, seconds, mfu, hint) => {
     grid.append(h("span", { class: kind }, words), h("div", { class: "lane" }, h("i", { class: "ghost", style: `left:0;width:${100 * (from + width)}%;${fill(name)}` }),
       h("i", { style: `left:${100 * from}%;width:${100 * width}%;${fill(name)}`, tip: hint })), ms(seconds), h("span", { class: "num" }, share(seconds / W.wall_s)), h("span", { class: "num wide" }, mfu));
@@ -101,7 +101,7 @@ if (W) {
     const wide = Math.max(0, t.seconds / W.wall_s);
     top -= wide;
     line(t.name, t.label, t.estimated ? "est" : "", Math.max(0, top), wide, t.seconds, t.mfu_without === null ? "" : share(t.mfu_without),
-      `${t.label}: ${millis(t.seconds)} ms a step, mean over ranks\nmost on rank ${t.slowest_rank}: ${millis(t.slowest_s)} ms`);
+      `${t.label}: ${millis(t.seconds)} ms per step, mean over ranks\nmost on rank ${t.slowest_rank}: ${millis(t.slowest_s)} ms`);
   }
   if (folded.length) {
     const rest = folded.reduce((s, t) => s + Math.max(0, t.seconds), 0), wide = rest / W.wall_s;
@@ -121,7 +121,7 @@ pair.append(h("div", {}, h("h2", {}, "Stragglers"), h("p", { class: "sub" }, "Wo
     : h("div", { class: "verdict calm" }, E.ranks.length > 1 ? "No rank, node or link stands out." : "One rank: nobody to compare with."),
   E.what_if.length ? [h("h2", { class: "again" }, "What if"), h("p", { class: "sub" }, "The step, replayed with one thing ideal"),
     h("div", { class: "ifs" }, E.what_if.slice(0, 7).map((w) => [h("span", {}, w.what), h("div", { class: "lane" }, h("i", { class: "ghost", style: `left:0;width:100%;${fill("unattributed")}` }),
-      h("i", { style: `left:0;width:${100 * (1 - w.gain)}%;${fill("optimizer")}`, tip: `${millis(w.step_s)} ms a step instead of ${millis(W.wall_s)} ms` })), h("span", { class: "num" }, millis(w.step_s) + " ms"), h("span", { class: "num good" }, "−" + share(w.gain))]))] : null));
+      h("i", { style: `left:0;width:${100 * (1 - w.gain)}%;${fill("optimizer")}`, tip: `${millis(w.step_s)} ms per step instead of ${millis(W.wall_s)} ms` })), h("span", { class: "num" }, millis(w.step_s) + " ms"), h("span", { class: "num good" }, "−" + share(w.gain))]))] : null));
 pair.append(h("div", {}, h("h2", {}, "What to change"), h("p", { class: "sub" }, "Upper bounds: each takes its term away whole"),
   E.advice.length + E.fit.length ? [...E.advice.map((a) => h("div", { class: "verdict gain" }, h("div", { class: "share" }, share(a.gain, a.gain < 0.0995 ? 1 : 0)), h("div", { class: "title" }, a.what),
     h("div", { class: "why" }, a.basis + (a.mfu === null ? "" : `; MFU would be ${share(a.mfu)}`)))), ...E.fit.map((f) => h("div", { class: "verdict calm" }, "to fit: " + f))]
