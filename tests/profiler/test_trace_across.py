@@ -41,6 +41,18 @@ def test_healthy_job_blames_nobody(tmp_path):
     assert not [v for v in report.verdicts if v.kind in ("straggler", "late")]
 
 
+def test_waiting_is_not_answered_by_overlap(tmp_path):
+    """A wait for a rank that has not arrived is as long whatever else is done meanwhile."""
+    said = {}
+    for name, job in (("late", Job(ranks=4, steps=6, slow={2: 2.0})), ("even", Job(ranks=4, steps=6, noise=0.0))):
+        write_job(job, tmp_path / name)
+        report = analyse([tmp_path / name], critical=False)
+        (said[name],) = [v for v in report.verdicts if v.kind == "communication"]
+    assert "overlap gradient reduction" in said["even"].advice
+    assert "even out when ranks arrive" in said["late"].advice
+    assert "overlap gradient" not in said["late"].advice
+
+
 def test_groups_are_told_apart(tmp_path):
     job = Job(ranks=8, group=2, steps=5, slow={5: 1.3}, noise=0.005)
     timeline = write_job(job, tmp_path)

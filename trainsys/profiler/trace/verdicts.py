@@ -116,7 +116,7 @@ def _time(report: Report, ranks: list[RankReport]) -> list[Verdict]:
                     "communication",
                     title,
                     _comm_evidence(report, ranks),
-                    _AXIS_ADVICE.get(axis, "overlap it with compute, or communicate less often"),
+                    _comm_advice(report, axis),
                     share,
                 )
             )
@@ -194,11 +194,25 @@ def _comm_evidence(report: Report, ranks: list[RankReport]) -> str:
     ]
     if hidden:
         parts.append(f"{_pct(sum(hidden) / len(hidden))} of communication is hidden behind compute")
-    if report.across is not None and report.across.ranks:
-        wait, total = (sum(getattr(r, k) for r in report.across.ranks) for k in ("wait_ns", "comm_ns"))
-        if total:
-            parts.append(f"{_pct(wait / total)} of matched communication is waiting for other ranks")
+    if (waiting := _waiting(report)) is not None:
+        parts.append(f"{_pct(waiting)} of matched communication is waiting for other ranks")
     return "; ".join(parts)
+
+
+def _waiting(report: Report) -> float | None:
+    """Share of matched communication in which other ranks had not arrived; None: nothing is matched."""
+    ranks = [] if report.across is None else report.across.ranks
+    total = sum(r.comm_ns for r in ranks)
+    return sum(r.wait_ns for r in ranks) / total if total else None
+
+
+def _comm_advice(report: Report, axis: str) -> str:
+    if axis != "pp" and (_waiting(report) or 0.0) > 0.5:
+        return (
+            "even out when ranks arrive: most of it is waiting, which neither overlap nor a faster link shortens "
+            "(stragglers, uneven batches, launch gaps and garbage collection of single ranks)"
+        )
+    return _AXIS_ADVICE.get(axis, "overlap it with compute, or communicate less often")
 
 
 def _across(report: Report, timed: list[RankReport]) -> list[Verdict]:
@@ -214,8 +228,8 @@ def _across(report: Report, timed: list[RankReport]) -> list[Verdict]:
             Verdict(
                 "straggler",
                 f"rank {s.rank} is {s.slowdown * 100:.0f}% slower than its peers between collectives",
-                f"group {s.group}; z = {s.z:.1f}; slow in {s.share * 100:.0f}% of the stretches; costs everyone "
-                f"{s.cost_s * 1e3:.2f} ms each",
+                f"group {s.group}; z = {s.z:.1f}; slow in {s.share * 100:.0f}% of the stretches; every rank "
+                f"loses {s.cost_s * 1e3:.2f} ms to it",
                 "check that rank's clocks, thermals, ECC and neighbours on the host; exclude it and compare",
                 min(1.0, s.slowdown / (1 + s.slowdown)),
             )
