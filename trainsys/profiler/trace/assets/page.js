@@ -211,7 +211,7 @@ if (R.critical) {
   const c = R.critical;
   section("Critical path and what-if", `Rank ${R.critical_rank}, ${ms(c.span_ns)} ms; replayed with one thing ideal at a time`, el("div", { class: "two" },
     el("div", {}, el("h2", {}, "What the end waited for"), barList(Object.entries(c.by_kind).filter(([, ns]) => ns >= 0.0005 * c.span_ns).sort((x, y) => y[1] - x[1]).map(([k, ns]) => [words(k), ns]), c.span_ns, "--mark")),
-    el("div", {}, el("h2", {}, "Shorter by, had …"), c.what_if.some((w) => w.saved_share >= 0.001) ? barList(c.what_if.filter((w) => w.saved_share >= 0.001).map((w) => [w.what, w.saved_ns]), c.span_ns, "--good") : el("p", { class: "note" }, c.faithful ? "nothing would save 0.1%" : "the replay was not faithful"),
+    el("div", {}, el("h2", {}, "Shorter by, if …"), c.what_if.some((w) => w.saved_share >= 0.001) ? barList(c.what_if.filter((w) => w.saved_share >= 0.001).map((w) => [w.what, w.saved_ns]), c.span_ns, "--good") : el("p", { class: "note" }, c.faithful ? "nothing would save 0.1%" : "the replay was not faithful"),
       ...Object.entries(c.withheld).map(([what, why]) => el("p", { class: "note" }, `${what}: withheld, ${why}`)))));
 }
 if (R.diff) {
