@@ -15,7 +15,7 @@ import pytest
 
 from trainsys.checkpoint.folder import Folder
 from trainsys.resilience.drain import MARKER, SAME_PRESS_S, Drain
-from trainsys.telemetry.report import load_run
+from trainsys.telemetry.run_data import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """\
