@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 import numpy as np
 
@@ -39,7 +39,8 @@ class Lookup:
         by_end = np.argsort(device.end, kind="stable")
         self.by_end: list[int] = by_end.tolist()
         self.ends: list[int] = device.end[by_end].tolist()
-        self.ends_array = device.end[by_end]
+        close = np.minimum(np.diff(device.end[by_end]), RETURN_NS)
+        self.after_ends: list[int] = np.concatenate([[0], np.cumsum(close)]).tolist()
         lane = device.device * 1_000_003 + device.stream
         self.lane = lane.tolist()
         self.by_lane: dict[int, tuple[list[int], list[int]]] = {}
@@ -80,9 +81,8 @@ class Lookup:
 
     def chance(self, begin: int, end: int) -> float:
         """That an instant of ``[begin, end)`` follows some end by no more than ``RETURN_NS``."""
-        i, j = np.searchsorted(self.ends_array, (begin, end))
-        ends = self.ends_array[i:j]
-        if not ends.size:
+        i, j = bisect_left(self.ends, begin), bisect_left(self.ends, end)
+        if i >= j:
             return 0.0
-        apart = np.minimum(np.diff(np.append(ends, end)), RETURN_NS)
-        return float(apart.sum()) / max(1, end - begin)
+        after = self.after_ends[j - 1] - self.after_ends[i] + min(end - self.ends[j - 1], RETURN_NS)
+        return after / max(1, end - begin)
