@@ -105,9 +105,7 @@ def _handed(calls: Calls, begin: Ints, before: Ints, launching: Ints) -> Ints:
     if launching.size < 2:
         return out
     mine = {t: np.flatnonzero(calls.thread == t) for t in launching.tolist()}
-    quiet = np.flatnonzero(
-        among(calls.thread, launching) & ((before < 0) | (calls.start - begin >= HELD_NS))
-    )
+    quiet = np.flatnonzero(among(calls.thread, launching) & ((before < 0) | (calls.start - begin >= HELD_NS)))
     for t, theirs in mine.items():
         i = quiet[calls.thread[quiet] != t]
         k = np.searchsorted(calls.start[theirs], calls.start[i]) - 1
