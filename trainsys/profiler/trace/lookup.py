@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 import numpy as np
 
 from trainsys.profiler.trace.columns import Calls, RankTrace
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.intervals import Ints, distinct
 from trainsys.profiler.trace.link import Launches, launch_times
 from trainsys.profiler.trace.polling import Loops
 
@@ -44,13 +44,13 @@ class Lookup:
         lane = device.device * 1_000_003 + device.stream
         self.lane = lane.tolist()
         self.by_lane: dict[int, tuple[list[int], list[int]]] = {}
-        for key in np.unique(lane).tolist():
+        for key in distinct(lane).tolist():
             mine = np.flatnonzero(lane == key)
             mine = mine[np.argsort(self.launched[mine], kind="stable")]
             self.by_lane[key] = (self.launched[mine].tolist(), mine.tolist())
         linked = np.flatnonzero(launches.index >= 0)
         call = loops.place[launches.index[linked]]
-        self.launching = np.unique(calls.thread[call]) if call.size else np.zeros(0, np.int64)
+        self.launching = distinct(calls.thread[call]) if call.size else np.zeros(0, np.int64)
         order = np.argsort(calls.start[call], kind="stable")
         self.by_thread: dict[int, tuple[list[int], list[int]]] = {}
         for t in self.launching.tolist():

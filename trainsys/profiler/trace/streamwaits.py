@@ -60,7 +60,7 @@ def called_for(trace: RankTrace, launches: Launches) -> list[tuple[int, ...]]:
     streams = _Streams(trace, launches)
     linked = np.flatnonzero(launches.index >= 0)
     pairs: dict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
-    for thread in np.unique(runtime.thread[waits]).tolist():
+    for thread in distinct(runtime.thread[waits]).tolist():
         mine = linked[launches.thread[linked] == thread]
         mine = mine[np.argsort(launches.start[mine], kind="stable")]
         at = waits[runtime.thread[waits] == thread]
