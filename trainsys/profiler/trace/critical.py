@@ -177,7 +177,7 @@ def _walk(g: Graph, trace: RankTrace, low: int) -> _Path:
         node = cause
     coded = np.array(codes, np.int64)
     present = distinct(coded)
-    labels = [_label(*divmod(code, n), trace.names) for code in present.tolist()]
+    labels = [_label(code // n, code % n, trace.names) for code in present.tolist()]
     return np.array(begins, np.int64), np.array(ends, np.int64), np.searchsorted(present, coded), labels
 
 

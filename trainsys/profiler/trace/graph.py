@@ -105,7 +105,7 @@ def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
     def column(calls_: Ints, activities: Ints) -> Ints:
         return np.concatenate([calls_, activities])[order]
 
-    of_call = {
+    of_call: dict[str, Any] = {
         k: column(v, np.full(nd, _NONE if k in _NODES else k == "sure", v.dtype)) for k, v in of_calls.items()
     }
     none = np.full(nh, _NONE, np.int64)

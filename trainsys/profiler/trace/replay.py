@@ -175,7 +175,7 @@ class Replay:
 
 
 def _times(values: Ints, factor: float | npt.NDArray[np.float64]) -> Ints:
-    return np.rint(values * factor).astype(np.int64)
+    return np.asarray(np.rint(values * factor), np.int64)
 
 
 def _play(values: Ints, tops: Ints) -> list[int]:
