@@ -88,19 +88,27 @@ def _only(trace: RankTrace, device: int) -> RankTrace:
     return out
 
 
-def analyse_file(path: Path, options: Options) -> Analysed:
-    """Raises UserError for what :func:`read_trace` refuses."""
+def analyse_file(path: Path, options: Options, keep: dict[int | None, Loaded] | None = None) -> Analysed:
+    """Raises UserError for what :func:`read_trace` refuses. ``keep`` takes the columns, by lane."""
     trace = read_trace(path, limits=options.limits, keep_truncated=options.keep_truncated)
     found = _devices(trace)
     if len(found) < 2:
-        return _analysed(path, trace, None, options)
-    out, *others = [_analysed(path, _only(trace, d), d, options) for d in found]
+        return _analysed(path, trace, None, options, keep)
+    out, *others = [_analysed(path, _only(trace, d), d, options, keep) for d in found]
     out.lanes = [o.report for o in others]
     return out
 
 
-def _analysed(path: Path, trace: RankTrace, device: int | None, options: Options) -> Analysed:
+def _analysed(
+    path: Path,
+    trace: RankTrace,
+    device: int | None,
+    options: Options,
+    keep: dict[int | None, Loaded] | None,
+) -> Analysed:
     loaded = _loaded(trace)
+    if keep is not None:
+        keep[device] = loaded
     kinds, launches = loaded.kinds, loaded.launches
     comms = list_communications(trace, kinds, launches)
     breakdown = break_down(trace, kinds, launches) or break_down_host(trace, comms)

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 from trainsys.profiler.trace.classify import CLASS_NAMES, COMM, COMPUTE, COPY, MATMUL
 from trainsys.profiler.trace.columns import RankTrace
-from trainsys.profiler.trace.graph import HOST, KIND_NAMES, Graph, build
-from trainsys.profiler.trace.intervals import EMPTY, Ints, merge, subtract, total, union
+from trainsys.profiler.trace.graph import HOST, KIND_NAMES, SYNCED, Graph, build
+from trainsys.profiler.trace.intervals import (
+    EMPTY,
+    Ints,
+    Spans,
+    complement,
+    distinct,
+    inside_each,
+    merge,
+    subtract,
+    total,
+    union,
+)
 from trainsys.profiler.trace.link import Launches
-from trainsys.profiler.trace.replay import replay
+from trainsys.profiler.trace.replay import Replay
 from trainsys.profiler.trace.whatif import WhatIf, what_ifs
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(NamedTuple):
     """``[start, end)`` ns of a critical path, and what held it then: ``kind`` in general, ``name`` in particular."""
 
     start: int
@@ -46,7 +59,7 @@ def critical_path(
 ) -> CriticalPath | None:
     """Of the whole trace. ``waits``: ns of each device activity spent waiting for other ranks, if matched.
 
-    None without device activities. O(n log n); about 2 s per million activities and calls.
+    None without device activities. O(n log n).
     """
     if not len(trace.device):
         return None
@@ -54,15 +67,21 @@ def critical_path(
     low, high = int(trace.device.start.min()), int(trace.device.end.max())
     by_kind: Counter[str] = Counter()
     by_name: Counter[tuple[str, str]] = Counter()
-    for stretch in _settled(_walk(g, trace, low), trace, kinds):
-        by_kind[stretch.kind] += stretch.end - stretch.start
-        by_name[stretch.kind, stretch.name] += stretch.end - stretch.start
+    start, end, label, labels = _settled(_walk(g, trace, low), trace, kinds)
+    length = np.zeros(len(labels), np.int64)
+    np.add.at(length, label, end - start)
+    first = np.full(len(labels), label.size)
+    np.minimum.at(first, label, np.arange(label.size))
+    for i in np.argsort(first, kind="stable")[: int((first < label.size).sum())].tolist():
+        by_kind[labels[i][0]] += int(length[i])
+        by_name[labels[i]] += int(length[i])
     top = [(kind, name, ns) for (kind, name), ns in by_name.most_common(25)]
     out = CriticalPath(high - low, dict(by_kind), top, inferred=g.inferred)
-    out.faithful = replay(g) == g.end
+    again = Replay(g)
+    out.faithful = bool((again.ends() == g.end).all())
     if out.faithful:
         busy = total(union(trace.device.start, trace.device.end))
-        out.what_if, out.withheld = what_ifs(g, high - low - busy, _waits_by_node(g, waits))
+        out.what_if, out.withheld = what_ifs(again, high - low - busy, _waits_by_node(g, waits))
     return out
 
 
@@ -71,92 +90,138 @@ def stretches(trace: RankTrace, kinds: Ints, launches: Launches) -> list[Stretch
     if not len(trace.device):
         return []
     path = _walk(build(trace, kinds, launches), trace, int(trace.device.start.min()))
-    return _settled(path, trace, kinds)
+    start, end, label, labels = _settled(path, trace, kinds)
+    columns = (start.tolist(), end.tolist(), label.tolist())
+    return [Stretch(a, b, *labels[i]) for a, b, i in zip(*columns, strict=True)]
 
 
 _ON_HOST = frozenset({"host", "data", "sync", "launch"})
+_Label = tuple[str, str]
+_Path = tuple[Ints, Ints, Ints, list[_Label]]
+"""Starts, ends and labels of stretches, the latter as indices into the (kind, name) that come last."""
 
 
-def _settled(path: list[Stretch], trace: RankTrace, kinds: Ints) -> list[Stretch]:
-    """The path, in which the host holds up only an idle device: while kernels run, they do.
+def _settled(path: _Path, trace: RankTrace, kinds: Ints) -> _Path:
+    """The path in order of time, in which the host holds up only an idle device: while kernels run, they do.
 
     So the host's share never exceeds the idle share, whatever waits for the device were not recognised as such.
     """
-    device = trace.device
-    runs: list[tuple[int, int, str]] = []
-    taken = EMPTY
+    start, end, label, labels = path
+    on_host = np.array([kind in _ON_HOST for kind, _ in labels], bool)[label]
+    host, own = np.flatnonzero(on_host), np.flatnonzero(~on_host)
+    parts = [(start[own], end[own], label[own])]
+
+    def cut(by: Spans, labelled: Ints) -> None:
+        which, a, b = inside_each(by, start[host], end[host])
+        parts.append((a, b, labelled[host[which]]))
+
+    device, taken = trace.device, EMPTY
     for k in (MATMUL, COMPUTE, COMM, COPY):
-        own = subtract(union(device.start[kinds == k], device.end[kinds == k]), taken)
-        taken = merge(taken, own)
-        runs += [(a, b, CLASS_NAMES[k]) for a, b in zip(*(x.tolist() for x in own), strict=True)]
-    runs.sort()
-    out: list[Stretch] = []
-    i = 0  # the first run that ends after what is settled
-    for part in reversed(path):
-        if part.kind not in _ON_HOST:
-            out.append(part)
-            continue
-        at = part.start
-        while i < len(runs) and runs[i][1] <= at:
-            i += 1
-        while i < len(runs) and runs[i][0] < part.end:
-            start, end, kind = runs[i]
-            start, until = max(start, at), min(end, part.end)
-            if start > at:
-                out.append(Stretch(at, start, part.kind, part.name))
-            out.append(Stretch(start, until, kind, "while the host went on"))
-            at = until
-            if end > part.end:
-                break
-            i += 1
-        if at < part.end:
-            out.append(Stretch(at, part.end, part.kind, part.name))
-    return out
+        spans = subtract(union(device.start[kinds == k], device.end[kinds == k]), taken)
+        taken = merge(taken, spans)
+        cut(spans, np.full(label.size, len(labels)))
+        labels.append((CLASS_NAMES[k], "while the host went on"))
+    cut(complement(taken, int(start.min(initial=0)), int(end.max(initial=0))), label)
+    start, end, label = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(start, kind="stable")
+    return start[order], end[order], label[order], labels
 
 
-def _walk(g: Graph, trace: RankTrace, low: int) -> list[Stretch]:
+_BEFORE = ("data", "host", "launch", "device gap")
+"""What held a node between the last of its causes and its start."""
+
+
+def _walk(g: Graph, trace: RankTrace, low: int) -> _Path:
     """From the last end back: at each node its own time, then its lag, then the cause that held it."""
-    device_nodes = [i for i in range(len(g.start)) if g.kind[i] < HOST]
-    node = max(device_nodes, key=lambda i: g.end[i])
-    path: list[Stretch] = []
-    now = g.end[node]
-
-    def spend(kind: str, name: str, until: int) -> None:
-        nonlocal now
+    on_device = np.flatnonzero(g.kind < HOST)
+    node = int(on_device[np.argmax(g.end[on_device])])
+    start, end, name, kinds = g.start.tolist(), g.end.tolist(), g.name.tolist(), g.kind.tolist()
+    ready, causes = (c.tolist() for c in _held_up(g))
+    data, held = g.data.tolist(), _blocked_by(g)
+    n = len(trace.names)
+    begins: list[int] = []
+    ends: list[int] = []
+    codes: list[int] = []
+    now = end[node]
+    while now > low:
+        held_by = held.get(node, -1)
+        if held_by >= 0 and now > end[held_by] > start[node]:
+            until, code, following = end[held_by], SYNCED * n + name[node], held_by
+        else:
+            until, code, following = start[node], kinds[node] * n + name[node], -1
         until = max(until, low)
         if now > until:
-            path.append(Stretch(until, now, kind, name))
-        now = min(now, until)
-
-    while now > low:
-        name, kind = trace.names[g.name[node]], KIND_NAMES[g.kind[node]]
-        held_by = max((c for c, _ in g.blocked[node]), key=lambda c: g.end[c], default=-1)
-        if held_by >= 0 and now > g.end[held_by] > g.start[node]:
-            spend("sync", name, g.end[held_by])
-            node = held_by
+            begins.append(until)
+            ends.append(now)
+            codes.append(code)
+            now = until
+        if following >= 0:
+            node = following
             continue
-        spend(kind, name, g.start[node])
-        after = g.after[node]
-        causes = (*(c for c, _ in g.causes[node]), after.program, after.held_by if after.sure else -1)
-        options = [(g.end[c], c) for c in causes if c >= 0]
-        if g.launch[node][0] >= 0:
-            options.append((g.start[g.launch[node][0]], g.launch[node][0]))
-        if not options:
-            spend("host", "before the first recorded call", low)
-            break
-        ready, cause = max(options)
+        cause, since = causes[node], ready[node]
         # Between the last cause and the start: the host thinking, or the device's own latency.
-        if g.kind[node] >= HOST:
-            spend("data" if after.data * 2 > now - ready > 0 else "host", f"before {name}", ready)
+        if cause < 0:
+            since, code = low, (SYNCED + 1 + len(_BEFORE)) * n
+        elif kinds[node] >= HOST:
+            code = (SYNCED + (1 if data[node] * 2 > now - since > 0 else 2)) * n + name[node]
         else:
-            spend("launch" if g.kind[cause] >= HOST else "device gap", f"before {name}", ready)
+            code = (SYNCED + (3 if kinds[cause] >= HOST else 4)) * n + name[node]
+        until = max(since, low)
+        if now > until:
+            begins.append(until)
+            ends.append(now)
+            codes.append(code)
+            now = until
+        if cause < 0:
+            break
         node = cause
-    return path
+    coded = np.array(codes, np.int64)
+    present = distinct(coded)
+    labels = [_label(code // n, code % n, trace.names) for code in present.tolist()]
+    return np.array(begins, np.int64), np.array(ends, np.int64), np.searchsorted(present, coded), labels
 
 
-def _waits_by_node(g: Graph, waits: Ints | None) -> list[int] | None:
+def _label(role: int, name: int, names: list[str]) -> _Label:
+    if role <= SYNCED:
+        return KIND_NAMES[role], names[name]
+    if role <= SYNCED + len(_BEFORE):
+        return _BEFORE[role - SYNCED - 1], f"before {names[name]}"
+    return "host", "before the first recorded call"
+
+
+def _held_up(g: Graph) -> tuple[Ints, Ints]:
+    """By node: (when the last of its causes was ready, that cause), or -1 for the cause; of several the later node."""
+    n = g.start.size
+    edges = g.causes
+    last = np.lexsort((edges.cause, g.end[edges.cause], edges.node))
+    last = last[np.diff(edges.node[last], append=n) > 0]
+    by_edge = np.full(n, -1, np.int64)
+    by_edge[edges.node[last]] = edges.cause[last]
+    ready, cause = np.full(n, np.iinfo(np.int64).min), np.full(n, -1, np.int64)
+    options = (
+        (by_edge, g.end),
+        (g.program, g.end),
+        (np.where(g.sure, g.held_by, -1), g.end),
+        (g.launch, g.start),
+    )
+    for other, at in options:
+        when = at[np.maximum(other, 0)]
+        later = (other >= 0) & ((when > ready) | ((when == ready) & (other > cause)))
+        ready, cause = np.where(later, when, ready), np.where(later, other, cause)
+    return ready, cause
+
+
+def _blocked_by(g: Graph) -> dict[int, int]:
+    """By call that waited: the first of what it waited for that ended last."""
+    edges = g.blocked
+    order = np.lexsort((-np.arange(edges.node.size), g.end[edges.cause], edges.node))
+    return dict(zip(edges.node[order].tolist(), edges.cause[order].tolist(), strict=True))
+
+
+def _waits_by_node(g: Graph, waits: Ints | None) -> Ints | None:
     if waits is None or not waits.any():
         return None
-    order = iter(waits.tolist())
+    out = np.zeros(g.start.size, np.int64)
     # Device nodes appear in the graph in their order of start, as the columns do.
-    return [next(order) if k < HOST else 0 for k in g.kind]
+    out[g.kind < HOST] = waits
+    return out

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from trainsys.profiler.trace.columns import Calls, RankTrace
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.intervals import Ints, distinct
 
 _WORKERS = re.compile(r"_MultiProcessingDataLoaderIter|\bdata(?:_|\.)?(?:wait|stall)", re.I)
 _LATE_NS, _LATE_SHARE = 100_000, 0.02
@@ -25,7 +25,7 @@ def worker_fetches(trace: RankTrace, calls: Calls) -> Ints:
     if not len(notes) or not len(calls) or not (chosen := np.flatnonzero(by_workers[notes.name])).size:
         return out
     length = notes.end[chosen] - notes.start[chosen]
-    for thread in np.unique(notes.thread[chosen]).tolist():
+    for thread in distinct(notes.thread[chosen]).tolist():
         here = notes.thread[chosen] == thread
         mine = np.flatnonzero(calls.thread == thread)
         begun = notes.end[chosen[here]]

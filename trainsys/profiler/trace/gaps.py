@@ -16,7 +16,7 @@ import numpy as np
 
 from trainsys.profiler.trace.columns import Calls, RankTrace
 from trainsys.profiler.trace.idle import data_spans
-from trainsys.profiler.trace.intervals import Ints, clip, complement, merge, total, union
+from trainsys.profiler.trace.intervals import Ints, Spans, complement, covered, inside_each, merge, union
 from trainsys.profiler.trace.lookup import CHANCE, HELD_NS, RETURN_NS, Lookup
 
 _APART_NS, _APART_SHARE, _APART_MOST_NS = 50_000, 0.04, 500_000
@@ -47,20 +47,17 @@ def find_gaps(trace: RankTrace, look: Lookup, calls: Calls, before: Ints) -> dic
     busy = union(trace.device.start, trace.device.end)
     out: dict[int, Gap] = {}
     alike: dict[tuple[int, int], list[tuple[int, int, int, int, float]]] = defaultdict(list)
-    for i in np.flatnonzero(calls.start - begin >= HELD_NS).tolist():
-        starts, ends = complement(known, int(begin[i]), int(calls.start[i]))
-        if not starts.size:
-            continue
-        k = int(np.argmax(ends - starts))
-        low, high = int(starts[k]), int(ends[k])
-        if high - low < HELD_NS or 2 * (high - low) < calls.start[i] - begin[i]:
-            continue
-        hit, chance = _end_at(look, int(calls.thread[before[i]]), low, high)
-        if hit < 0 and high - low >= _LONG_NS and total(clip(busy, low, high)) >= _BUSY * (high - low):
+    which, lows, highs = _longest(known, begin, calls.start)
+    since = before[which]
+    worked = covered(busy, lows, highs)
+    columns = (which, lows, highs, worked, calls.thread[since], calls.name[since], calls.name[which])
+    for i, low, high, work, thread, name, following in zip(*(c.tolist() for c in columns), strict=True):
+        hit, chance = _end_at(look, thread, low, high)
+        if hit < 0 and high - low >= _LONG_NS and work >= _BUSY * (high - low):
             during = look.ended(low, high, low)
             if during >= 0:
                 out[i] = Gap(low, high, during, False)
-        alike[int(calls.name[before[i]]), int(calls.name[i])].append((i, low, high, hit, chance))
+        alike[name, following].append((i, low, high, hit, chance))
     for group in alike.values():
         hits, mean = sum(g[3] >= 0 for g in group), sum(g[4] for g in group) / len(group)
         often = (
@@ -71,6 +68,21 @@ def find_gaps(trace: RankTrace, look: Lookup, calls: Calls, before: Ints) -> dic
             if hit >= 0:
                 out[i] = Gap(low, high, hit, often or chance <= CHANCE)
     return out
+
+
+def _longest(known: Spans, begin: Ints, end: Ints) -> tuple[Ints, Ints, Ints]:
+    """(i, low, high) of the gaps ``[begin[i], end[i])`` of which ``[low, high)``, half of it or more, is not known."""
+    chosen = np.flatnonzero(end - begin >= HELD_NS)
+    if not chosen.size:
+        return chosen, chosen, chosen
+    low, high = complement(known, int(begin[chosen].min()), int(end[chosen].max()))
+    long = high - low >= HELD_NS
+    which, low, high = inside_each((low[long], high[long]), begin[chosen], end[chosen])
+    by_length = np.lexsort((low - high, which))
+    first = np.diff(which[by_length], prepend=-1) > 0
+    which, low, high = (c[by_length[first]] for c in (chosen[which], low, high))
+    enough = (high - low >= HELD_NS) & (2 * (high - low) >= end[which] - begin[which])
+    return which[enough], low[enough], high[enough]
 
 
 def _end_at(look: Lookup, thread: int, low: int, high: int) -> tuple[int, float]:

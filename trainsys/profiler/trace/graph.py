@@ -12,12 +12,15 @@ After Holmes et al.'s and HTA's critical path, and what-if analysis as in Daydre
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trainsys.profiler.trace.classify import CLASS_NAMES
-from trainsys.profiler.trace.columns import RankTrace
+from trainsys.profiler.trace.columns import Calls, RankTrace
+from trainsys.profiler.trace.edges import Edges, flat, greatest
 from trainsys.profiler.trace.fetches import worker_fetches
 from trainsys.profiler.trace.hostwaits import HostWaits, find_waits
 from trainsys.profiler.trace.idle import data_spans
@@ -30,52 +33,48 @@ from trainsys.profiler.trace.usual import Usual, usual
 _NONE = -1
 HOST, SYNCED = len(CLASS_NAMES), len(CLASS_NAMES) + 1
 KIND_NAMES = (*CLASS_NAMES, "host", "sync")
-Edges = tuple[tuple[int, int], ...]
-"""(cause, lag): no sooner than the lag after the cause has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class After:
-    """A host between two calls: it thinks, may wait for the device without a call, and thinks again. Times in ns."""
-
-    program: int
-    """The node of the call before; -1: there is none, and the call starts when it did."""
-    before: int = 0
-    gap: int = 0
-    rest: int = 0
-    data: int = 0
-    """Of the rest, in a data loader."""
-    held_by: int = -1
-    """The node that the gap was, or may have been, a wait for."""
-    back: int = 0
-    """From that node's end to the gap's; negative where it freed the host before its end."""
-    sure: bool = True
-
-
-_FREE = After(_NONE)
+_NEVER = np.iinfo(np.int64).min
 
 
 @dataclass(slots=True)
 class Graph:
-    """Nodes in an order in which causes come first. A node without causes starts when it did."""
+    """Nodes in an order in which causes come first, as columns; what is a node is -1 where there is none. Times in ns.
 
-    start: list[int] = field(default_factory=list)
-    end: list[int] = field(default_factory=list)
-    kind: list[int] = field(default_factory=list)
+    A node without causes starts when it did. Between two calls a host thinks, may wait for the device without a call,
+    and thinks again: ``before``, ``gap`` and ``rest``.
+    """
+
+    start: Ints
+    end: Ints
+    kind: Ints
     """Class of a device activity (``classify``); HOST or SYNCED (it waited for the device) for a host call."""
-    name: list[int] = field(default_factory=list)
-    length: list[int] = field(default_factory=list)
+    name: Ints
+    length: Ints
     """What the node takes by itself: of a call that waited, without the waiting."""
-    causes: list[Edges] = field(default_factory=list)
-    launch: list[tuple[int, int]] = field(default_factory=list)
-    """Of an activity: (its launch, lag from that call's start), or (-1, 0)."""
-    blocked: list[Edges] = field(default_factory=list)
-    """Of a call: what must have ended before it ends."""
-    after: list[After] = field(default_factory=list)
-    """Of a call: what the host did since the call before it."""
-    fetch: list[tuple[int, int]] = field(default_factory=list)
-    """Of a call that follows a batch which loader workers were late with: (the call after the last batch, lag)."""
-    inferred: int = 0
+    causes: Edges
+    """Of activities, on activities."""
+    blocked: Edges
+    """Of calls: what must have ended before they end."""
+    launch: Ints
+    """Of an activity: its launch, which it follows after ``launch_lag`` from that call's start."""
+    launch_lag: Ints
+    program: Ints
+    """Of a call: the call before."""
+    before: Ints
+    gap: Ints
+    rest: Ints
+    data: Ints
+    """Of the rest, in a data loader."""
+    held_by: Ints
+    """The node that the gap was, or may have been, a wait for."""
+    back: Ints
+    """From that node's end to the gap's; negative where it freed the host before its end."""
+    sure: npt.NDArray[np.bool_]
+    fetch: Ints
+    """Of a call that follows a batch which loader workers were late with: the call after the last batch."""
+    since: Ints
+    """From the end of that one."""
+    inferred: int
     """Dependencies that were inferred: between streams, and of the host on the device."""
 
 
@@ -85,138 +84,158 @@ def build(trace: RankTrace, kinds: Ints, launches: Launches) -> Graph:
     waits = find_waits(trace, launches)
     calls, device = waits.calls, trace.device
     nh, nd = len(calls), len(device)
-    starts = calls.start.tolist()
-    waited = (any(device.end[a] > begun for a in t) for t, begun in zip(waits.targets, starts, strict=True))
-    synced = np.fromiter(waited, bool, nh)
+    call, target = flat(waits.targets)
     start, end = np.concatenate([calls.start, device.start]), np.concatenate([calls.end, device.end])
     # Host calls by start; an activity by start too, after its launch; a call that waits, and one that comes after a
     # wait, stands after what it waited for.
     key = start.copy()
-    blocking = np.array([bool(t) for t in waits.targets], bool)
-    key[:nh][blocking] = end[:nh][blocking]
+    key[call] = end[call]
     order = np.lexsort((np.arange(nh + nd) >= nh, key))
     place = np.empty(nh + nd, np.int64)
     place[order] = np.arange(nh + nd)
-    g = Graph(start=start[order].tolist(), end=end[order].tolist())
-    g.name = np.concatenate([calls.name, device.name])[order].tolist()
-    g.kind = np.concatenate([np.where(synced, SYNCED, HOST), kinds]).astype(np.int64)[order].tolist()
-    builder = _Builder(g, place.tolist(), nh, usual(trace, recorded, calls, waits.targets))
-    builder.hosts = _host_columns(trace, waits)
-    before, near = seen_near(trace, launches)
-    builder.before, builder.near = before.tolist(), near.tolist()
-    builder.called = called_for(trace, launches)
+    synced = np.zeros(nh, bool)
+    synced[call[device.end[target] > calls.start[call]]] = True
+    u = usual(trace, recorded, calls, waits.targets)
     by = np.full(nd, _NONE, np.int64)
     by[launches.index >= 0] = waits.place[launches.index[launches.index >= 0]]
-    builder.launched_by = by.tolist()
-    builder.targets = waits.targets
-    for at, node in enumerate(order.tolist()):
-        if node < nh:
-            builder.call(at, node)
-        else:
-            builder.activity(at, node - nh)
-    return g
+    of_device, causes, between = _activities(trace, launches, u, place, calls, by)
+    of_calls, gaps = _calls(trace, waits, place)
+    own, blocked = _blocking(trace, calls, u, place, call, target)
+
+    def column(calls_: Ints, activities: Ints) -> Ints:
+        return np.concatenate([calls_, activities])[order]
+
+    of_call: dict[str, Any] = {
+        k: column(v, np.full(nd, _NONE if k in _NODES else k == "sure", v.dtype)) for k, v in of_calls.items()
+    }
+    none = np.full(nh, _NONE, np.int64)
+    return Graph(
+        start[order],
+        end[order],
+        column(np.where(synced, SYNCED, HOST).astype(np.int64), kinds.astype(np.int64)),
+        column(calls.name, device.name),
+        column(own, device.end - device.start),
+        causes,
+        blocked,
+        column(none, of_device["launch"]),
+        column(none * 0, of_device["launch_lag"]),
+        **of_call,
+        inferred=between + gaps,
+    )
 
 
-@dataclass(slots=True)
-class _Hosts:
-    waits: HostWaits
-    before: list[int]
-    handed: list[int]
-    data: list[int]
-    fetch: list[int]
+_NODES = ("program", "held_by", "fetch")
 
 
-def _host_columns(trace: RankTrace, waits: HostWaits) -> _Hosts:
-    calls, handed = waits.calls, waits.handed
+def _activities(
+    trace: RankTrace, launches: Launches, u: Usual, place: Ints, calls: Calls, by: Ints
+) -> tuple[dict[str, Ints], Edges, int]:
+    """(by activity its launch and lag, edges on activities, how many of these were inferred)."""
+    device, nd = trace.device, len(trace.device)
+    node, each = place[len(calls) :], np.arange(nd)
+    before, near = seen_near(trace, launches)
+    called_of, called = flat(called_for(trace, launches))
+    inferred = int((near >= 0).sum() + (called == near[called_of]).sum())
+    of, other = np.concatenate([each, called_of, each]), np.concatenate([before, called, near])
+    lag = np.concatenate([np.full(nd, u.gap), np.full(of.size - nd, u.cross)])
+    order = np.argsort(of, kind="stable")
+    order = order[other[order] >= 0]
+    order = order[node[other[order]] < node[of[order]]]
+    of, other, lag = of[order], other[order], lag[order]
+    # Each cause once: the first of its lags.
+    pair = of * nd + other
+    sorted_ = np.argsort(pair, kind="stable")
+    first = np.sort(sorted_[np.diff(pair[sorted_], prepend=-1) > 0])
+    of, other = of[first], other[first]
+    begin, left = device.start[of], device.end[other]
+    # Streams that overlap themselves (graphs, damaged times): after its begin is all that is known.
+    lag = np.minimum(lag[first], begin - left)
+    ready = greatest(of, left + lag, nd, _NEVER)
+    launched = by >= 0
+    launched[launched] = place[by[launched]] < node[launched]
+    launch = np.where(launched, by, 0) if len(calls) else by
+    launch_start = calls.start[launch] if len(calls) else device.start
+    launch_lag = np.minimum(u.latency, device.start - launch_start)
+    by_launch = launched & (launch_start + launch_lag >= ready)
+    launch_lag = np.where(by_launch, device.start - launch_start, launch_lag)
+    # Else the cause that was ready last held it up, with all that passed since.
+    last = np.flatnonzero((~by_launch & (ready < device.start))[of] & (left + lag == ready[of]))
+    last = last[np.diff(of[last], prepend=-1) > 0]
+    lag[last] = begin[last] - left[last]
+    columns = {
+        "launch": np.where(launched, place[launch], _NONE),
+        "launch_lag": np.where(launched, launch_lag, 0),
+    }
+    return columns, Edges(node[of], node[other], lag), inferred
+
+
+def _calls(trace: RankTrace, waits: HostWaits, place: Ints) -> tuple[dict[str, Any], int]:
+    """(by call what the host did since the call before it, as the graph's columns; gaps that were waits)."""
+    calls, handed, device = waits.calls, waits.handed, trace.device
+    nh = len(calls)
+    at = place[:nh]
     cause = np.where(handed >= 0, handed, waits.before)
-    since = np.where(cause >= 0, calls.end[np.maximum(cause, 0)], calls.start) if len(calls) else calls.start
-    for i, gap in waits.gaps.items():
-        since[i] = gap.high
+    left = calls.end[np.maximum(cause, 0)] if nh else calls.end
+    since = np.where(cause >= 0, left, calls.start)
+    i = np.array(list(waits.gaps), np.int64)
+    found = list(waits.gaps.values())
+    low, high, activity = (
+        np.array([getattr(g, c) for g in found], np.int64) for c in ("low", "high", "activity")
+    )
+    sure = np.array([g.sure for g in found], bool)
+    since[i] = high
     data = covered(data_spans(trace), np.minimum(since, calls.start), calls.start)
+    program = np.where(cause >= 0, at[np.maximum(cause, 0)], _NONE) if nh else cause
+    program = np.where(program < at, program, _NONE)
+    follows = program >= 0
+    rest = np.where(follows, calls.start - left, 0)
+    held = place[nh + activity]
+    ok = (activity >= 0) & (held < at[i]) & follows[i]
+    i, low, high, held, sure, activity = (c[ok] for c in (i, low, high, held, sure, activity))
+    out: dict[str, Any] = {
+        "program": program,
+        **{c: np.zeros(nh, np.int64) for c in ("before", "gap")},
+        "rest": rest,
+        "data": np.where(follows, np.minimum(data, np.maximum(rest, 0)), 0),
+        "held_by": np.full(nh, _NONE, np.int64),
+        "back": np.zeros(nh, np.int64),
+        "sure": np.ones(nh, bool),
+    }
+    of_gaps = (
+        low - left[i],
+        high - low,
+        calls.start[i] - high,
+        data[i],
+        held,
+        high - device.end[activity],
+        sure,
+    )
+    for name, values in zip(
+        ("before", "gap", "rest", "data", "held_by", "back", "sure"), of_gaps, strict=True
+    ):
+        out[name][i] = values
     fetch = worker_fetches(trace, calls)
-    return _Hosts(waits, *(c.tolist() for c in (waits.before, handed, data, fetch)))
+    known = fetch >= 0
+    known[known] = at[fetch[known]] < at[known]
+    out["fetch"], out["since"] = np.full(nh, _NONE, np.int64), np.zeros(nh, np.int64)
+    out["fetch"][known] = at[fetch[known]]
+    out["since"][known] = calls.start[known] - calls.end[fetch[known]]
+    return out, int(sure.sum())
 
 
-class _Builder:
-    """Adds nodes one by one, in order."""
-
-    hosts: _Hosts
-    before: list[int]
-    near: list[int]
-    called: list[tuple[int, ...]]
-    launched_by: list[int]
-    targets: list[tuple[int, ...]]
-
-    def __init__(self, g: Graph, place: list[int], nh: int, usual: Usual) -> None:
-        self.g, self.place, self.nh, self.usual = g, place, nh, usual
-
-    def _add(self, length: int, causes: Edges, launch: tuple[int, int], blocked: Edges) -> None:
-        g = self.g
-        g.length.append(length)
-        g.causes.append(causes)
-        g.launch.append(launch)
-        g.blocked.append(blocked)
-
-    def activity(self, at: int, i: int) -> None:
-        g, u = self.g, self.usual
-        begin = g.start[at]
-        found: dict[int, int] = {}
-        if self.before[i] >= 0:
-            found[self.place[self.nh + self.before[i]]] = u.gap
-        for other in (*self.called[i], self.near[i]):
-            if other >= 0:
-                found.setdefault(self.place[self.nh + other], u.cross)
-                g.inferred += other == self.near[i]
-        edges = [(c, min(lag, begin - g.end[c])) for c, lag in found.items() if c < at and g.end[c] <= begin]
-        # Streams that overlap themselves (graphs, damaged times): after its begin is all that is known.
-        edges += [(c, begin - g.end[c]) for c in found if c < at and g.end[c] > begin]
-        call = self.launched_by[i]
-        launch = (_NONE, 0)
-        if call >= 0 and self.place[call] < at:
-            node = self.place[call]
-            launch = (node, min(u.latency, begin - g.start[node]))
-        ready = max([g.end[c] + lag for c, lag in edges], default=None)
-        by_launch = launch[0] >= 0 and (ready is None or g.start[launch[0]] + launch[1] >= ready)
-        if by_launch:
-            launch = (launch[0], begin - g.start[launch[0]])
-        elif ready is not None and ready < begin:
-            k = max(range(len(edges)), key=lambda k: g.end[edges[k][0]] + edges[k][1])
-            edges[k] = (edges[k][0], begin - g.end[edges[k][0]])
-        self._add(g.end[at] - begin, tuple(edges), launch, ())
-        g.after.append(_FREE)
-        g.fetch.append((_NONE, 0))
-
-    def call(self, at: int, i: int) -> None:
-        g, h = self.g, self.hosts
-        begin, end = g.start[at], g.end[at]
-        g.after.append(self._since(at, i))
-        fetch = self.place[h.fetch[i]] if h.fetch[i] >= 0 else _NONE
-        g.fetch.append((fetch, begin - g.end[fetch]) if 0 <= fetch < at else (_NONE, 0))
-        waited = [(n, g.end[n]) for a in self.targets[i] if (n := self._device(a, at)) >= 0]
-        last = max((e for _, e in waited), default=begin)
-        own, blocked = end - begin, []
-        if last > begin:
-            own = min(own, self.usual.own.get(g.name[at], own))
-            blocked = [(n, end - e if e == last else min(end - e, end - last)) for n, e in waited]
-        else:
-            blocked = [(n, min(end - e, self.usual.back)) for n, e in waited]
-        self._add(own, (), (_NONE, 0), tuple(blocked))
-
-    def _since(self, at: int, i: int) -> After:
-        g, h = self.g, self.hosts
-        cause = h.handed[i] if h.handed[i] >= 0 else h.before[i]
-        program = self.place[cause] if cause >= 0 else _NONE
-        if not 0 <= program < at:
-            return _FREE
-        begin, left = g.start[at], g.end[program]
-        gap = h.waits.gaps.get(i)
-        held = self._device(gap.activity, at) if gap is not None else _NONE
-        if gap is None or held < 0:
-            return After(program, rest=begin - left, data=min(h.data[i], max(0, begin - left)))
-        g.inferred += gap.sure
-        back, rest = gap.high - g.end[held], begin - gap.high
-        return After(program, gap.low - left, gap.high - gap.low, rest, h.data[i], held, back, gap.sure)
-
-    def _device(self, activity: int, at: int) -> int:
-        node = self.place[self.nh + activity] if activity >= 0 else _NONE
-        return node if node < at else _NONE
+def _blocking(
+    trace: RankTrace, calls: Calls, u: Usual, place: Ints, call: Ints, target: Ints
+) -> tuple[Ints, Edges]:
+    """(what each call takes by itself, edges of the calls that wait)."""
+    nh = len(calls)
+    node = place[nh + target]
+    earlier = node < place[call]
+    call, node, ended = call[earlier], node[earlier], trace.device.end[target[earlier]]
+    last = np.maximum(greatest(call, ended, nh, _NEVER), calls.start)
+    own = calls.end - calls.start
+    usually = np.full(len(trace.names), np.iinfo(np.int64).max)
+    usually[list(u.own)] = list(u.own.values())
+    own = np.where(last > calls.start, np.minimum(own, usually[calls.name]), own)
+    end = calls.end[call]
+    lag = np.where(last[call] > calls.start[call], end - last[call], np.minimum(end - ended, u.back))
+    return own, Edges(place[call], node, lag)

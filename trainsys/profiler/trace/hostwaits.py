@@ -17,7 +17,7 @@ from trainsys.profiler.trace.blockingcopy import split_copies
 from trainsys.profiler.trace.columns import Calls, RankTrace
 from trainsys.profiler.trace.gaps import Gap, find_gaps
 from trainsys.profiler.trace.idle import SYNC
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.intervals import Ints, among
 from trainsys.profiler.trace.launchqueue import queue_targets
 from trainsys.profiler.trace.link import Launches
 from trainsys.profiler.trace.lookup import CHANCE, HELD_NS, RETURN_NS, Lookup, previous
@@ -75,8 +75,11 @@ def _blocking_calls(trace: RankTrace, look: Lookup, loops: Loops, targets: list[
         for s in names
     ]  # fmt: skip
     calls = loops.calls
-    columns = (calls.start.tolist(), calls.end.tolist(), calls.name.tolist(), calls.thread.tolist())
-    for i, (start, end, name, thread) in enumerate(zip(*columns, strict=True)):
+    may = (loops.target >= 0) | np.array([bool(k) for k in kind], bool)[calls.name]
+    may |= calls.end - calls.start >= HELD_NS
+    chosen = np.flatnonzero(may)
+    columns = (c[chosen].tolist() for c in (calls.start, calls.end, calls.name, calls.thread))
+    for i, start, end, name, thread in zip(chosen.tolist(), *columns, strict=True):
         what, long = kind[name], end - start >= HELD_NS
         found: tuple[int, ...] = ()
         if loops.target[i] >= 0:
@@ -102,19 +105,16 @@ def _handed(calls: Calls, begin: Ints, before: Ints, launching: Ints) -> Ints:
     if launching.size < 2:
         return out
     mine = {t: np.flatnonzero(calls.thread == t) for t in launching.tolist()}
-    quiet = np.isin(calls.thread, launching) & ((before < 0) | (calls.start - begin >= HELD_NS))
-    for i in np.flatnonzero(quiet).tolist():
-        at = calls.start[i]
-        for t, theirs in mine.items():
-            if t == calls.thread[i]:
-                continue
-            k = int(np.searchsorted(calls.start[theirs], at)) - 1
-            if k < 0:
-                continue
-            last = theirs[k]
-            ended = calls.end[last]
-            away = k + 1 == theirs.size or calls.start[theirs[k + 1]] - ended >= HELD_NS
-            turn = before[i] < 0 or calls.start[last] > begin[i]
-            if away and turn and 0 <= at - ended <= HANDED_NS and (out[i] < 0 or ended > calls.end[out[i]]):
-                out[i] = last
+    quiet = np.flatnonzero(among(calls.thread, launching) & ((before < 0) | (calls.start - begin >= HELD_NS)))
+    for t, theirs in mine.items():
+        i = quiet[calls.thread[quiet] != t]
+        k = np.searchsorted(calls.start[theirs], calls.start[i]) - 1
+        i, k = i[k >= 0], k[k >= 0]
+        last, following = theirs[k], theirs[np.minimum(k + 1, theirs.size - 1)]
+        ended, at = calls.end[last], calls.start[i]
+        good = (k + 1 == theirs.size) | (calls.start[following] - ended >= HELD_NS)
+        good &= (before[i] < 0) | (calls.start[last] > begin[i])
+        good &= (at >= ended) & (at - ended <= HANDED_NS)
+        good &= (out[i] < 0) | (ended > calls.end[out[i]])
+        out[i[good]] = last[good]
     return out

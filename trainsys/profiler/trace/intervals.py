@@ -75,6 +75,15 @@ def clip(spans: Spans, low: int, high: int) -> Spans:
     return np.maximum(starts[i:j], low), np.minimum(ends[i:j], high)
 
 
+def inside_each(spans: Spans, starts: Ints, ends: Ints) -> tuple[Ints, Ints, Ints]:
+    """The parts of the set inside each ``[starts[i], ends[i])``: (i, start, end) of each part, by i, then time."""
+    i, j = np.searchsorted(spans[1], starts, "right"), np.searchsorted(spans[0], ends, "left")
+    count = np.where(ends > starts, np.maximum(j - i, 0), 0)
+    which = np.repeat(np.arange(starts.size), count)
+    at = np.arange(which.size) - (np.cumsum(count) - count)[which] + i[which]
+    return which, np.maximum(spans[0][at], starts[which]), np.minimum(spans[1][at], ends[which])
+
+
 def complement(spans: Spans, low: int, high: int) -> Spans:
     """What of ``[low, high)`` the set does not cover."""
     starts, ends = clip(spans, low, high)

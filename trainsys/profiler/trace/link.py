@@ -57,7 +57,7 @@ def launch_times(trace: RankTrace, launches: Launches) -> Ints:
     device = trace.device
     lane = device.device * 1_000_003 + device.stream
     out = np.where(launches.index >= 0, launches.start, np.iinfo(np.int64).min)
-    for key in np.unique(lane):
+    for key in distinct(lane):
         mine = np.flatnonzero(lane == key)
         out[mine] = np.maximum.accumulate(out[mine])
     return out

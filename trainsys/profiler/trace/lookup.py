@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 import numpy as np
 
 from trainsys.profiler.trace.columns import Calls, RankTrace
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.intervals import Ints, distinct
 from trainsys.profiler.trace.link import Launches, launch_times
 from trainsys.profiler.trace.polling import Loops
 
@@ -39,17 +39,18 @@ class Lookup:
         by_end = np.argsort(device.end, kind="stable")
         self.by_end: list[int] = by_end.tolist()
         self.ends: list[int] = device.end[by_end].tolist()
-        self.ends_array = device.end[by_end]
+        close = np.minimum(np.diff(device.end[by_end]), RETURN_NS)
+        self.after_ends: list[int] = np.concatenate([[0], np.cumsum(close)]).tolist()
         lane = device.device * 1_000_003 + device.stream
         self.lane = lane.tolist()
         self.by_lane: dict[int, tuple[list[int], list[int]]] = {}
-        for key in np.unique(lane).tolist():
+        for key in distinct(lane).tolist():
             mine = np.flatnonzero(lane == key)
             mine = mine[np.argsort(self.launched[mine], kind="stable")]
             self.by_lane[key] = (self.launched[mine].tolist(), mine.tolist())
         linked = np.flatnonzero(launches.index >= 0)
         call = loops.place[launches.index[linked]]
-        self.launching = np.unique(calls.thread[call]) if call.size else np.zeros(0, np.int64)
+        self.launching = distinct(calls.thread[call]) if call.size else np.zeros(0, np.int64)
         order = np.argsort(calls.start[call], kind="stable")
         self.by_thread: dict[int, tuple[list[int], list[int]]] = {}
         for t in self.launching.tolist():
@@ -80,9 +81,8 @@ class Lookup:
 
     def chance(self, begin: int, end: int) -> float:
         """That an instant of ``[begin, end)`` follows some end by no more than ``RETURN_NS``."""
-        i, j = np.searchsorted(self.ends_array, (begin, end))
-        ends = self.ends_array[i:j]
-        if not ends.size:
+        i, j = bisect_left(self.ends, begin), bisect_left(self.ends, end)
+        if i >= j:
             return 0.0
-        apart = np.minimum(np.diff(np.append(ends, end)), RETURN_NS)
-        return float(apart.sum()) / max(1, end - begin)
+        after = self.after_ends[j - 1] - self.after_ends[i] + min(end - self.ends[j - 1], RETURN_NS)
+        return after / max(1, end - begin)

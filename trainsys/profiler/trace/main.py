@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainsys.errors import UserError
-from trainsys.profiler.trace.analyse import Analysed, Options, analyse_file, load, waits_of
+from trainsys.profiler.trace.analyse import Analysed, Loaded, Options, analyse_file, load, waits_of
 from trainsys.profiler.trace.commlist import CommList
 from trainsys.profiler.trace.critical import critical_path
 from trainsys.profiler.trace.kinds import Inputs, sort_inputs
@@ -48,7 +48,9 @@ def analyse(
         options = replace(options, timeline_of=len(inputs.traces))
     report = Report(unread=[Unread(str(p), why) for p, why in inputs.unread])
     found: list[Analysed] = []
-    for result in _each(inputs.traces, options, workers):
+    # A file that is alone needs no second reading for its critical path; the columns of many would add up.
+    kept: dict[int | None, Loaded] | None = {} if critical and len(inputs.traces) == 1 else None
+    for result in _each(inputs.traces, options, workers, kept):
         if isinstance(result, Unread):
             report.unread.append(result)
         else:
@@ -75,7 +77,7 @@ def analyse(
     if timeline:
         report.timeline = timeline_of(report, placed.captures)
     if critical and report.ranks:
-        _critical(report, options, waits)
+        _critical(report, options, waits, kept or {})
     _others(inputs, report)
     _timelines(inputs, report)
     if not (report.ranks or report.hang or report.memory or report.timelines):
@@ -164,21 +166,24 @@ def _write(path: Path, data: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def _one(job: tuple[Path, Options]) -> Analysed | Unread:
+def _one(job: tuple[Path, Options], keep: dict[int | None, Loaded] | None = None) -> Analysed | Unread:
     path, options = job
     try:
-        return analyse_file(path, options)
+        return analyse_file(path, options, keep)
     except UserError as error:
         return Unread(str(path), str(error))
 
 
-def _each(traces: list[Path], options: Options, workers: int | None) -> Iterator[Analysed | Unread]:
+def _each(
+    traces: list[Path], options: Options, workers: int | None, keep: dict[int | None, Loaded] | None
+) -> Iterator[Analysed | Unread]:
     """Results in the files' order. Each file is read, reduced and dropped in its worker, so memory does not
-    grow with their number."""
+    grow with their number. ``keep`` takes the columns of the only one."""
     jobs = [(path, options) for path in traces]
     n = min(workers or os.cpu_count() or 1, len(jobs))
     if n <= 1:
-        yield from map(_one, jobs)
+        for job in jobs:
+            yield _one(job, keep)
         return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -196,7 +201,9 @@ def _windows(captures: list[Analysed]) -> list[dict[int, CommList]]:
     return [out[w] for w in sorted(out)]
 
 
-def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]) -> None:
+def _critical(
+    report: Report, options: Options, waits: dict[int, dict[int, int]], kept: dict[int | None, Loaded]
+) -> None:
     """Of the rank that took longest; a faster rank's path ends in waiting for it."""
     timed = [r for r in report.ranks if r.breakdown is not None and r.trusted("idle")]
     if not timed:
@@ -204,7 +211,7 @@ def _critical(report: Report, options: Options, waits: dict[int, dict[int, int]]
     slowest = max(
         timed, key=lambda r: r.breakdown.whole.span - r.breakdown.whole.comm_exposed if r.breakdown else 0
     )
-    loaded = load(Path(slowest.path), options, slowest.lane)
+    loaded = kept.get(slowest.lane) or load(Path(slowest.path), options, slowest.lane)
     report.critical = critical_path(
         loaded.trace, loaded.kinds, loaded.launches, waits_of(loaded, waits.get(slowest.rank, {}))
     )

@@ -10,12 +10,13 @@ holds even where it cost nothing in the trace and would once something else is f
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
 
 import numpy as np
 
 from trainsys.profiler.trace.columns import RankTrace
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.intervals import Ints, distinct
 from trainsys.profiler.trace.link import Launches, launch_times
 from trainsys.profiler.trace.lookup import previous
 
@@ -59,7 +60,7 @@ def called_for(trace: RankTrace, launches: Launches) -> list[tuple[int, ...]]:
     streams = _Streams(trace, launches)
     linked = np.flatnonzero(launches.index >= 0)
     pairs: dict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
-    for thread in np.unique(runtime.thread[waits]).tolist():
+    for thread in distinct(runtime.thread[waits]).tolist():
         mine = linked[launches.thread[linked] == thread]
         mine = mine[np.argsort(launches.start[mine], kind="stable")]
         at = waits[runtime.thread[waits] == thread]
@@ -88,20 +89,25 @@ class _Streams:
         self.lane, self.device = lanes(trace), trace.device
         launched = launch_times(trace, launches)
         self.members: dict[int, Ints] = {}
-        for key in np.unique(self.lane).tolist():
+        for key in distinct(self.lane).tolist():
             mine = np.flatnonzero(self.lane == key)
             self.members[key] = mine[np.argsort(launched[mine], kind="stable")]
-        self.launched = {key: launched[mine] for key, mine in self.members.items()}
+        self._columns: list[tuple[int, list[int], list[int], list[int]]] = [
+            (key, *(c.tolist() for c in (mine, launched[mine], trace.device.end[mine])))
+            for key, mine in self.members.items()
+        ]
 
     def over(self, waiter: int, at: int) -> list[tuple[int, int]]:
         """(stream, its last activity launched before ``at`` and over when ``waiter`` starts), the last to end first."""
+        own, begin = int(self.lane[waiter]), int(self.device.start[waiter])
         found = []
-        for key, mine in self.members.items():
-            if key == self.lane[waiter]:
+        for key, mine, launched, ends in self._columns:
+            if key == own:
                 continue
-            i = int(np.searchsorted(self.launched[key], at)) - 1
-            for j in mine[max(0, i - _BACK) : i + 1][::-1].tolist():
-                if self.device.end[j] <= self.device.start[waiter]:
-                    found.append((key, j))
+            i = bisect_left(launched, at) - 1
+            for j in range(i, max(-1, i - _BACK - 1), -1):
+                if ends[j] <= begin:
+                    found.append((-ends[j], key, mine[j]))
                     break
-        return sorted(found, key=lambda f: -int(self.device.end[f[1]]))
+        found.sort(key=lambda f: f[0])
+        return [(key, j) for _, key, j in found]

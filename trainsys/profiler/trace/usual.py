@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainsys.profiler.trace.columns import Calls, RankTrace
-from trainsys.profiler.trace.intervals import Ints
+from trainsys.profiler.trace.edges import flat, greatest
+from trainsys.profiler.trace.intervals import Ints, distinct
 from trainsys.profiler.trace.link import Launches
 from trainsys.profiler.trace.streamwaits import NEAR_NS, seen_near
 
@@ -44,11 +45,12 @@ def usual(trace: RankTrace, launches: Launches, calls: Calls, targets: list[tupl
     out.cross = _middle((device.start - device.end[np.maximum(near, 0)])[crossed], out.cross)
     if not len(calls):
         return out
-    last = np.array([max((int(device.end[a]) for a in t), default=-1) for t in targets], np.int64)
+    call, target = flat(targets)
+    last = greatest(call, device.end[target], len(calls), -1)
     waited = last > calls.start
     out.back = _middle((calls.end - last)[waited])
     length = calls.end - calls.start
-    for name in np.unique(calls.name[waited]).tolist():
+    for name in distinct(calls.name[waited]).tolist():
         free = length[(calls.name == name) & ~waited]
         same = length[calls.name == name] if not free.size else free
         out.own[name] = int(np.median(same)) if free.size else int(same.min())

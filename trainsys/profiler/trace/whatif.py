@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from trainsys.profiler.trace.classify import COMM, COMPUTE, COPY, MATMUL
 from trainsys.profiler.trace.graph import HOST, SYNCED, Graph
-from trainsys.profiler.trace.replay import Changed, replay
+from trainsys.profiler.trace.intervals import Ints, distinct
+from trainsys.profiler.trace.replay import Changed, Replay
 
 _SMALL, _CLOSE = 0.005, 0.1
 """Two answers are one where they differ by less than this share of the span, or of the larger."""
@@ -27,9 +30,9 @@ class WhatIf:
     saved_share: float
 
 
-def questions(g: Graph, waits: list[int] | None) -> dict[str, tuple[Changed, bool]]:
+def questions(g: Graph, waits: Ints | None) -> dict[str, tuple[Changed, bool]]:
     """What applies to this trace: the change, and whether it is the host's or the loader's."""
-    kinds = set(g.kind)
+    kinds = set(distinct(g.kind).tolist())
     out: dict[str, tuple[Changed, bool]] = {}
     if COMM in kinds:
         out["communication took no time"] = (Changed({COMM: 0.0}), False)
@@ -37,9 +40,9 @@ def questions(g: Graph, waits: list[int] | None) -> dict[str, tuple[Changed, boo
         out["no waiting for other ranks in collectives"] = (Changed(shorter=waits), False)
     if COPY in kinds:
         out["copies took no time"] = (Changed({COPY: 0.0}), False)
-    if any(a.data for a in g.after):
+    if (g.data != 0).any():
         out["the data loader never made anyone wait"] = (Changed(loader=False), True)
-    if any(a.held_by >= 0 for a in g.after) or any(g.blocked):
+    if (g.held_by >= 0).any() or g.blocked.node.size:
         out["the host never waited for the device"] = (Changed(waits=False), True)
     if HOST in kinds or SYNCED in kinds:
         out["the host were twice as fast"] = (Changed({HOST: 0.5}), True)
@@ -48,20 +51,21 @@ def questions(g: Graph, waits: list[int] | None) -> dict[str, tuple[Changed, boo
     return out
 
 
-def what_ifs(g: Graph, idle: int, waits: list[int] | None) -> tuple[list[WhatIf], dict[str, str]]:
+def what_ifs(again: Replay, idle: int, waits: Ints | None) -> tuple[list[WhatIf], dict[str, str]]:
     """(answers, the largest saving first; what is withheld, and why). ``idle``: ns that the device was idle.
 
     ``waits``: ns that each node waited for other ranks, if known.
     """
-    device = [i for i, k in enumerate(g.kind) if k < HOST]
-    span = max(g.end[i] for i in device) - min(g.start[i] for i in device)
-    doubtful = not all(a.sure for a in g.after)
+    g = again.graph
+    device = np.flatnonzero(g.kind < HOST)
+    span = int(g.end[device].max() - g.start[device].min())
+    doubtful = not g.sure.all()
     given: list[WhatIf] = []
     withheld: dict[str, str] = {}
     for what, (changed, on_host) in questions(g, waits).items():
-        saved = span - _span(g, device, changed)
+        saved = span - _span(again, device, changed)
         if doubtful:
-            other = span - _span(g, device, replace(changed, trust=False))
+            other = span - _span(again, device, replace(changed, trust=False))
             if abs(saved - other) > max(_SMALL * span, _CLOSE * max(abs(saved), abs(other))):
                 low, high = sorted((saved, other))
                 withheld[what] = (
@@ -78,14 +82,11 @@ def what_ifs(g: Graph, idle: int, waits: list[int] | None) -> tuple[list[WhatIf]
     return sorted(given, key=lambda w: -w.saved_ns), withheld
 
 
-def _span(g: Graph, device: list[int], changed: Changed) -> int:
-    end = replay(g, changed)
-    shorter, factor = changed.shorter, changed.factor
-    begins = []
-    for i in device[:_FIRST]:
-        length = max(0, g.length[i] - (shorter[i] if shorter else 0))
-        begins.append(end[i] - round(length * factor.get(g.kind[i], 1.0)))
-    return max(end[i] for i in device) - min(begins)
+def _span(again: Replay, device: Ints, changed: Changed) -> int:
+    end = again.ends(changed)
+    first = device[:_FIRST]
+    begins = end[first] - again.length(changed)[first]
+    return int(end[device].max() - begins.min())
 
 
 _FIRST = 64
