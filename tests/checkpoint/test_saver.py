@@ -234,8 +234,10 @@ def node_memory(
         saver.save(Progress(BEFORE, BEFORE, engine.updates), disk=False, memory=True)
         saver.close()
         return pieces(engine)
-    Path(root).mkdir(exist_ok=True)
-    (Path(root) / "lineage").write_text("test")
+    if ranks.rank == 0:  # alone: another's write would empty it under whoever reads it
+        Path(root).mkdir(exist_ok=True)
+        (Path(root) / "lineage").write_text("test")
+    ranks.barrier()
     found = find(Folder(root), "auto", ranks, memory=memory)
     if found is None:
         return None
