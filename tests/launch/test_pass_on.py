@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,8 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Attempt]]:
 
     yield start
     for attempt in made:
-        os.killpg(attempt.shell.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # none is left
+            os.killpg(attempt.shell.pid, signal.SIGKILL)
         attempt.shell.wait()
 
 
