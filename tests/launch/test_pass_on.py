@@ -34,23 +34,26 @@ class Attempt:
         text = SCRIPT.read_text()
         functions = text[text.index("asked='' repeat=''") : text.index("on_ranks() {")]
         quick = "sleep() { command sleep 0.02; }"
-        code = f"set -u; attempt={own} id=7\n{quick}\n{functions}\nwhile :; do command sleep 0.1; done"
+        code = f"set -u; attempt={own} id=7\n{quick}\n{functions}\ntouch {folder}/ready\nwhile :; do command sleep 0.1; done"
         path = f"{folder}:{os.environ['PATH']}"
         self.shell = subprocess.Popen(
             ["bash", "-c", code], env={**os.environ, "PATH": path}, start_new_session=True
         )
-        time.sleep(0.5)  # its traps are set
+        assert _until((folder / "ready").exists), "its traps are not set"
         self.shell.send_signal(signal.SIGUSR1)
 
     def signals(self) -> int:
         return len(self.sent.read_text().splitlines())
 
     def quiet(self) -> bool:
-        """Nothing more is sent, in ten times as long as between two signals."""
-        time.sleep(0.2)  # what is on its way
-        before = self.signals()
-        time.sleep(1.0)
-        return self.signals() == before
+        """Nothing more is sent, in ten times as long as between two signals, once what was on its way is there."""
+
+        def for_a_while() -> bool:
+            before = self.signals()
+            time.sleep(1.0)
+            return self.signals() == before
+
+        return any(for_a_while() for _ in range(5))
 
 
 def _until(happens: Callable[[], bool]) -> bool:
