@@ -34,7 +34,8 @@ class Attempt:
         text = SCRIPT.read_text()
         functions = text[text.index("asked='' repeat=''") : text.index("on_ranks() {")]
         quick = "sleep() { command sleep 0.02; }"
-        code = f"set -u; attempt={own} id=7\n{quick}\n{functions}\ntouch {folder}/ready\nwhile :; do command sleep 0.1; done"
+        after = f"touch {folder}/ready\nwhile :; do command sleep 0.1; done"
+        code = f"set -u; attempt={own} id=7\n{quick}\n{functions}\n{after}"
         path = f"{folder}:{os.environ['PATH']}"
         self.shell = subprocess.Popen(
             ["bash", "-c", code], env={**os.environ, "PATH": path}, start_new_session=True
