@@ -13,6 +13,8 @@ PIPED = 120
 """Columns of a table whose output goes to a file or a pipe, where ``COLUMNS`` says nothing else."""
 LEAST = 16
 """A label is not cut below this: a narrower terminal wraps the line instead."""
+SHOWN = 0.0005
+"""A share below this would read 0.0%."""
 GAP = ".."
 SEEN = 10
 """So many characters from where two names differ are to be seen."""
@@ -28,6 +30,12 @@ _ESCAPE = re.compile(
 def clean(text: str) -> str:
     """Without escapes and control characters, which would act on the reader's terminal; each is a blank."""
     return text if text.isprintable() else _ESCAPE.sub(" ", text).strip()
+
+
+def too_small(parts: Sequence[float], whole: float) -> list[int]:
+    """Which of ``parts``, by place, would read 0.0% of ``whole`` and are one row together; none where it is only one."""
+    small = [i for i, part in enumerate(parts) if part < SHOWN * whole]
+    return small if len(small) > 1 else []
 
 
 def columns() -> int | None:

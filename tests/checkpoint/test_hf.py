@@ -252,7 +252,7 @@ def test_configs_come_back(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_into_a_folder_that_is_used(tmp_path: Path) -> None:
-    """An import would take the place of a run's newest checkpoint; a file in the way is no traceback either."""
+    """An import would take the place of a run's newest checkpoint; a file of that name gives no traceback either."""
     save(tmp_path / "hf")
     checkpoint = import_(tmp_path / "hf", tmp_path / "run")
     universal(checkpoint, tmp_path / "universal")

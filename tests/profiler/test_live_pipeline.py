@@ -135,7 +135,7 @@ def test_a_rank_like_its_peers_gives_the_step_to_the_next_latest() -> None:
     gains = {w.what: w for w in what_if(fall, None, saved.most(table.ranks))}
     assert gains["rank 2 like its peers"].step_s == pytest.approx(0.17 - 0.03)
     assert "rank 3 like its peers" not in gains
-    assert gains["no communication on fsdp in the way"].step_s == pytest.approx(0.17 - 0.01)
+    assert gains["no exposed communication on fsdp"].step_s == pytest.approx(0.17 - 0.01)
 
 
 def train(case: Case, folder: str, steps: int) -> None:

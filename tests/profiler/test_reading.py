@@ -176,7 +176,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def variables(css: str) -> list[dict[str, str]]:
-    """Of the light and the dark theme."""
+    """Colours by name, of the light theme and of the dark one."""
     return [dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root[^{]*\{([^}]*)\}", css)]
 
 

@@ -47,7 +47,7 @@ def write_run(out: Path, steps: int, resilience: str = "") -> Path:
 
 
 def events(out: Path, kind: type[Any], rank: int = 0) -> list[Any]:
-    """Of the newest attempt."""
+    """Records of one kind that a rank of the newest attempt left."""
     newest = max(out.glob("faults-*"), key=lambda p: p.stat().st_mtime_ns)
     return [e for e in iter_events(newest / f"events/rank_{rank:05d}.jsonl", Damage()) if isinstance(e, kind)]
 

@@ -370,7 +370,7 @@ def test_nothing_grows_with_the_run() -> None:
 
 
 def new_pages(mib: int) -> mmap.mmap:
-    """Of the kernel's, whatever the allocator has kept, and each touched."""
+    """Pages fresh from the kernel, whatever the allocator has kept, each touched."""
     pages = mmap.mmap(-1, mib << 20)
     for at in range(0, len(pages), 1 << 12):
         pages[at] = 1

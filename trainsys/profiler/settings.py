@@ -56,8 +56,10 @@ class Settings:
     def more(self, key: str, *others: str) -> str:
         """Twice what it is, or those of ``others`` that are not set yet."""
         value = self.value(key)
-        known = isinstance(value, int) and not isinstance(value, bool)
-        return self.any_of(f"{key}={max(2, 2 * int(str(value)))}" if known else f"a larger {key}", *others)
+        larger = f"a larger {key}"
+        if isinstance(value, int) and not isinstance(value, bool):
+            larger = f"{key}={max(2, 2 * value)}"
+        return self.any_of(larger, *others)
 
     def less(self, key: str, least: int) -> str:
         """Half of it; empty where it is ``least`` already or no even number."""

@@ -9,6 +9,7 @@ from trainsys.profiler.waterfall import STALL, Waterfall
 from trainsys.telemetry import text as say
 from trainsys.telemetry.events import COMM
 from trainsys.telemetry.paper import Paper, Row
+from trainsys.terminal_text import too_small
 
 WIDTH = 110
 _COLOURS = {
@@ -49,8 +50,7 @@ class _Page:
         )
         known = fall.mfu is not None
         whole = sum(max(0.0, t.seconds) for t in fall.terms)
-        small = [t for t in fall.terms if t.seconds < 0.0005 * whole]
-        small = small if len(small) > 1 else []
+        small = [fall.terms[i] for i in too_small([t.seconds for t in fall.terms], whole)]
         shown = [t for t in fall.terms if t not in small]
         # Those that would be 0.0% are nothing to read; their sum keeps the column adding up.
         rest = sum(t.seconds for t in small)

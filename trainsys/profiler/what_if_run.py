@@ -73,7 +73,7 @@ def what_if(fall: Waterfall, pipe: PipelineStep | None, late: list[tuple[int, fl
 
     for term in fall.terms:
         if term.name.startswith(COMM):
-            say(f"no communication on {term.name[len(COMM) :]} in the way", term.seconds)
+            say(f"no exposed communication on {term.name[len(COMM) :]}", term.seconds)
         elif term.name == "bubble":
             say("no pipeline bubble", term.seconds)
     if pipe is not None:

@@ -14,6 +14,7 @@ from trainsys.telemetry.events import COMM, PHASES
 from trainsys.telemetry.paper import Paper, Row
 from trainsys.telemetry.run_data import RankData, RunData, Sums
 from trainsys.telemetry.utilization import Utilization
+from trainsys.terminal_text import SHOWN
 
 WIDTH = 100
 STATUS = {"done": "green", "stopped": "yellow", "failed": "bold red", "killed": "bold red"}
@@ -267,7 +268,7 @@ def _time_account(lead: RankData) -> tuple[str, str]:
     rest = wall - sum(parts.values())
     if rest > 0.001 * wall:
         parts["the rest"] = rest
-    told = [f"{100 * s / wall:.1f}% {name}" for name, s in parts.items() if s >= 0.0005 * wall]
+    told = [f"{100 * s / wall:.1f}% {name}" for name, s in parts.items() if s >= SHOWN * wall]
     return say.duration(wall), ", ".join(told)
 
 

@@ -34,7 +34,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Traits:
-    """Of the machine. Times in ns. ``queue``: launches under way at once; further ones block the host."""
+    """What the machine is like. Times in ns. ``queue``: launches under way at once; further ones block the host."""
 
     call_ns: int = 4_000
     latency_ns: int = 5_000

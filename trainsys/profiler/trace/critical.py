@@ -143,37 +143,33 @@ def _walk(g: Graph, trace: RankTrace, low: int) -> _Path:
     ends: list[int] = []
     codes: list[int] = []
     now = end[node]
-    while now > low:
-        held_by = held.get(node, -1)
-        if held_by >= 0 and now > end[held_by] > start[node]:
-            until, code, following = end[held_by], SYNCED * n + name[node], held_by
-        else:
-            until, code, following = start[node], kinds[node] * n + name[node], -1
+
+    def spend(code: int, until: int) -> None:
+        nonlocal now
         until = max(until, low)
         if now > until:
             begins.append(until)
             ends.append(now)
             codes.append(code)
             now = until
-        if following >= 0:
-            node = following
+
+    while now > low:
+        held_by = held.get(node, -1)
+        if held_by >= 0 and now > end[held_by] > start[node]:
+            spend(SYNCED * n + name[node], end[held_by])
+            node = held_by
             continue
+        spend(kinds[node] * n + name[node], start[node])
         cause, since = causes[node], ready[node]
         # Between the last cause and the start: the host thinking, or the device's own latency.
         if cause < 0:
-            since, code = low, (SYNCED + 1 + len(_BEFORE)) * n
-        elif kinds[node] >= HOST:
-            code = (SYNCED + (1 if data[node] * 2 > now - since > 0 else 2)) * n + name[node]
-        else:
-            code = (SYNCED + (3 if kinds[cause] >= HOST else 4)) * n + name[node]
-        until = max(since, low)
-        if now > until:
-            begins.append(until)
-            ends.append(now)
-            codes.append(code)
-            now = until
-        if cause < 0:
+            spend((SYNCED + 1 + len(_BEFORE)) * n, low)
             break
+        if kinds[node] >= HOST:
+            role = 1 if data[node] * 2 > now - since > 0 else 2
+        else:
+            role = 3 if kinds[cause] >= HOST else 4
+        spend((SYNCED + role) * n + name[node], since)
         node = cause
     coded = np.array(codes, np.int64)
     present = distinct(coded)

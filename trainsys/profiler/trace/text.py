@@ -9,7 +9,7 @@ from trainsys.profiler.trace.breakdown import Terms
 from trainsys.profiler.trace.kernel_names import short_names
 from trainsys.profiler.trace.report import RankReport, Report
 from trainsys.rank_lists import first_few, ranks_named
-from trainsys.terminal_text import Table, layout
+from trainsys.terminal_text import SHOWN, Table, layout, too_small
 
 if TYPE_CHECKING:
     from trainsys.profiler.hang.report import HangReport
@@ -77,10 +77,8 @@ def render(report: Report, width: int | None = None) -> str:
 def folded(parts: Mapping[str, float], whole: float) -> list[tuple[str, float]]:
     """Largest first; those that would be 0.0% of ``whole`` are one row, unless it is only one."""
     rows = sorted(parts.items(), key=lambda i: -i[1])
-    small = [(k, v) for k, v in rows if v < 0.0005 * whole]
-    if len(small) < 2:
-        return rows
-    return [*rows[: len(rows) - len(small)], (f"{len(small)} others", sum(v for _, v in small))]
+    small = [rows[i][1] for i in too_small([v for _, v in rows], whole)]
+    return [*rows[: len(rows) - len(small)], (f"{len(small)} others", sum(small))] if small else rows
 
 
 def words(name: str) -> str:
@@ -159,7 +157,7 @@ def _ranks(report: Report) -> list[str | Table]:
 def _kernels(rank: RankReport) -> Table:
     """The costliest; what else there is, or is 0.0%, is one row, so that the shares sum to all of it."""
     busy = sum(k.total_ns for k in rank.kernels)
-    named = [k for k in rank.kernels[:MOST_KERNELS] if k.total_ns >= 0.0005 * busy]
+    named = [k for k in rank.kernels[:MOST_KERNELS] if k.total_ns >= SHOWN * busy]
     rest = rank.kernels[len(named) :]
     shown = [
         (short, words(k.kind), f"{k.count:,}", ms(k.total_ns), share(k.total_ns, busy))
