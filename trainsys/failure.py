@@ -26,6 +26,9 @@ from trainsys.errors import EXIT_MACHINE_FAULT, EXIT_USER_ERROR, MachineFault, U
 FAILURE_FILE = "TRAINSYS_FAILURE_FILE"
 """Environment variable: the file by which the ranks of a run agree on who failed first."""
 
+RESTARTS = "TRAINSYS_RESTARTS"
+"""Environment variable: how often the local launcher has started the ranks before."""
+
 COMMAND = "TRAINSYS_COMMAND"
 """Environment variable: the command line that started the run, where a launcher stands between."""
 

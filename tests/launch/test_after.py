@@ -137,14 +137,14 @@ def test_failures_are_bounded_and_named(tmp_path: Path) -> None:
     )
     assert (
         ask(tmp_path, 137)
-        == "again: a rank was killed (srun: exit code 137); failure 2 of 2 that are started again"
+        == "again: a rank was killed (exit code 137); failure 2 of 2 that are started again"
     )
     assert ask(tmp_path, 5) == "fail 5: exit code 5; that is failure 3, and launch.max_restarts is 2"
 
 
 def test_ranks_that_slurm_ended_after_a_failure_did_not_drain_on_request(tmp_path: Path) -> None:
     drained(tmp_path, 20)
-    assert ask(tmp_path, 137).startswith("again: a rank was killed (srun: exit code 137); failure 1")
+    assert ask(tmp_path, 137).startswith("again: a rank was killed (exit code 137); failure 1")
 
 
 def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:

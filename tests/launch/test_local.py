@@ -13,7 +13,7 @@ import pytest
 
 from trainsys.errors import UserError
 from trainsys.failure import FAILURE_FILE
-from trainsys.launch import local
+from trainsys.launch import agent, local
 from trainsys.launch.local import launch
 from trainsys.launch.proof import DONE_FILE
 
@@ -163,8 +163,8 @@ def test_the_end_of_a_run_on_real_torchrun(tmp_path: Path, mode: str, code: int,
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     start = (
-        "import sys; from trainsys.launch.local import run_agent;"
-        f"sys.exit(run_agent(['--standalone', '--nproc-per-node', '2', {str(script)!r}, {mode!r}]))"
+        "import sys; from trainsys.launch.agent import run_agent;"
+        f"sys.exit(run_agent(['--standalone', '--nproc-per-node', '2', {str(script)!r}, {mode!r}]).code)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "3", "TMPDIR": str(tmp_path)}
     # Ranks sleep for 900 s: a run that is not ended by its failing rank times out here.
@@ -198,7 +198,7 @@ def test_exit_code_0_of_all_ranks_is_not_yet_a_run_that_is_done(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     left: str, code: int, said: str,
 ) -> None:  # fmt: skip
-    def agent(module: str, **_: object) -> None:
+    def torchrun(module: str, **_: object) -> None:
         if left == "drained":
             folder = tmp_path / "runs/checkpoints/run"
             folder.mkdir(parents=True)
@@ -206,8 +206,8 @@ def test_exit_code_0_of_all_ranks_is_not_yet_a_run_that_is_done(
         elif left:
             Path(os.environ[DONE_FILE]).write_text(left)
 
-    monkeypatch.setattr(runpy, "run_module", agent)
-    monkeypatch.setattr(local.logging, "disable", lambda _: None)
+    monkeypatch.setattr(runpy, "run_module", torchrun)
+    monkeypatch.setattr(agent.logging, "disable", lambda _: None)
     for name in ("argv", "OMP_NUM_THREADS", FAILURE_FILE, DONE_FILE):
         if name == "argv":
             monkeypatch.setattr(sys, "argv", ["pytest"])
@@ -253,15 +253,15 @@ def test_the_exit_code_that_the_run_deserves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     error: Exception, report: str, code: int, said: str,
 ) -> None:  # fmt: skip
-    def agent(module: str, **_: object) -> None:
+    def torchrun(module: str, **_: object) -> None:
         assert (module, sys.argv[1:]) == ("torch.distributed.run", ["--standalone", "x.py"])
         if report:
             Path(os.environ[FAILURE_FILE]).write_text(report)
         raise error
 
-    monkeypatch.setattr(runpy, "run_module", agent)
+    monkeypatch.setattr(runpy, "run_module", torchrun)
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    monkeypatch.setattr(local.logging, "disable", lambda _: None)
+    monkeypatch.setattr(agent.logging, "disable", lambda _: None)
     monkeypatch.setenv(FAILURE_FILE, "replaced")
-    assert local.run_agent(["--standalone", "x.py"]) == code
+    assert agent.run_agent(["--standalone", "x.py"]).code == code
     assert capsys.readouterr().err == (f"trainsys: error: {said}\n" if said else "")

@@ -203,7 +203,8 @@ class TrainConfig(Strict):
     micro_batch: PositiveInt = Field(default=1, description="sequences per forward on one data rank")
     seed: NonNegativeInt = 0
     init_from: str | None = Field(
-        default=None, description="weights a new run starts from: a checkpoint, or a Hugging Face folder; None: seed"
+        default=None,
+        description="weights a new run starts from: a checkpoint, or a Hugging Face folder; None: seed",
     )
     dtype: Literal["fp32", "bf16"] = Field(
         default="bf16", description="compute dtype; master weights and reductions are fp32"
@@ -310,7 +311,9 @@ class ResilienceConfig(Strict):
     )
     window: PositiveInt = Field(default=64, description="losses that a spike is measured against")
     max_restarts: NonNegativeInt = Field(
-        default=0, description="times that launch starts all ranks anew after one failed"
+        default=0,
+        description="failures in a row, with no newer step saved in between, after which launch --on local starts all "
+        "ranks again",
     )
     elastic: bool = Field(
         default=False, description="where the layout does not fit the world, take the nearest that does"

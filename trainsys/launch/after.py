@@ -61,9 +61,20 @@ class Verdict:
     """A failure, and so perhaps a node's."""
     wait_s: int = 0
 
+    @property
+    def again(self) -> bool:
+        return self.line.startswith("again")
 
-def verdict(attempt: Attempt, history: Path, restarts: int, retry_wait_s: int = 0) -> Verdict:
-    """What becomes of the job. ``history`` keeps the failures since a newer step was saved, and that step."""
+
+def verdict(
+    attempt: Attempt,
+    history: Path,
+    restarts: int,
+    retry_wait_s: int = 0,
+    setting: str = "launch.max_restarts",
+) -> Verdict:
+    """What becomes of the job. ``history`` keeps the failures since a newer step was saved, and that step;
+    ``setting`` is the name of ``restarts``, how many of them are started again."""
     if attempt.code == 0 and not attempt.doubt:
         return Verdict("done")
     failure, drained = attempt.failure, attempt.drained
@@ -90,7 +101,7 @@ def verdict(attempt: Attempt, history: Path, restarts: int, retry_wait_s: int = 
     if count > restarts:
         since = f" since step {saved} was saved" if saved >= 0 else ""
         return Verdict(
-            f"fail {attempt.code or 1}: {why}; that is failure {count}{since}, and launch.max_restarts is {restarts}",
+            f"fail {attempt.code or 1}: {why}; that is failure {count}{since}, and {setting} is {restarts}",
             counted=True,
         )
     nobodys = failure is not None and failure.code == EXIT_MACHINE_FAULT and not failure.host
@@ -106,7 +117,7 @@ def _why(attempt: Attempt, drained: dict[str, object] | None) -> str:
         return f"rank {attempt.failure.rank}{at}: {attempt.failure.line}"
     # The highest of the ranks' codes: 143 may be of a rank that Slurm ended after another was killed.
     if attempt.code > 128:
-        return f"a rank was killed (srun: exit code {attempt.code})"
+        return f"a rank was killed (exit code {attempt.code})"
     return f"exit code {attempt.code}"
 
 
@@ -205,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
     print(told.line)
     if told.counted and attempt.failure is not None:
         accuse(attempt.failure)
-    if told.line.startswith("again"):
+    if told.again:
         if more := exclusion(blamed, args.nodes, args.usable):
             print(more)
         if told.wait_s:

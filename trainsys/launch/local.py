@@ -3,39 +3,40 @@
 The config and the layout are checked here, before any process starts: most mistakes cost a fraction of
 a second and never reach a rank. One rank replaces this process; more are started by torchrun's own
 agent, which runs inside this process so that signals, the terminal and exit codes need no relay.
+After a failure all ranks are started again as on a scheduler (see `after`), but by this process: torchrun's own
+restarts count every failure, and come back from a mistake in the config too.
 """
 
 from __future__ import annotations
 
-import logging
+import itertools
 import math
 import os
-import runpy
 import shlex
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from trainsys.config.launch import LaunchConfig
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig
 from trainsys.config.secrets import MASK, is_env
 from trainsys.errors import UserError
-from trainsys.failure import COMMAND, EXIT_FAILED, EXIT_INTERRUPTED, FAILURE_FILE, read_failure
+from trainsys.failure import COMMAND, EXIT_INTERRUPTED, RESTARTS
 from trainsys.hardware.machine import cuda_devices, usable_cores
 from trainsys.launch import options
+from trainsys.launch.after import Attempt, newest_saved, verdict
+from trainsys.launch.agent import TORCHRUN, pass_on, run_agent
 from trainsys.launch.check import check_memory, check_paths
 from trainsys.launch.job import interpreter
-from trainsys.launch.proof import DONE_FILE, MARKER, doubt
+from trainsys.launch.proof import MARKER
 from trainsys.launch.replan import replan
 from trainsys.layout import PLACED, Layout
 
-_TORCHRUN = "torch.distributed.run"
 _READY = "TRAINSYS_SETUP_DONE"
 """Environment variable: launch.setup and launch.venv are in force already."""
 
@@ -63,11 +64,9 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
         again = ["-m", "trainsys", "launch", path, *overrides, "--on", "local", "--nproc", str(world)]
         return _after_setup(asked, again, dry_run)
     train = ["-m", "trainsys", "train", path, *overrides]
-    restarts = config.resilience.max_restarts
-    again = ["--max-restarts", str(restarts)] if restarts else []
-    torchrun = ["--standalone", "--nproc-per-node", str(world), *again, *train]
-    alone = world == 1 and not restarts
-    command = [sys.executable, *(train if alone else ["-m", _TORCHRUN, *torchrun])]
+    torchrun = ["--standalone", "--nproc-per-node", str(world), *train]
+    alone = world == 1 and not config.resilience.max_restarts
+    command = [sys.executable, *(train if alone else ["-m", TORCHRUN, *torchrun])]
     threads = str(config.train.threads or max(1, usable_cores() // world))
     if config.train.threads == 0:
         threads = {**os.environ, **variables}.get("OMP_NUM_THREADS", threads)
@@ -80,24 +79,48 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
     if alone:
         sys.stdout.flush()
         os.execv(command[0], command)
+    return _attempts(config, ["--signals-to-handle", "SIGHUP,SIGQUIT", *torchrun])
+
+
+def _attempts(config: RunConfig, torchrun: list[str]) -> int:
+    """Run all ranks, again and again until they are done, stopped, or have failed too often without a newer saved
+    step; the exit code."""
+    folder, asked = Path(config.checkpoint_folder), 0
+
     # Asked to stop, the agent would give the ranks 30 seconds: they are told directly, and it waits for them.
-    interrupted = False
+    def tell(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = number
+        if not pass_on(number, frame):  # no rank runs yet, or none again
+            raise SystemExit(EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        if not pass_on(number, frame):
-            raise KeyboardInterrupt  # no rank has started yet
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    before = {n: signal.signal(n, tell) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        drained = Path(config.checkpoint_folder) / MARKER
-        code = run_agent(["--signals-to-handle", "SIGHUP,SIGQUIT", *torchrun], config.train.steps, drained)
-        return EXIT_INTERRUPTED if interrupted and code == 0 else code
+        with tempfile.TemporaryDirectory(prefix="trainsys-restarts-") as scratch:
+            for number in itertools.count():
+                os.environ[RESTARTS] = str(number)
+                end = run_agent(torchrun, config.train.steps, folder / MARKER)
+                if end.code == 0 or asked:
+                    return EXIT_INTERRUPTED if asked == signal.SIGINT and end.code == 0 else end.code
+                attempt = Attempt(
+                    end.code, end.doubt, "", end.failure, saved=newest_saved(folder), number=number
+                )
+                told = verdict(
+                    attempt, Path(scratch, "history.json"), config.resilience.max_restarts,
+                    config.launch.retry_wait_s, "resilience.max_restarts",
+                )  # fmt: skip
+                if not told.again:
+                    if told.counted and number:  # else the ranks have said it all
+                        print(f"trainsys: {told.line}", file=sys.stderr)
+                    return end.code
+                pause = f", in {told.wait_s} s" if told.wait_s else ""
+                print(f"trainsys: {told.line}{pause}", file=sys.stderr, flush=True)
+                time.sleep(told.wait_s)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        os.environ.pop(RESTARTS, None)
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    raise AssertionError("not reached")
 
 
 def _after_setup(asked: LaunchConfig, arguments: list[str], dry_run: bool) -> int:
@@ -150,61 +173,3 @@ def _world(config: RunConfig, nproc: int | None) -> int:
             f"use at most {devices} ranks or set train.device=cpu"
         )
     return world
-
-
-def run_agent(arguments: list[str], steps: int | None = None, drained: Path | None = None) -> int:
-    """Run torchrun's agent with ``arguments``; the exit code that the run deserves.
-
-    With ``steps`` 0 means that rank 0, which is on this machine, has proved so many, or that the run was asked to
-    stop: then there is ``drained``.
-    """
-    # The agent logs each end of a rank and raises with a summary. The ranks have said what there is to
-    # say (see `failure`), so only what the agent alone knows is printed, in one line.
-    logging.disable(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="trainsys-") as folder:
-        report, proof = Path(folder) / "failure.json", Path(folder) / "done.json"
-        os.environ[FAILURE_FILE], os.environ[DONE_FILE] = str(report), str(proof)
-        sys.argv = [_TORCHRUN, *arguments]
-        try:
-            runpy.run_module(_TORCHRUN, run_name="__main__", alter_sys=True)
-        except Exception as error:
-            failure = read_failure(report)
-            if failure is not None:
-                return failure.code
-            return _explain(error)
-        finally:
-            del os.environ[FAILURE_FILE], os.environ[DONE_FILE]
-        if steps is not None and not (drained and drained.exists()) and (why := doubt(proof, steps)):
-            print(f"trainsys: error: the run {why}", file=sys.stderr)
-            return EXIT_FAILED
-    return 0
-
-
-def pass_on(number: int, frame: FrameType | None) -> bool:
-    """Send the signal to every child process; whether there was one."""
-    sent = False
-    for listed in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):
-            for child in listed.read_text(encoding="ascii").split():
-                os.kill(int(child), number)
-                sent = True
-    return sent
-
-
-def _explain(error: Any) -> int:
-    """Say in one line how the agent ended when no rank said why; the exit code."""
-    if (caught := getattr(error, "sigval", None)) is not None:
-        return 128 + int(caught)
-    if not hasattr(error, "get_first_failure"):
-        print(f"trainsys: error: torchrun could not run the ranks: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    # A rank that ends by a signal takes others with it; those that the agent itself ended carry SIGTERM.
-    failures = sorted(error.failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[0]))
-    rank, first = failures[0]
-    if first.exitcode < 0:
-        name = signal.Signals(-first.exitcode).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        print(f"trainsys: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
-        return 128 - int(first.exitcode)
-    print(f"trainsys: error: rank {rank} ended with exit code {first.exitcode}", file=sys.stderr)
-    return int(first.exitcode)

@@ -18,7 +18,7 @@ from pathlib import Path
 from trainsys.config.loader import load_run
 from trainsys.errors import UserError
 from trainsys.failure import guard
-from trainsys.launch.local import pass_on, run_agent
+from trainsys.launch.agent import pass_on, run_agent
 from trainsys.launch.network import settings
 from trainsys.launch.proof import MARKER
 
@@ -52,7 +52,7 @@ def main() -> int:
             if env.get("PET_NODE_RANK", "0") == "0"
             else None,  # rank 0's node has the proof
             drained,
-        )
+        ).code
         return EXIT_DRAINED if code == 0 and drained.exists() else code
 
 

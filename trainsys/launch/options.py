@@ -38,7 +38,7 @@ USED: dict[str, tuple[Backend, ...]] = {
     "time": (*_SLURM, *_KUBERNETES),
     "warn_s": _SLURM,
     "max_restarts": _SCHEDULERS,
-    "retry_wait_s": _SLURM,
+    "retry_wait_s": (*_SLURM, "local"),
     "account": _SLURM,
     "partition": _SLURM,
     "qos": _SLURM,

@@ -24,6 +24,7 @@ from trainsys.data import Source, StepData
 from trainsys.data.order import samples_seen
 from trainsys.engines.base import SAVE, STOP, Engine, StepResult
 from trainsys.errors import UserError
+from trainsys.failure import RESTARTS
 from trainsys.layout import PLACED, Layout
 from trainsys.parallel.mesh import Mesh
 from trainsys.resilience.anomalies import Guard
@@ -35,12 +36,14 @@ from trainsys.telemetry.recorder import Recorder
 
 
 def attempt() -> int:
-    """How often this job was started before: by torchrun after a failure, by Slurm after a requeue, or by a JobSet."""
+    """How often this job was started before: by a launcher or torchrun after a failure, by Slurm after a requeue, or by
+    a JobSet."""
     env = os.environ
     # A JobSet's pods have its restart-attempt for a rendezvous id; the index is what marks them as an indexed Job's.
     made_anew = env.get("PET_RDZV_ID", "") if "JOB_COMPLETION_INDEX" in env else ""
     return (
-        int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        int(env.get(RESTARTS, 0))
+        + int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
         + int(env.get("SLURM_RESTART_COUNT", 0))
         + (int(made_anew) if made_anew.isdigit() else 0)
     )
