@@ -10,7 +10,9 @@ import pytest
 
 from trainsys.errors import UserError
 from trainsys.profiler.trace.main import analyse
+from trainsys.profiler.trace.optimeline import TimelineReport
 from trainsys.profiler.trace.text import render
+from trainsys.profiler.trace.verdicts import timeline_verdicts
 
 CASES = Path(__file__).resolve().parents[2] / "../shared/data/cases/traces"
 GEMM, ADD = "ampere_bf16_s16816gemm_bf16_128x128", "void at::native::vectorized_elementwise_kernel<4, add>"
@@ -214,6 +216,21 @@ def test_an_op_timeline_names_the_slow_worker(shared):
     assert line.worst == [(0, 0)]
     assert line.worst_gives_back == pytest.approx(1.0, abs=0.01)
     assert report.verdicts[0].title.startswith("data rank 0 stage 0: ")
+
+
+@pytest.mark.parametrize(
+    ("worst", "last", "title"),
+    [
+        (1.22, 0.0, "data rank 0 stage 3: all of the lost time is gone without what is slow there"),
+        (0.1, 1.22, "all of the lost time is the last stage's"),
+        (0.1, 0.688, "68.8% of the lost time is the last stage's"),
+    ],
+)
+def test_no_more_than_all_of_the_lost_time_is_somebodys(worst: float, last: float, title: str) -> None:
+    """A job that ByteDance published loses 122% to its last stage: without it the others beat the mean."""
+    line = TimelineReport("x", 8, 32, 2.17, 1.18, [(0, 3)], worst, last, {"forward-compute": 1.09})
+    (verdict,) = timeline_verdicts(line)
+    assert verdict.title == title
 
 
 def test_the_host_holds_up_only_an_idle_device(tmp_path):

@@ -38,7 +38,7 @@ def judge(report: Report) -> list[Verdict]:
         out += _time(report, timed)
     out += _across(report, timed)
     out += _memory(report)
-    out += [v for t in report.timelines if t.slowdown >= 1.05 for v in _timeline(t)]
+    out += [v for t in report.timelines if t.slowdown >= 1.05 for v in timeline_verdicts(t)]
     return sorted(out, key=lambda v: -v.share)
 
 
@@ -62,16 +62,16 @@ def _hang(hang: HangReport) -> Verdict:
     return Verdict("hang", hang.verdict, evidence, advice, 1.0)
 
 
-def _timeline(t: TimelineReport) -> list[Verdict]:
+def timeline_verdicts(t: TimelineReport) -> list[Verdict]:
     lost = 1 - 1 / t.slowdown
     evidence = f"replayed without it, {t.workers} workers over {t.steps} steps; {t.slowdown:.2f} times the ideal step"
     if t.worst_gives_back >= 0.5:
         who = ", ".join(f"data rank {d} stage {s}" for d, s in t.worst[:4])
-        title = f"{who}: {_pct(t.worst_gives_back)} of the lost time is gone without what is slow there"
+        title = f"{who}: {_of_lost(t.worst_gives_back)} is gone without what is slow there"
         advice = "check that worker's clocks, thermals and neighbours; exclude it and compare"
         return [Verdict("straggler", title, evidence, advice, lost * min(1.0, t.worst_gives_back))]
     if t.last_stage_gives_back >= 0.5:
-        title = f"{_pct(t.last_stage_gives_back)} of the lost time is the last stage's"
+        title = f"{_of_lost(t.last_stage_gives_back)} is the last stage's"
         return [
             Verdict(
                 "stage", title, evidence, "give the last stage fewer layers: it also computes the loss", lost
@@ -94,6 +94,11 @@ def _mean(ranks: list[RankReport], part: str, key: str | None = None) -> float:
         value = getattr(whole, part) if key is None else getattr(whole, part).get(key, 0)
         total += value / whole.span
     return total / len(ranks)
+
+
+def _of_lost(share: float) -> str:
+    """Beyond all of it: the ideal is a mean over all workers, and the others alone are quicker."""
+    return "all of the lost time" if share >= 0.9995 else f"{_pct(share)} of the lost time"
 
 
 def _pct(share: float) -> str:

@@ -255,7 +255,7 @@ if (shaped) {
 /* op timelines */
 for (const t of R.timelines) section("Op timeline", `${t.workers} workers, ${t.steps} steps of ${(1e3 * t.step_time_s).toLocaleString("en", { maximumFractionDigits: 1 })} ms; ${t.slowdown.toFixed(2)} times what it would be with every operation ideal`,
   table(["kind of operation", "slowdown by it alone"], Object.entries(t.by_kind).sort((a, b) => b[1] - a[1]).map(([kind, s]) => [kind, s.toFixed(3)])),
-  t.worst.length ? el("p", { class: "note" }, `Slowest workers (data rank, stage): ${t.worst.slice(0, 8).map((w) => `(${w.join(", ")})`).join(" ")}; without their slowness ${pct(t.worst_gives_back)} of the lost time is gone.`) : null);
+  t.worst.length ? el("p", { class: "note" }, `Slowest workers (data rank, stage): ${t.worst.slice(0, 8).map((w) => `(${w.join(", ")})`).join(" ")}; without their slowness ${pct(Math.min(1, t.worst_gives_back))} of the lost time is gone.`) : null);
 
 /* memory */
 for (const m of R.memory) {
