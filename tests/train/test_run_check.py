@@ -14,8 +14,10 @@ from support.jobs import Job
 from trainsys.config.run import RunConfig
 from trainsys.data import build_source
 from trainsys.errors import EXIT_USER_ERROR, MachineFault, UserError
+from trainsys.flops.params import param_counts
+from trainsys.layout import Layout
 from trainsys.optim.schedule import learning_rate
-from trainsys.train.check import check_folders, doubts
+from trainsys.train.check import check_folders, check_weights, doubts
 
 CONFIG = """
 name: small
@@ -112,7 +114,10 @@ def test_many_epochs_over_little_data_get_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 10])
 def test_a_learning_rate_for_every_setting(schedule: Any, decay: int | None, warmup: int, steps: int) -> None:
     cfg = RunConfig.model_validate(
-        {**yaml.safe_load(CONFIG), "optim": {"schedule": schedule, "decay_steps": decay, "warmup_steps": warmup}}
+        {
+            **yaml.safe_load(CONFIG),
+            "optim": {"schedule": schedule, "decay_steps": decay, "warmup_steps": warmup},
+        }
     ).optim
     rates = [learning_rate(cfg, step, steps) for step in range(steps)]
     assert all(0 < rate <= cfg.lr for rate in rates)
@@ -149,3 +154,34 @@ def test_batches_without_a_label_name_the_data_and_not_the_learning_rate(tmp_pat
     assert "(samples " in log
     assert "the data are at fault" in log
     assert "optim.lr" not in log
+
+
+@pytest.mark.parametrize(
+    ("sizes", "local_world", "copies"),
+    [
+        ({"dp_shard": 8}, 8, 1.0),
+        ({"dp_shard": 8}, 2, 0.25),
+        ({"dp_shard": 2, "tp": 2, "pp": 2}, 4, 0.5),
+        ({"dp_replicate": 4, "dp_shard": 2}, 8, 4.0),
+    ],
+)
+def test_weights_that_no_layout_of_these_ranks_can_hold_are_refused(
+    sizes: dict[str, int], local_world: int, copies: float, tmp_path: Path
+) -> None:
+    cfg, layout = config(tmp_path), Layout(**sizes)
+    least = int(4 * param_counts(cfg.model).total * copies)
+    check_weights(cfg, layout, local_world, least)
+    with pytest.raises(
+        UserError, match=r"model: its fp32 weights alone take .*`trainsys plan` says what fits"
+    ) as told:
+        check_weights(cfg, layout, local_world, least - 1)
+    assert "\n" not in str(told.value)
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    file, log = tmp_path / "run.yaml", tmp_path / "log"
+    file.write_text(CONFIG)
+    huge = ["model.n_layers=10000", "model.d_model=8192", "model.d_ff=32768"]
+    (code,) = Job(1, file, [f"telemetry.out={tmp_path / 'out'}", *huge], log).wait()
+    assert code == EXIT_USER_ERROR
+    assert "its fp32 weights alone take" in log.read_text()

@@ -106,7 +106,7 @@ class ModelConfig(Strict):
     """A decoder-only transformer. Defaults are Llama's choices."""
 
     name: str = "custom"
-    n_layers: PositiveInt
+    n_layers: PositiveInt = Field(le=10_000)
     d_model: PositiveInt
     n_heads: PositiveInt
     n_kv_heads: PositiveInt | None = Field(default=None, description="None: as many as n_heads (no grouping)")

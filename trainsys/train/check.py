@@ -1,4 +1,5 @@
-"""What can be said of a run before its first step: folders that cannot be written, and settings that surprise."""
+"""What can be said of a run before its first step: folders that cannot be written, a model that the machine cannot hold,
+and settings that surprise."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from pathlib import Path
 from trainsys.config.run import RunConfig
 from trainsys.data import Source
 from trainsys.errors import MachineFault, UserError
+from trainsys.flops.params import param_counts
+from trainsys.layout import Layout
 from trainsys.optim.schedule import learning_rate
 
 MOST_EPOCHS = 4
@@ -46,11 +49,28 @@ def check_folders(cfg: RunConfig) -> None:
             why = error.strerror
             if error.errno in (errno.EEXIST, errno.ENOTDIR):
                 file = next(p for p in (Path(path), *Path(path).parents) if p.is_symlink() or p.exists())
-                why = "it is a link to nothing" if file.is_symlink() and not file.exists() else f"{file} is a file"
+                why = (
+                    "it is a link to nothing"
+                    if file.is_symlink() and not file.exists()
+                    else f"{file} is a file"
+                )
             fault = UserError if error.errno in _THE_PATHS else MachineFault
             raise fault(
                 f"{key}={shown}: no folder can be made or written there ({why}); name a writable folder"
             ) from None
+
+
+def check_weights(cfg: RunConfig, layout: Layout, local_world: int, has: int) -> None:
+    """UserError where fp32 weights alone, at their smallest, are more than the ``has`` bytes that a machine has for its
+    ``local_world`` ranks. Found before the model is built: a host that runs out of memory kills a rank without a word."""
+    # Every axis but replication may shard them; none splits them further.
+    least = 4 * param_counts(cfg.model).total * local_world * layout.dp_replicate // layout.world
+    if least > has:
+        raise UserError(
+            f"model: its fp32 weights alone take {least / 2**30:,.1f} GiB on a machine with {local_world} of "
+            f"{layout.world} ranks, which has {has / 2**30:,.1f} GiB; a smaller model, or parallel.dp_shard over more "
+            "machines; `trainsys plan` says what fits"
+        )
 
 
 def doubts(cfg: RunConfig, source: Source) -> Iterator[str]:

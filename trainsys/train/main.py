@@ -25,9 +25,9 @@ from trainsys.resilience.drain import Drain
 from trainsys.resilience.lease import Lease
 from trainsys.resilience.out_of_memory import out_of_memory
 from trainsys.resilience.session import Session, attempt
-from trainsys.train.check import check_folders, doubts
+from trainsys.train.check import check_folders, check_weights, doubts
 from trainsys.train.evict import Eviction
-from trainsys.train.process import Process, process
+from trainsys.train.process import Process, machine_bytes, process
 from trainsys.train.report import Reporter
 
 
@@ -66,6 +66,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int,
     layout = Layout.resolve(cfg.parallel, proc.world)
     refuse_unable(cfg, layout)
     warnings = layout.validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
+    check_weights(cfg, layout, proc.local_world, machine_bytes(proc))
     source = build_source(cfg)
     session = Session(cfg, source, drain, lease, proc.ranks)
     if session.complete:
@@ -75,7 +76,15 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int,
     eviction = Eviction(cfg.launch, proc.ranks.to_first(this_node()), drain)
     with (
         Reporter(
-            cfg, proc, layout, started, session.data, session.first_step, session.attempt, eviction, session.origin
+            cfg,
+            proc,
+            layout,
+            started,
+            session.data,
+            session.first_step,
+            session.attempt,
+            eviction,
+            session.origin,
         ) as reporter,
         session,
         Loader(

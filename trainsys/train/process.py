@@ -31,6 +31,13 @@ class Process:
     """For what the main threads of all ranks tell each other on the host."""
 
 
+def machine_bytes(proc: Process) -> int:
+    """Memory that this machine has for its ranks' tensors, taken or not, on the devices that they use."""
+    if proc.device.type == "cuda":
+        return proc.local_world * torch.cuda.mem_get_info(proc.device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def choose_device(cfg: TrainConfig, local_rank: int, local_world: int = 1) -> torch.device:
     """The device that ``train.device`` asks for, of this node's ``local_world`` ranks.
 
