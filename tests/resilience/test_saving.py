@@ -18,10 +18,21 @@ from trainsys.config.loader import load_run
 from trainsys.config.run import CheckpointConfig
 from trainsys.engines.base import SAVE, STOP
 from trainsys.engines.native import NativeEngine
+from trainsys.resilience.watchdog import EXIT_HUNG
 from trainsys.telemetry.events import Step
 from trainsys.telemetry.reader import read_events
 from trainsys.telemetry.writer import EventWriter
 
+STOPPED = """
+name: stopped
+model: {n_layers: 1, d_model: 16, n_heads: 2, d_ff: 32, vocab: 264, max_seq_len: 32}
+parallel: {dp_shard: 2}
+data: {source: synthetic}
+train: {steps: 50, seq_len: 16, global_batch: 4, micro_batch: 2, dtype: fp32, device: cpu, threads: 1}
+telemetry: {console: "off"}
+checkpoint: {every: 2, mode: sync}
+resilience: {hang_timeout_s: 3}
+"""
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/train").glob("*.yaml"))
 
 
@@ -153,3 +164,26 @@ def test_killed_right_after_a_save_it_leaves_a_record_of_every_step_before(tmp_p
     assert saved(load_run(str(tmp_path / "run.yaml"))) == [3]
     (events,) = tmp_path.glob("timed-2*/events/rank_00000.jsonl")
     assert [e.step for e in read_events(events)[0] if isinstance(e, Step)] == [0, 1, 2]
+
+
+def test_a_rank_that_is_stopped_while_it_saves_is_missed_as_in_a_step(tmp_path: Path) -> None:
+    """Not after all of the time that set-up may take: half an hour."""
+
+    def stop_in_second_save(rank: int) -> None:
+        part = Saver._write_part
+
+        def write(self: Saver, step: int, token: str) -> Any:
+            if rank == 1 and step > 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return part(self, step, token)
+
+        Saver._write_part = write  # type: ignore[method-assign]
+
+    file, log = tmp_path / "run.yaml", tmp_path / "log"
+    file.write_text(STOPPED)
+    job = Job(2, file, [f"telemetry.out={tmp_path / 'out'}"], log, stop_in_second_save)
+    assert os.waitstatus_to_exitcode(os.waitpid(job.pids[0], 0)[1]) == EXIT_HUNG, log.read_text()
+    os.kill(job.pids[1], signal.SIGKILL)
+    os.waitpid(job.pids[1], 0)
+    assert "trainsys: hang: " in log.read_text()
+    assert saved(load_run(str(file), [f"telemetry.out={tmp_path / 'out'}"])) == [2]

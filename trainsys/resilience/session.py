@@ -34,6 +34,9 @@ from trainsys.resilience.watchdog import Watchdog
 from trainsys.telemetry.attempts import Origin
 from trainsys.telemetry.recorder import Recorder
 
+_SLOWER = 10.0
+"""A save that takes so many times as long as the longest before, and longer than a step may, hangs."""
+
 
 def attempt() -> int:
     """How often this job was started before: by a launcher or torchrun after a failure, by Slurm after a requeue, or by
@@ -306,12 +309,18 @@ class Session:
 
     @contextmanager
     def _pause(self, kind: str) -> Iterator[None]:
-        with self._recorder.stall(kind), self._patient():
+        with self._recorder.stall(kind), self._patient(self._longest_save() if kind == "checkpoint" else None):
             yield
 
-    def _patient(self) -> AbstractContextManager[None]:
+    def _patient(self, limit_s: float | None = None) -> AbstractContextManager[None]:
         limit = self.cfg.resilience.setup_timeout_s
-        return nullcontext() if self._dog is None else self._dog.patient(limit)
+        return nullcontext() if self._dog is None else self._dog.patient(min(limit, limit_s or limit))
+
+    def _longest_save(self) -> float | None:
+        """Seconds after which a save hangs, by those that are done; None: there is none yet. So a rank that is stopped
+        while it saves is missed after minutes, not after all of the time that set-up may take."""
+        assert self._saver is not None
+        return max((_SLOWER * saved.seconds for saved in self._saver.saved), default=None)
 
     def __enter__(self) -> Session:
         return self
