@@ -218,7 +218,7 @@ class TrainConfig(Strict):
         default="auto",
         description="kernel; auto: torch's fused ones for the device; flex: flex_attention, on CUDA",
     )
-    threads: NonNegativeInt = Field(default=0, description="CPU threads a process; 0: cores / local ranks")
+    threads: NonNegativeInt = Field(default=0, le=4096, description="CPU threads a process; 0: cores / local ranks")
 
 
 class WandbConfig(Strict):
