@@ -79,7 +79,7 @@ def test_a_slow_node_is_left_and_nothing_is_lost(cluster: Callable[..., None], w
     steps = 200
     options = [
         "launch.evict_share=0.2",
-        "telemetry.log_every=2",
+        "telemetry.log_every=1",
         f"train.steps={steps}",
         "checkpoint.every=0",
         "checkpoint.every_minutes=0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import replace
@@ -91,14 +92,46 @@ def test_since_when_and_until_when() -> None:
     table = small(steps=400, seed=2)
     for name in ("forward", "backward"):
         table.phases[name][120:190, 3] *= 1.4
-    verdicts = [v for v in find_blame(table) if v.kind == "rank"]
-    assert verdicts == []  # 70 of the 200 steps of its window: a moment, not a state
-    for name in ("forward", "backward"):
-        table.phases[name][50:120, 3] *= 1.4
+        table.phases[name][260:290, 5] *= 1.4  # 30 of the 200 steps of a window: a moment, not a state
     (verdict,) = find_blame(table)
     assert verdict.ranks == (3,)
-    assert abs(verdict.since - 50) <= 2
-    assert verdict.until == 199
+    assert abs(verdict.since - 120) <= 2
+    assert verdict.until is not None
+    assert abs(verdict.until - 189) <= 2
+
+
+def test_one_fault_over_two_windows_is_one_and_a_relapse_is_another() -> None:
+    table = small(steps=800, seed=4)
+    for name in ("forward", "backward"):
+        table.phases[name][120:300, 3] *= 1.4
+        table.phases[name][500:590, 3] *= 1.4
+    verdicts = sorted(find_blame(table), key=lambda v: v.since)
+    assert [v.ranks for v in verdicts] == [(3,), (3,)]
+    for v, (since, until) in zip(verdicts, ((120, 299), (500, 589)), strict=True):
+        assert v.until is not None
+        assert abs(v.since - since) <= 2
+        assert abs(v.until - until) <= 2
+
+
+def test_who_is_late_now_and_then_is_named_with_how_often() -> None:
+    rng = np.random.default_rng(5)
+    table = small(steps=200, seed=5)
+    late = rng.random(200) < 0.4
+    for name in ("forward", "backward"):
+        table.phases[name][late, 1] *= 3
+    (verdict,) = find_blame(table)
+    assert (verdict.kind, verdict.ranks) == ("rank", (1,))
+    often, much = map(int, re.findall(r"(\d+)%", verdict.title))
+    assert "now and then: in" in verdict.title
+    assert often == pytest.approx(100 * late.mean(), abs=1)
+    assert much == pytest.approx(0.95 * 200, abs=10)  # data and optimizer, 5% of the work, are as ever
+    # Everybody so, each at steps of its own: nobody's.
+    table = small(steps=200, seed=5)
+    for rank in range(8):
+        late = rng.random(200) < 0.2
+        for name in ("forward", "backward"):
+            table.phases[name][late, rank] *= 3
+    assert [v for v in find_blame(table) if v.kind == "rank"] == []
 
 
 def test_rows_of_unequal_length_are_nobodys_fault() -> None:
@@ -183,7 +216,7 @@ def test_the_live_watch_says_it_once_and_shows_the_waterfall() -> None:
         ]
         watch.add(np.array(rows), Flops(model=1e8, palm=None, hardware=1e8))
     watch.close()
-    assert [(v.kind, v.ranks) for v in found] == [("rank", (2,))]
+    assert [(v.kind, v.ranks, v.news) for v in found] == [("rank", (2,), "new")]
     assert len(shown) == 3
     step, metrics = shown[-1]
     assert step == 3 * EVERY - 1

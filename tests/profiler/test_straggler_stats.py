@@ -45,7 +45,7 @@ def test_five_percent_among_ten_thousand():
     rng = np.random.default_rng(0)
     hits = false = 0
     for _ in range(10):
-        work = healthy(rng, 20, 10_000)
+        work = healthy(rng, 50, 10_000)
         work[:, 1234] *= 1.05
         names = {s.index for s in find_stragglers(work)}
         hits += 1234 in names

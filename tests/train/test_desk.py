@@ -91,19 +91,19 @@ def test_it_shows_judges_and_ends(
     tmp_path: Path, heard: Heard, open_desk: Callable[[], DeskLink], capfd: pytest.CaptureFixture[str]
 ) -> None:
     desk = open_desk()
-    for number in range(2 * EVERY):
+    for number in range(3 * EVERY):
         desk.call("window", *window(number, slow=1.5))
     desk.message("info", "said by the rank")
     desk.settle()
     assert [(v.kind, v.ranks) for v in heard.verdicts] == [("rank", (2,))]
     assert [level for level, text in heard.messages if "rank 2" in text] == ["warning"]
     desk.finish({"status": "done"}, timeout_s=20.0)
-    assert [line["step"] for line in lines(tmp_path)] == list(range(2 * EVERY))
-    assert lines(tmp_path)[-1]["train/tokens"] == 64 * 2 * EVERY
+    assert [line["step"] for line in lines(tmp_path)] == list(range(3 * EVERY))
+    assert lines(tmp_path)[-1]["train/tokens"] == 64 * 3 * EVERY
     out = capfd.readouterr().out
     assert "said by the rank" in out
     assert "warning: rank 2" in out
-    assert f"step {2 * EVERY:>4}/1000" in out
+    assert f"step {3 * EVERY:>4}/1000" in out
     assert desk._process is not None
     assert desk._process.returncode == 0
 

@@ -13,17 +13,15 @@ import numpy as np
 
 from trainsys.profiler.late_phase import COMPUTE, DATA, PHASE_ADVICE, late_phase
 from trainsys.profiler.links import slow_links
-from trainsys.profiler.places import slow_places
+from trainsys.profiler.places import ended, slow_places
 from trainsys.profiler.shape import sequence_imbalance, stage_imbalance
 from trainsys.profiler.steps import Floats, StepTable, window_count
-from trainsys.profiler.straggler import Straggler, find_stragglers, row_medians
+from trainsys.profiler.straggler import LEAST_STEPS, Straggler, find_stragglers, row_medians
 from trainsys.profiler.verdict import ALPHA, LEAST_SHARE, TESTS, Verdict
 from trainsys.profiler.waits import work_between
 from trainsys.rank_lists import ranks_named
 
 MIN_STEPS = 5
-MIN_LASTING = 0.25
-"""Share of a window's steps, up to its end, in which a rank has to be slow."""
 
 
 def find_blame(table: StepTable) -> list[Verdict]:
@@ -42,26 +40,33 @@ class Blame:
     def __init__(self, steps: int) -> None:
         self._left = steps if steps >= MIN_STEPS else 0
         self._alpha = ALPHA / window_count(steps)
-        self._found: dict[tuple[object, ...], Verdict] = {}
+        self._found: dict[tuple[object, ...], list[Verdict]] = {}
+        """Episodes of each finding, in order."""
+        self._end: int | None = None
+        """The last step of the window before."""
 
     def add(self, table: StepTable) -> None:
         """``table``: judged steps alone."""
         if not len(table.steps) or not self._left or len(table.ranks) < 2:
             return
         self._left -= len(table.steps)
-        # What still is so at the end has no end.
+        # What still is so at the run's end has no end.
         until = int(table.steps[-1]) if self._left > 0 else None
         for v in judge_window(table, self._alpha):
-            before = self._found.get(v.key)
-            if before is None:
-                self._found[v.key] = replace(v, until=until)
-            else:
+            v = v if v.until is not None else replace(v, until=until)
+            episodes = self._found.setdefault(v.key, [])
+            before = episodes[-1] if episodes else None
+            at = int(np.searchsorted(table.steps, v.since))
+            if before is not None and before.until == self._end and at < LEAST_STEPS:
                 cost, share = max(before.cost_s, v.cost_s), max(before.share, v.share)
-                self._found[v.key] = replace(before, until=until, cost_s=cost, share=share)
+                episodes[-1] = replace(before, until=v.until, cost_s=cost, share=share)
+            else:
+                episodes.append(v)
+        self._end = int(table.steps[-1])
 
     def verdicts(self) -> list[Verdict]:
         """The costliest first."""
-        return sorted(self._found.values(), key=lambda v: -v.share)
+        return sorted((v for episodes in self._found.values() for v in episodes), key=lambda v: -v.share)
 
 
 def judge_window(table: StepTable, alpha: float = ALPHA) -> list[Verdict]:
@@ -72,8 +77,7 @@ def judge_window(table: StepTable, alpha: float = ALPHA) -> list[Verdict]:
     own = alpha / TESTS
     slow = [
         s for s in find_stragglers(work, peers, alpha=own)
-        if s.slowdown / (1 + s.slowdown) * float(np.median(work[:, s.index])) >= LEAST_SHARE * step_s
-        and len(work) - s.since >= MIN_LASTING * len(work)
+        if (s.cost_s if s.now_and_then else _gap(work, s)) >= LEAST_SHARE * step_s
     ]  # fmt: skip
     places, slow = slow_places(table, work, slow, own, step_s)
     out = places + [_rank(table, work, s, step_s) for s in slow]
@@ -85,21 +89,33 @@ def judge_window(table: StepTable, alpha: float = ALPHA) -> list[Verdict]:
     return out
 
 
+def _gap(work: Floats, s: Straggler) -> float:
+    """Seconds above the peers' median in a step in which it was slow."""
+    return s.slowdown / (1 + s.slowdown) * float(np.median(work[s.since : s.until, s.index]))
+
+
 def _rank(table: StepTable, work: Floats, s: Straggler, step_s: float) -> Verdict:
     rank = table.ranks[s.index]
-    phase, ratio = late_phase(table, np.array([s.index]))
+    rows = np.arange(s.since, s.until)
+    if s.now_and_then:
+        rows = rows[np.argsort(-work[rows, s.index])[: max(1, round(s.share * len(work)))]]
+    phase, ratio = late_phase(table.select(np.sort(rows)), np.array([s.index]))
     where = f" on {table.hosts[rank]}" if table.hosts.get(rank) else ""
     words = {"data": "waits for its data", "compute": "computes slowly"}.get(phase, f"is slow in {phase}")
-    gap = s.slowdown / (1 + s.slowdown) * float(np.median(work[:, s.index]))
+    gap = _gap(work, s)
     cost = s.cost_s if s.cost_s > 0 else gap
+    how = f"{100 * s.slowdown:.0f}% more work time than its peers"
+    told_when = f"{1e3 * gap:.2f} ms per step above their median, slow in {100 * s.share:.0f}% of the steps"
+    if s.now_and_then:
+        words += " now and then"
+        how = f"in {100 * s.share:.0f}% of the steps, by {100 * s.slowdown:.0f}%"
+        told_when = "all over the window, in which no other rank is late so often"
     told = ", ".join(f"{n} {100 * r:+.0f}%" for n, r in sorted(ratio.items(), key=lambda kv: -abs(kv[1]))
                      if n in (*COMPUTE, *DATA))  # fmt: skip
     return Verdict(
-        "rank", f"rank {rank}{where} {words}: {100 * s.slowdown:.0f}% more work time than its peers",
-        f"{1e3 * gap:.2f} ms per step above their median, slow in {100 * s.share:.0f}% of the steps, "
-        f"z = {min(s.z, 999):.1f}; {told}",
+        "rank", f"rank {rank}{where} {words}: {how}", f"{told_when}, z = {min(s.z, 999):.1f}; {told}",
         f"look at {PHASE_ADVICE.get(phase, PHASE_ADVICE['compute'])}",
-        cost, cost / step_s, (rank,), phase, int(table.steps[s.since]),
+        cost, cost / step_s, (rank,), phase, int(table.steps[s.since]), ended(table, s),
     )  # fmt: skip
 
 

@@ -7,9 +7,12 @@ one group only, or few, with what the same group took before.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
+from trainsys.profiler.places import ended
 from trainsys.profiler.steps import Floats, StepTable, axes_of
 from trainsys.profiler.straggler import find_stragglers
 from trainsys.profiler.verdict import Verdict
@@ -64,18 +67,20 @@ def _beside_others(
     peers = table.peers()[members[:, 0]]
     for s in find_stragglers(own + 1e-5, peers, alpha=alpha, min_effect=LEAST_RATIO - 1):
         rest = np.setdiff1d(np.flatnonzero(peers == peers[s.index]), [s.index])
-        usual = np.median(own[:, rest], axis=1)
-        cost = float(np.median(own[:, s.index]) - np.median(usual))
-        slow = own[s.since :, s.index] > 1.5 * usual[s.since :]
+        when = slice(s.since, s.until)
+        mine, usual = own[when, s.index], np.median(own[when][:, rest], axis=1)
+        cost = float(np.median(mine) - np.median(usual))
+        slow = mine > 1.5 * usual
         # A slow link has no quick steps; a busy machine has some.
-        floor = _floor(own[s.since :, s.index]) >= LEAST_RATIO * _floor(usual[s.since :])
+        floor = _floor(mine) >= LEAST_RATIO * _floor(usual)
         lasting = floor and slow.size >= min(MIN_BEFORE, len(own)) and float(slow.mean()) >= MIN_STEPS_SLOW
         if lasting and cost >= LEAST_SHARE * step_s:
             evidence = (
-                f"its communication takes {1e3 * np.median(own[:, s.index]):.2f} ms per step when nobody is late, "
-                f"{1e3 * np.median(own[:, rest]):.2f} ms in the other groups of {axis}; z = {min(s.z, 999):.1f}"
+                f"its communication takes {1e3 * np.median(mine):.2f} ms per step when nobody is late, "
+                f"{1e3 * np.median(usual):.2f} ms in the other groups of {axis}; z = {min(s.z, 999):.1f}"
             )
-            return _verdict(table, axis, members[s.index], s.slowdown + 1, evidence, cost, step_s, s.since)
+            verdict = _verdict(table, axis, members[s.index], s.slowdown + 1, evidence, cost, step_s, s.since)
+            return replace(verdict, until=ended(table, s))
     return None
 
 

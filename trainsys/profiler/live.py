@@ -5,32 +5,41 @@ Nothing here grows with the run: the last ``KEEP`` windows are kept, each one me
 
 from __future__ import annotations
 
+import math
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from trainsys.layout import Layout
 from trainsys.profiler.blame import judge_window
+from trainsys.profiler.findings import Findings
 from trainsys.profiler.steps import Capture, Floats, table_of_windows
 from trainsys.profiler.verdict import ALPHA, Verdict
 from trainsys.profiler.waterfall import Work, waterfall
 from trainsys.telemetry.events import Flops
+from trainsys.telemetry.vectors import PLACE
 from trainsys.threads import helper
 
 KEEP = 32
 EVERY = 8
 """Windows between two looks."""
 DEPTH = 64
+LEAST = 16
+"""Windows without which nobody is accused."""
+WARM_UP = 5
+"""First steps, of caches, compilation and allocators, which say nothing of later ones."""
 
 
 class LiveWatch:
-    """``add`` returns at once. ``found`` is called for each new verdict, ``show`` with ``waterfall/*`` in ms.
+    """``add`` returns at once. ``found`` is called for each verdict that is new, worse, lasting or over (``findings``),
+    ``show`` with ``waterfall/*`` in ms.
 
     Arguments:
         peak_flops: FLOP/s of one rank, or None; ``measured``: it is no catalogue's.
         recompute_share: of forward FLOPs, that backward repeats.
+        hosts: each rank's node, so that a slow one is one finding.
         found, show: called from the watch's thread; ``show`` takes (step, metrics).
     """
 
@@ -42,12 +51,17 @@ class LiveWatch:
         show: Callable[[int, dict[str, float]], None],
         recompute_share: float = 0.0,
         measured: bool = False,
+        hosts: Sequence[str] = (),
     ) -> None:
         self._layout, self._peak, self._share = layout, peak_flops, recompute_share
         self._measured = measured
+        self._hosts = dict(enumerate(hosts))
         self._found, self._show = found, show
         self._windows: deque[tuple[Floats, Flops | None]] = deque(maxlen=KEEP)
-        self._known: set[tuple[object, ...]] = set()
+        self._findings = Findings()
+        self._looks = 0
+        self._first: int | None = None
+        """The step of the first window."""
         self._count = 0
         self._captures: list[Capture] = []
         self._calls: queue.SimpleQueue[tuple[Floats, Flops | None] | None] = queue.SimpleQueue()
@@ -70,18 +84,23 @@ class LiveWatch:
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
-            ranks, flops = call
-            # By quantity, which is how they are read: at 16,384 ranks that is ten times as fast.
-            self._windows.append((np.ascontiguousarray(ranks.T), flops))
-            self._count += 1
-            if self._count % EVERY == 0:
-                self._look()
+            self.take(*call)
+
+    def take(self, ranks: Floats, flops: Flops | None) -> None:
+        """What ``add`` asks the watch's thread to do."""
+        # By quantity, which is how they are read: at 16,384 ranks that is ten times as fast.
+        self._windows.append((np.ascontiguousarray(ranks.T), flops))
+        if self._first is None:
+            self._first = int(ranks[0, PLACE["step"]])
+        self._count += 1
+        if self._count % EVERY == 0:
+            self._look()
 
     def _look(self) -> None:
-        """One family of tests a look: consecutive looks share most windows, so they share one ``ALPHA`` too."""
+        """The looks of a run share one ``ALPHA``, however many there will be: look k may use 6 / (pi k)^2 of it."""
         recent = list(self._windows)
         table = table_of_windows([w for w, _ in recent], [f for _, f in recent], self._layout)
-        table.captures = self._captures
+        table.captures, table.hosts = self._captures, self._hosts
         last = int(table.steps[-1])
         model, hardware = table.flops_model, table.flops_hardware
         padding = np.maximum(0.0, hardware - self._share * hardware / (3 + self._share) - model)
@@ -90,9 +109,10 @@ class LiveWatch:
         fall = waterfall(newest, self._peak, work, self._measured)
         if fall is not None:
             self._show(last, {f"waterfall/{t.name.replace('/', '_')}_ms": 1e3 * t.seconds for t in fall.terms})
-        if len(recent) < EVERY or len(table.ranks) < 2 or not table.work.all():
+        warm = table.select(np.flatnonzero(table.steps >= (self._first or 0) + WARM_UP))
+        if len(warm.steps) < LEAST or len(table.ranks) < 2 or not warm.work.all():
             return
-        for verdict in judge_window(table, ALPHA):
-            if verdict.key not in self._known:
-                self._known.add(verdict.key)
-                self._found(verdict)
+        self._looks += 1
+        verdicts = judge_window(warm, ALPHA * 6 / (math.pi * self._looks) ** 2)
+        for verdict in self._findings.look(verdicts, self._count, last):
+            self._found(verdict)

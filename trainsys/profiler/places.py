@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from trainsys.profiler.late_phase import PHASE_ADVICE, late_phase
 from trainsys.profiler.steps import Floats, StepTable
-from trainsys.profiler.straggler import Straggler, find_stragglers, row_medians
+from trainsys.profiler.straggler import LEAST_STEPS, Straggler, find_stragglers, row_medians
 from trainsys.profiler.verdict import Verdict
 
 Ints = npt.NDArray[np.int64]
@@ -40,6 +40,11 @@ def slow_places(
     return out, slow
 
 
+def ended(table: StepTable, s: Straggler) -> int | None:
+    """The last step in which it was slow; None where that was so to the window's end, or nearly."""
+    return int(table.steps[s.until - 1]) if len(table.steps) - s.until >= LEAST_STEPS // 2 else None
+
+
 def _numbered(names: list[str]) -> tuple[Ints, list[str]]:
     """Each name's number, and the names in the order of their numbers."""
     number: dict[str, int] = {}
@@ -65,14 +70,15 @@ def _slow(
         if columns.size < 4 and len(hit) < columns.size:
             continue
         ranks = tuple(sorted(table.ranks[c] for c in columns))
-        phase, _ = late_phase(table, columns)
-        cost = s.slowdown / (1 + s.slowdown) * float(np.median(work[:, columns]))
+        when = slice(s.since, s.until)
+        phase, _ = late_phase(table.select(np.arange(s.since, s.until)), columns)
+        cost = s.slowdown / (1 + s.slowdown) * float(np.median(work[when, columns]))
         out.append(Verdict(
             kind,
             f"{kind} {names[s.index]} is {100 * s.slowdown:.0f}% slower than the others (ranks {ranks[0]}–{ranks[-1]})",
             f"{len(hit)} of its {len(ranks)} ranks are late together; z = {min(s.z, 999):.1f}",
             f"look at {PHASE_ADVICE.get(phase, PHASE_ADVICE['compute'])}; take the {kind} out and compare",
-            cost, cost / step_s, ranks, phase, int(table.steps[s.since]),
+            cost, cost / step_s, ranks, phase, int(table.steps[s.since]), ended(table, s),
         ))  # fmt: skip
         slow = [x for x in slow if x.index not in hit]
     return out, slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from trainsys.profiler.places import ended
 from trainsys.profiler.steps import Floats, Pairs, StepTable
 from trainsys.profiler.straggler import find_stragglers
 from trainsys.profiler.verdict import Verdict
@@ -77,7 +78,8 @@ def stage_imbalance(table: StepTable, work: Floats, alpha: float, step_s: float)
     out = []
     for s in find_stragglers(by_stage, alpha=alpha, min_effect=0.05)[:1]:
         rest = np.delete(by_stage, s.index, axis=1)
-        cost = float(np.median(by_stage[:, s.index] - rest.max(axis=1)))
+        when = slice(s.since, s.until)
+        cost = float(np.median((by_stage[:, s.index] - rest.max(axis=1))[when]))
         if cost < 0.02 * step_s:
             continue
         ranks = tuple(r for r, p in zip(table.ranks, peers.tolist(), strict=True) if p == s.index)
@@ -89,9 +91,10 @@ def stage_imbalance(table: StepTable, work: Floats, alpha: float, step_s: float)
         else:
             title = f"stage {s.index} of {stages} is slow: {100 * s.slowdown:.0f}% more work than the other stages"
             advice = "all of its ranks are alike: look at what they share (node, switch), then at its layers"
-        mine, others = (1e3 * float(np.median(x)) for x in (by_stage[:, s.index], rest))
+        mine, others = (1e3 * float(np.median(x[when])) for x in (by_stage[:, s.index], rest))
         out.append(Verdict(
             "stage", title, f"{mine:.1f} ms of work per step, the others {others:.1f} ms; z = {min(s.z, 999):.1f}",
             advice, cost, cost / step_s, () if by_design else ranks, f"stage {s.index}", int(table.steps[s.since]),
+            ended(table, s),
         ))  # fmt: skip
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 ALPHA = 0.01
 """Probability that a run without a fault gets any verdict about ranks, nodes, links or stages."""
@@ -33,6 +34,8 @@ class Verdict:
     """First step that shows it."""
     until: int | None = None
     """Last step that showed it; None: to the end."""
+    news: Literal["new", "worse", "lasting", "over"] = "new"
+    """While a run trains: what is new about it (``findings``)."""
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -43,7 +43,7 @@ class Desk:
         self._sinks.start(brief.info)
         self._watch = LiveWatch(
             brief.layout, brief.peak_flops, self._found, self._sinks.extra, brief.recompute_share,
-            brief.peak_measured,
+            brief.peak_measured, brief.hosts,
         )
 
     def message(self, level: str, text: str) -> None:
@@ -80,7 +80,12 @@ class Desk:
         self._reply("message", level, text)
 
     def _found(self, verdict: Verdict) -> None:
-        self._warn(f"{verdict.title}; {1e3 * verdict.cost_s:.1f} ms per step; {verdict.advice}")
+        if verdict.news == "over":
+            self._tell("info", f"over since step {verdict.until}: {verdict.title}")
+        elif verdict.news != "lasting":  # which has been said
+            worse = "now worse: " if verdict.news == "worse" else ""
+            ended = "" if verdict.until is None else f" in steps {verdict.since} to {verdict.until}"
+            self._warn(f"{worse}{verdict.title}; {1e3 * verdict.cost_s:.1f} ms per step{ended}; {verdict.advice}")
         self._reply("verdict", verdict)
 
     def _reply(self, kind: str, *args: Any) -> None:

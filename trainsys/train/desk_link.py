@@ -31,7 +31,8 @@ EXIT_S = 5.0
 @dataclass(frozen=True)
 class Brief:
     """What the desk has to know of the run. ``replicas``: how many ranks read the same rows; ``peak_flops``: of one
-    rank, ``peak_measured`` here; ``recompute_share``: of forward FLOPs, that backward repeats."""
+    rank, ``peak_measured`` here; ``recompute_share``: of forward FLOPs, that backward repeats;
+    ``hosts``: each rank's node."""
 
     telemetry: TelemetryConfig
     info: RunInfo
@@ -40,6 +41,7 @@ class Brief:
     peak_flops: float | None
     recompute_share: float
     peak_measured: bool = False
+    hosts: tuple[str, ...] = ()
 
 
 class DeskLink:

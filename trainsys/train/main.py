@@ -73,7 +73,8 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int,
         session.say_complete()
         return session.step, ""
     mesh = Mesh(layout, proc.device)
-    eviction = Eviction(cfg.launch, proc.ranks.to_first(this_node()), drain)
+    hosts = proc.ranks.to_first(this_node())
+    eviction = Eviction(cfg.launch, hosts, drain)
     with (
         Reporter(
             cfg,
@@ -85,6 +86,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int,
             session.attempt,
             eviction,
             session.origin,
+            hosts,
         ) as reporter,
         session,
         Loader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -52,7 +52,8 @@ class Reporter:
 
     ``started``: (monotonic, wall) clocks at the start of the process's work, so that set-up is accounted for.
     ``first_step``: where a resumed run goes on; ``attempt``: how often the job was started before.
-    ``data``: what the source says of itself, for the run's record. ``blame``: told of each live verdict (rank 0).
+    ``data``: what the source says of itself, for the run's record. ``blame``: told of each live verdict,
+    ``hosts``: each rank's node (rank 0).
     ``origin``: what the attempt begins with.
     """
 
@@ -67,6 +68,7 @@ class Reporter:
         attempt: int = 0,
         blame: Callable[[Verdict], None] = lambda verdict: None,
         origin: Origin | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
         origin = origin or Origin()
         if proc.rank == 0:
@@ -146,7 +148,7 @@ class Reporter:
             replicas = proc.world // layout.data_world
             brief = Brief(
                 cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg),
-                self.info.peak_source == "measured",
+                self.info.peak_source == "measured", tuple(hosts),
             )  # fmt: skip
             self._desk = DeskLink(brief, self.recorder.message, blame)
 
