@@ -48,10 +48,9 @@ def test_all_of_it_runs_on_a_cpu_and_only_cuda_is_left_out(tmp_path: Path, day: 
     assert sorted(skipped) == ["catalogue", "gpu_tests", "marks"]
     assert all(row["found"] for row in rows if row["outcome"] == "passed")
     # A second call has nothing left to do.
-    began = time.monotonic()
     again = call(tmp_path, "--device", "cpu", "--tiny")
     assert (again.returncode, again.stdout) == (0, "")
-    assert lines(tmp_path) == rows and time.monotonic() - began < 600
+    assert lines(tmp_path) == rows
 
 
 def made(day: ModuleType, **runs: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """What ``gpu_day.py`` asks of a device: one function a question, grouped by what they are about.
 
-A check takes a :class:`Setting` and returns what it found, as plain data. It raises ``AssertionError`` where the answer is
-wrong, and :class:`Skipped` where this machine cannot tell.
+A check takes a :class:`Setting` and returns what it found, as plain data. It raises ``AssertionError`` where the answer
+is wrong, and :class:`Skipped` where this machine cannot tell.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from gpu_checks import Setting
 from torch import nn
 
+from gpu_checks import Setting
 from trainsys.bench.together import Work, repeat
 from trainsys.config.loader import load_run
 from trainsys.config.run import RunConfig

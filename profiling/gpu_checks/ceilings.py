@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_checks import Setting
-from gpu_checks.bed import rate
-from gpu_checks.machine import smi
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpu_checks import Setting
+from gpu_checks.bed import rate
+from gpu_checks.machine import smi
 from trainsys.bench.memory import _make as copy_work
 from trainsys.config.loader import load_run
 from trainsys.config.model import ModelConfig
@@ -48,7 +48,7 @@ def matmuls(at: Setting) -> dict[str, Any]:
     rate(at, lambda: warm @ warm, 1.0, seconds=3.0)
     for name, g in _gemms(at).items():
         x, w, grad = make(tokens, g.k), make(g.n, g.k), make(tokens, g.n)
-        assert torch.allclose((x[:2] @ w.T).float(), x[:2].float() @ w.float().T, rtol=2e-2, atol=2e-1 * g.k**0.5), name
+        assert torch.allclose((x[:2] @ w.T).float(), x[:2].float() @ w.float().T, rtol=2e-2, atol=2e-2 * g.k**0.5), name
         flops = 2.0 * tokens * g.n * g.k
         products: dict[str, Callable[[], Tensor]] = {
             "forward": lambda x=x, w=w: x @ w.T,

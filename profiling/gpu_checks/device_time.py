@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checks import Setting
-from gpu_checks.bed import bed
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from gpu_checks import Setting
+from gpu_checks.bed import bed
 from trainsys.telemetry.recorder import Recorder
 
 MARK = "gpu_day:"
 COMPUTE = ("forward", "backward", "optimizer")
-LARGE = ("model.d_model=1024", "model.n_heads=8", "model.n_kv_heads=8", "model.d_ff=4096", "train.dtype=bf16")
-"""So large that a GPU is behind the host, and its kernels follow one another."""
+LARGE = (
+    "model.d_model=2048", "model.n_heads=16", "model.n_kv_heads=16", "model.d_ff=8192", "train.dtype=bf16",
+    "train.global_batch=32", "train.micro_batch=32",
+)  # fmt: skip
+"""So large that a GPU is behind the host, though a profiler slows it, and its kernels follow one another."""
+LEAST = 0.5
+"""Share of a phase that its kernels fill at least, there."""
 
 
 class Annotated(Recorder):
@@ -62,7 +67,7 @@ def against_profiler(at: Setting) -> dict[str, Any]:
     filled = {name: busy.get(name, 0.0) / phases[name] for name in COMPUTE}
     for name, share in filled.items():
         assert share <= 1.02, f"{name}: its kernels take {share:.2f} of the time the recorder gives it"
-        assert share >= (0.05 if at.tiny or not at.cuda else 0.7), f"{name}: the profiler sees {share:.2f} of its time"
+        assert share >= (LEAST if at.cuda and not at.tiny else 0.05), f"{name}: the profiler sees {share:.2f} of its time"
     return {"phases_s": phases, "busy_s": busy, "filled": filled}
 
 
@@ -75,7 +80,7 @@ def busy_by_phase(events: list[dict[str, Any]], on_device: bool) -> dict[str, fl
 
     def phase_at(ts: float) -> str:
         found = ""
-        for began, ended, name in starts[: bisect_right(starts, (ts, float("inf"), ""))]:
+        for _, ended, name in starts[: bisect_right(starts, (ts, float("inf"), ""))]:
             if ts < ended:
                 found = name  # the innermost begins last
         return found

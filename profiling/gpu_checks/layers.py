@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from gpu_checks import Setting, Skipped
 from gpu_checks.bed import ONE_RANK, TINY_DEMO, Bed, bed, drawn_on_device
-
 from trainsys.config.loader import load_run
 from trainsys.dryrun.step import dry_step, metered_step
 from trainsys.dryrun.swap import swapped

@@ -10,7 +10,6 @@ from typing import Any
 
 from gpu_checks import Setting
 from gpu_checks.bed import DEMO, ONE_RANK, TINY_DEMO
-
 from trainsys.telemetry.events import Stall, Step
 from trainsys.telemetry.reader import event_file, read_events
 from trainsys.train.main import train
@@ -24,7 +23,7 @@ def save_and_resume(at: Setting) -> dict[str, Any]:
         whole, _ = _losses(at, Path(folder) / "whole", _STEPS)
         first, stalls = _losses(at, Path(folder) / "cut", _SAVED_AT)
         rest, _ = _losses(at, Path(folder) / "cut", _STEPS)
-    assert len(first) == _SAVED_AT and len(rest) == _STEPS - _SAVED_AT, (first, rest)
+    assert (len(first), len(rest)) == (_SAVED_AT, _STEPS - _SAVED_AT), (first, rest)
     gap = max(abs(a - b) for a, b in zip([*first, *rest], whole, strict=True))
     # Kernels that add in no fixed order make two runs on a GPU differ, resumed or not.
     assert gap <= (1e-3 if at.cuda else 0.0), f"resumed losses are {gap:.2e} off: {[*first, *rest]} for {whole}"

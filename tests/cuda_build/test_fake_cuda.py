@@ -65,7 +65,7 @@ def census() -> Iterator[Census]:
 
 
 def quiet(census: Census) -> None:
-    assert not census.waits and not census.mixed, (dict(census.waits), dict(census.mixed))
+    assert (dict(census.waits), dict(census.mixed)) == ({}, {})
 
 
 def decoder(run: str, *overrides: str) -> Decoder:
@@ -84,7 +84,7 @@ def test_the_census_sees_reads_and_mixed_devices(census: Census) -> None:
     x.copy_(torch.empty(4, pin_memory=False))
     x.copy_(torch.empty(4), non_blocking=True)
     assert dict(census.waits) == {"_to_copy cpu-cuda": 1, "copy_ cpu-cuda": 1}
-    with pytest.raises(RuntimeError, match="same device|found two different devices|Unhandled FakeTensor Device"):
+    with pytest.raises(RuntimeError, match=r"same device|found two different devices|Unhandled FakeTensor Device"):
         torch.add(x, torch.empty(4))
 
 
@@ -102,7 +102,7 @@ def test_a_forward_with_its_loss_stays_on_the_device(run: str, documents: bool, 
     )  # fmt: skip
     # The frequencies of the rotary embedding are sent once, by the first forward.
     once = dict(census.waits)
-    assert sum(once.values()) <= 1 and set(once) <= {"_to_copy cpu-cuda", "copy_ cpu-cuda"}, once
+    assert once in ({}, {"_to_copy cpu-cuda": 1}, {"copy_ cpu-cuda": 1})
     census.waits.clear()
     model(tokens, tokens, tokens if documents else None)
     quiet(census)
