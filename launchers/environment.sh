@@ -1,7 +1,7 @@
 # Sourced by quickstart.sh and test.sh: makes the project's own virtual environment once.
 # usage: . launchers/environment.sh EXTRAS          (EXTRAS as pip takes them, e.g. "test"; may be empty) makes .venv
 #        . launchers/environment.sh --cuda-build    makes $CUDA_VENV (.venv-cuda) with a CUDA build of torch, which
-#                                                   imports without a GPU; 4.5 GB. Exit code 3: it is not to be had
+#                                                   imports without a GPU; 4.5 GB. Exit code 77: it is not to be had
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 python=${PYTHON:-python3}
@@ -20,10 +20,11 @@ print(*[d for d in deps if not d.startswith('torch')], 'pytest>=8', 'pytest-time
   if [ "$(cat "$venv/trainsys-wants" 2>/dev/null)" != "$want" ]; then
     echo "setting up $venv (once; 4.5 GB) ..." >&2
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    # Not compiled: that takes a minute of CPU, and few of its modules are ever imported.
     # shellcheck disable=SC2086  # words are requirements
-    if ! said=$(timeout "${CUDA_BUILD_PATIENCE_S:-1200}" "$venv/bin/python" -m pip install -q $want 2>&1); then
+    if ! said=$(timeout "${CUDA_BUILD_PATIENCE_S:-1200}" "$venv/bin/python" -m pip install -q --no-compile $want 2>&1); then
       echo "skipped: the CUDA build of torch cannot be installed here: ${said##*$'\n'}" >&2
-      exit 3
+      exit 77
     fi
     printf '%s' "$want" >"$venv/trainsys-wants"
   fi

@@ -32,14 +32,11 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "gpu_day.jsonl").read_text().splitlines()]
 
 
-def call(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROFILING / "gpu_day.py"), str(out), *options]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 @pytest.mark.timeout(1500)
 def test_all_of_it_runs_on_a_cpu_and_only_cuda_is_left_out(tmp_path: Path, day: ModuleType) -> None:
-    done = call(tmp_path, "--device", "cpu", "--tiny", "--budget", "1400")
+    command = [sys.executable, str(PROFILING / "gpu_day.py"), str(tmp_path)]
+    command += ["--device", "cpu", "--tiny", "--budget", "1400"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = lines(tmp_path)
     assert [row["check"] for row in rows] == [check.name for check in day.CHECKS]
@@ -48,8 +45,7 @@ def test_all_of_it_runs_on_a_cpu_and_only_cuda_is_left_out(tmp_path: Path, day: 
     assert sorted(skipped) == ["catalogue", "gpu_tests", "marks"]
     assert all(row["found"] for row in rows if row["outcome"] == "passed")
     # A second call has nothing left to do.
-    again = call(tmp_path, "--device", "cpu", "--tiny")
-    assert (again.returncode, again.stdout) == (0, "")
+    assert day.main([str(tmp_path), "--device", "cpu", "--tiny"]) == 0
     assert lines(tmp_path) == rows
 
 
