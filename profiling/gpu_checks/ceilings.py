@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu_checks import Setting
 from gpu_checks.bed import rate
 from gpu_checks.machine import smi
-from trainsys.bench.memory import _make as copy_work
 from trainsys.config.loader import load_run
 from trainsys.config.model import ModelConfig
 from trainsys.flops import Gemm, causal_pairs, head_gemm, layer_gemms, packed_pairs
@@ -79,8 +78,9 @@ def fp8_matmuls(at: Setting) -> dict[str, Any]:
 
 def copies(at: Setting) -> dict[str, Any]:
     """GB/s within the device, bytes read and written, and from pinned memory to it."""
-    work = copy_work(0, at.device)
-    found = {"gb_s": rate(at, work.run, work.amount) / 1e9}
+    source = torch.ones(1 << (20 if at.tiny else 30), dtype=torch.uint8, device=at.device)
+    target = torch.empty_like(source)
+    found = {"gb_s": rate(at, partial(target.copy_, source), 2.0 * source.nbytes) / 1e9}
     if at.cuda:
         host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
         there = torch.empty_like(host, device=at.device)

@@ -22,7 +22,7 @@ from trainsys.ops.attention import attention
 from trainsys.ops.attention_cuda import CudaKernel
 from trainsys.ops.attention_partial import Partial
 from trainsys.ops.chunked_loss import chunked_cross_entropy_sum
-from trainsys.ops.loss import cross_entropy_sum
+from trainsys.ops.loss import VocabCrossEntropy, cross_entropy_sum
 from trainsys.optim.norm import clip_, square_sum
 
 pytestmark = pytest.mark.cuda_build
@@ -155,4 +155,23 @@ def test_the_loss_in_chunks_stays_on_the_device(census: Census) -> None:
     hidden, weight = torch.empty(1, 64, 32, device="cuda"), torch.empty(128, 32, device="cuda")
     loss, nll = chunked_cross_entropy_sum(hidden, weight, zeros(1, 64), chunk=16)
     assert (loss.device.type, nll.device.type) == ("cuda", "cuda")
+    quiet(census)
+
+
+class Context:
+    """What autograd would hand a function."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_: torch.Tensor) -> None:
+        pass
+
+
+def test_the_gradient_of_the_loss_stays_on_the_device(census: Census) -> None:
+    ctx: Any = Context()
+    logits = torch.empty(1, 64, 128, device="cuda", dtype=torch.bfloat16)
+    loss, _ = VocabCrossEntropy.forward(ctx, logits, zeros(1, 64), 1e-4, 0, None)
+    grad = VocabCrossEntropy.backward(ctx, loss, loss)[0]
+    assert (grad.shape, grad.dtype, grad.device.type) == (logits.shape, logits.dtype, "cuda")
     quiet(census)
