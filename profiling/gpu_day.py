@@ -67,9 +67,10 @@ _LEAST_S = 5.0
 
 def _child(check: Check, at: Setting, log: Path, answer: Connection) -> None:
     os.setsid()  # what the check starts ends with it
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    file = log.open("w", buffering=1)
+    sys.stdout = sys.stderr = file
+    for descriptor in (1, 2):  # of libraries, and of what the check starts
+        os.dup2(file.fileno(), descriptor)
     try:
         if at.tiny:
             import torch
