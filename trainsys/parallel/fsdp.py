@@ -155,4 +155,10 @@ def _count_and_sum(unit: FSDPModule, group: AxisGroup, sums: ShardSums | None, w
     # gloo has no PREMUL_SUM; a plain sum is what is wanted anyway.
     unit.set_force_sum_reduction_for_comms(True)
     if sums is not None:
-        unit.set_all_reduce_hook(sums)
+        unit.set_all_reduce_hook(partial(_sum_shard, sums, unit))
+
+
+def _sum_shard(sums: ShardSums, unit: Any, shard: Tensor) -> None:
+    # Parameters as they are now: those that FSDP was given were on the meta device.
+    groups = unit._get_fsdp_state()._fsdp_param_groups
+    sums.reduced([p.sharded_param for group in groups for p in group.fsdp_params], shard)
