@@ -14,7 +14,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("megatron.core", reason="the extra megatron is not installed")
     from trainsys.engines.megatron import build
-    from trainsys.engines.megatron.kernels import ACCUMULATION, PLAIN, TRANSFORMER_ENGINE, importable, kernels_for
+    from trainsys.engines.megatron.kernels import (
+        ACCUMULATION,
+        PLAIN,
+        TRANSFORMER_ENGINE,
+        importable,
+        kernels_for,
+    )
 
 from trainsys.engines.megatron.names import Part, rows_of
 from trainsys.engines.megatron.products import Products, use_transformer_engine

@@ -1,6 +1,7 @@
 """Fully sharded data parallelism (ZeRO-3 or ZeRO-2) with torch's FSDP2, over dp_shard × cp.
 
 Gradients are summed, never averaged: the loss is already divided by the tokens of the whole global batch.
+They are whole until the last micro-batch, or shards of each micro-batch's add up (``ParallelModel.set_sync``).
 With dp_replicate > 1 (HSDP) a hook sums each reduced shard over the replicas, unless replicas shard gradients and
 optimizer (`replica_shards`). With ep > 1 a rank's experts are
 sharded over the ranks that have the same ones (``expert_fsdp``), and left alone where there is no other.
