@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,11 +113,9 @@ def test_megatron_is_told() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_every_linear_of_the_layers_is_transformer_engines(grouped: bool) -> None:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec as local_spec
 
-    cfg = config(model={"moe": MOE})
-    made = build.transformer_config(cfg, Layout(), torch.device("cpu"))
-    block = get_gpt_decoder_block_spec(made, use_transformer_engine=False, normalization=made.normalization)
+    block = SimpleNamespace(layer_specs=[local_spec(), local_spec(num_experts=4)])
     names = ("Column", "Row", "ColumnGrouped", "RowGrouped", "GroupedMLP")
     te = Products(*(type(name, (), {}) for name in names))
     use_transformer_engine(block, te, grouped=grouped)

@@ -61,6 +61,10 @@ class _Placed(TorchDispatchMode):
         return out
 
 
+def _is_device(said: Any) -> bool:
+    return (isinstance(said, torch.device) and said == DEVICE) or (isinstance(said, str) and said == str(DEVICE))
+
+
 class _Factories(TorchFunctionMode):
     def __init__(self, placed: _Placed) -> None:
         super().__init__()
@@ -76,7 +80,7 @@ class _Factories(TorchFunctionMode):
             self.placed.there.discard(host.untyped_storage()._cdata)
             return host
         named = (kwargs.get("device"), *(args[1:2] if func is Tensor.to else ()))
-        if isinstance(out, Tensor) and any(isinstance(d, torch.device) and d == DEVICE for d in named):
+        if isinstance(out, Tensor) and any(map(_is_device, named)):
             if func is Tensor.to and not self.placed.holds(out):
                 out = out.clone()
             return self.placed.put(out)
