@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,15 @@ from trainsys.parallel.pipeline import stage
 from trainsys.telemetry.recorder import Recorder, here
 
 
+@contextmanager
+def _cuda_goes_there(device: torch.device) -> Iterator[None]:
+    with _cuda_by_name(device), swapped(torch.Tensor, "cuda", lambda self, *_, **__: self.to(DEVICE)):
+        yield
+
+
+_cuda_by_name = on_cpu.cuda_by_name
+
+
 def _accept(loss: float, norm: float) -> bool:
     return True
 
@@ -45,6 +55,7 @@ def _steps(cfg: RunConfig, judged: bool) -> tuple[int, list[float]]:
         stack.enter_context(swapped(stage, "to_device", lambda x, device: x.to(device)))
         if cfg.engine == "megatron":
             stack.enter_context(swapped(on_cpu, "_CPU", DEVICE))
+            stack.enter_context(swapped(on_cpu, "cuda_by_name", _cuda_goes_there))
         else:
             accelerator: Any = importlib.import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
             for name in ("device_name", "current_device_name"):

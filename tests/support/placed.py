@@ -54,7 +54,8 @@ class _Placed(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.copy_.default:  # where it goes, there it is
             return out
-        if any(map(self.holds, given)):
+        # Here, and not by the mode of functions alone, which is off during backward.
+        if any(map(self.holds, given)) or _is_device((kwargs or {}).get("device")):
             for x in tree_leaves(out):
                 if isinstance(x, Tensor):
                     self.put(x)
