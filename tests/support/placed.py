@@ -63,7 +63,7 @@ class _Placed(TorchDispatchMode):
 
 
 def _is_device(said: Any) -> bool:
-    return (isinstance(said, torch.device) and said == DEVICE) or (isinstance(said, str) and said == str(DEVICE))
+    return isinstance(said, torch.device) and said == DEVICE
 
 
 class _Factories(TorchFunctionMode):
