@@ -55,7 +55,7 @@ def _steps(cfg: RunConfig, judged: bool) -> tuple[int, list[float]]:
 
 
 ALONE = ("one process", "one process, other features", "one process, experts and bias")
-TOGETHER = ("tp2", "pp2 interleaved", "ep2 bias", "dp2 plain optimizer")
+TOGETHER = ("tp2", "tp2 sp", "pp2 interleaved", "ep2 bias", "dp2 plain optimizer")
 
 
 @pytest.mark.parametrize("name", [*ALONE, *TOGETHER])
