@@ -24,7 +24,7 @@ RESULT = Path(__file__).parent / "results" / "dryrun_memory.json"
 BASE = (
     "data.source=synthetic", "data.path=null", "data.document_mask=false", "parallel.dp_shard=1", "train.seq_len=4096",
     "train.global_batch=1", "train.micro_batch=1", "train.dtype=bf16", "train.device=cuda", "train.compile=false",
-    "model.n_layers=8", "recompute.policy=none",
+    "model.n_layers=8", "recompute.policy=none", "parallel.fsdp.reduce_each_micro_batch=false",
 )  # fmt: skip
 _MOE = (
     "model.n_layers=4", "model.d_model=2048", "model.n_kv_heads=4", "model.head_dim=128", "model.vocab=32000",
@@ -35,6 +35,7 @@ _MOE = (
 _WIDE_MOE = ("model.n_layers=4", "model.moe={n_experts: 8, top_k: 2, d_ff: 14336}")
 """Four layers of Mixtral 8x7B."""
 _OPTIM, _GRADS = "parallel.shard.optim=over_replicas", "parallel.shard.grads=over_replicas"
+_EACH = "parallel.fsdp.reduce_each_micro_batch=true"
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
     "one-full": (1, ("recompute.policy=full",)),
@@ -44,6 +45,13 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "micro-batch-4": (1, ("train.global_batch=4", "train.micro_batch=4")),
     "fsdp8": (8, ("parallel.dp_shard=8", "train.global_batch=8")),
     "fsdp8-accumulation": (8, ("parallel.dp_shard=8", "train.global_batch=16")),
+    "fsdp8-each": (8, ("parallel.dp_shard=8", "train.global_batch=24", _EACH)),
+    "fsdp64-each-full": (64, ("parallel.dp_shard=64", "train.global_batch=128", "recompute.policy=full", _EACH)),
+    "fsdp8-each-kept": (
+        8, ("parallel.dp_shard=8", "train.global_batch=16", "parallel.fsdp.reshard_after_forward=false", _EACH),
+    ),
+    "hsdp-each": (16, ("parallel.dp_replicate=2", "parallel.dp_shard=8", "train.global_batch=32", _EACH)),
+    "tp8-fsdp8-each": (64, ("parallel.tp=8", "parallel.dp_shard=8", "train.global_batch=16", _EACH)),
     "fsdp8-full": (8, ("parallel.dp_shard=8", "train.global_batch=8", "recompute.policy=full")),
     "fsdp8-kept": (8, ("parallel.dp_shard=8", "train.global_batch=8", "parallel.fsdp.reshard_after_forward=false")),
     "fsdp64-full-chunked-loss": (
@@ -72,6 +80,8 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
             "fsdp8-ep8": (8, ("parallel.dp_shard=8", "parallel.ep=8", "train.global_batch=8")),
             "fsdp16-ep4": (16, ("parallel.dp_shard=16", "parallel.ep=4", "train.global_batch=16")),
             "fsdp16-ep4-accumulation": (16, ("parallel.dp_shard=16", "parallel.ep=4", "train.global_batch=32")),
+            "fsdp16-ep4-each": (16, ("parallel.dp_shard=16", "parallel.ep=4", "train.global_batch=32", _EACH)),
+            "fsdp8-ep8-each": (8, ("parallel.dp_shard=8", "parallel.ep=8", "train.global_batch=16", _EACH)),
             "fsdp16-ep4-full": (
                 16, ("parallel.dp_shard=16", "parallel.ep=4", "train.global_batch=16", "recompute.policy=full"),
             ),

@@ -64,6 +64,7 @@ BIAS = {"balance": "bias", "score": "sigmoid", "route_scale": 1.5}
 TIGHT = {"capacity_factor": 0.8}
 ONE = {"micro_batch": 1}
 REPLICAS = {"shard": {"optim": "over_replicas", "grads": "over_replicas"}}
+EACH = {"fsdp": {"reduce_each_micro_batch": True}}
 CASES = [
     # No ep: a mixture under the other axes.
     Case("ddp2", 2, {"dp_replicate": 2}, ("dp_replicate",), {"n_dense_layers": 1}),
@@ -78,6 +79,9 @@ CASES = [
     Case("hsdp_ep2_of_4", 8, {"dp_replicate": 2, **EP2}, ("ep", "expert_fsdp", "dp_replicate"), train=ONE),
     Case("zero2", 4, {**EP2, "fsdp": {"reshard_after_forward": False}}, ("ep", "expert_fsdp")),
     Case("zero2_replicas", 8, {"dp_replicate": 2, **EP2, **REPLICAS}, ("ep", "expert_fsdp", "dp_replicate"), train=ONE),
+    Case("reduce_each", 8, {"dp_replicate": 2, **EP2, **EACH}, ("ep", "expert_fsdp", "dp_replicate"),
+         train={"global_batch": 16, **ONE}),
+    Case("reduce_each_ep4", 4, {**EP4, **EACH}, ("ep", "fsdp"), TIGHT, "full", train=ONE),
     # One expert a rank, which its two sharers cut along another dim.
     Case("few_experts", 4, EP2, ("ep", "expert_fsdp"), {"n_experts": 2, "top_k": 1, "norm_topk": False}),
     # With tp and sp, cp, pp.

@@ -81,6 +81,7 @@ LAYOUTS = [
     ),
 ]
 BASE = {c.name: c for c in LAYOUTS}
+EACH = {"fsdp": {"reduce_each_micro_batch": True}}
 ASYNC = {"overlap": {"tensor": True}}
 ZERO1 = {"shard": {"optim": "over_replicas"}}
 ZERO2 = {"shard": {"optim": "over_replicas", "grads": "over_replicas"}}
@@ -91,6 +92,14 @@ VARIANTS = [
         ("accumulate1", {}, {"micro_batch": 2, "global_batch": 8}, ("ddp4", "fsdp4")),
         ("zero2", {"fsdp": {"reshard_after_forward": False}}, {}, ("fsdp2", "hsdp2x2")),
         ("gathered_logits", {"loss_parallel": False}, {}, ("tp2", "tp2_sp")),
+        ("reduce_each", EACH, {"micro_batch": 1, "global_batch": 8},
+         ("fsdp2", "fsdp4", "hsdp2x2", "fsdp2_tp2_sp", "hsdp2x2_tp2_sp")),
+        ("reduce_each_kept", {"fsdp": {**EACH["fsdp"], "reshard_after_forward": False}}, {"micro_batch": 1},
+         ("fsdp2", "hsdp2x2")),
+        ("reduce_each_waits", {**EACH, "overlap": {"gradients": False}}, {}, ("hsdp2x2",)),
+        ("reduce_each_zero1", {**EACH, **ZERO1}, {}, ("hsdp2x2",)),
+        ("reduce_each_tied_chunked", EACH, {"loss_chunk": 5, "model": {"tied_embeddings": True}}, ("hsdp2x2",)),
+        ("reduce_each_full", EACH, {"recompute": "full"}, ("fsdp2_tp2",)),
         ("zero1", ZERO1, {}, ("ddp2", "ddp4", "hsdp2x2", "ddp2_tp2_sp", "hsdp2x2_tp2_sp")),
         ("zero1_small_buckets", {**ZERO1, "bucket_mb": 0.01}, {}, ("ddp2",)),
         ("zero1_odd", ZERO1, {"model": {"d_model": 36, "head_dim": 10, "n_heads": 6, "d_ff": 60}}, ("ddp4",)),
@@ -144,6 +153,14 @@ def test_same_answer_as_one_process(case: Case) -> None:
 def test_bf16_is_off_by_no_more_than_one_bf16_process(name: str) -> None:
     case = BASE[name]
     cfg = config(case.parallel, dtype="bf16")
+    check(cfg, case.world, axes=case.axes, steps=2)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp2x2"])
+def test_bf16_gradients_reduced_each_micro_batch(name: str) -> None:
+    """They are added up in fp32 as whole ones are."""
+    case = BASE[name]
+    cfg = config({**case.parallel, **EACH}, dtype="bf16", micro_batch=1, global_batch=8)
     check(cfg, case.world, axes=case.axes, steps=2)
 
 

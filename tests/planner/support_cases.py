@@ -18,7 +18,7 @@ BASE: dict[str, float] = {
     "micro_batch": 1, "global_batch": 128, "recompute": 0, "schedule": 0, "ends_fewer": 0, "attn_kernel": 4,
     "fp8": 0, "grad_bytes": 4, "fused_norm": 1, "compiled": 1, "modern": 0, "eager": 1, "tp_overlap": 0,
     "fp32_reduce": 0, "gathered_logits": 0, "plain_accumulation": 0, "ds_pipeline": 0, "single_rail": 0,
-    "ep_overlap": 0, "ulysses": 0, "offload": 0, "native": 0, "split_optim": 0, "split_grads": 0,
+    "ep_overlap": 0, "ulysses": 0, "offload": 0, "native": 0, "split_optim": 0, "split_grads": 0, "reduce_each": 1,
     "loss_chunk": 0, "cut_first": 0, "cut_middle": 0, "cut_last": 0,
 }  # fmt: skip
 

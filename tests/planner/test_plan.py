@@ -84,6 +84,19 @@ def test_ranking_is_by_time_and_within_memory(found: Found) -> None:
     assert 0.3 < found.mfu[0] < 0.65
 
 
+def test_gradients_are_reduced_each_micro_batch_where_whole_ones_do_not_fit() -> None:
+    sharded = ["dp_shard=64", "tp=1", "cp=1", "pp=1", "micro_batch=1", "reshard=1"]
+    kept = search(job(), parse_limits([*sharded, "recompute=none"]))
+    assert set(kept.layouts["reduce_each"]) == {1.0}
+    assert winner(kept)["parallel"]["fsdp"]["reduce_each_micro_batch"] is True
+    with pytest.raises(UserError, match="fits on no layout"):
+        search(job(), parse_limits([*sharded, "recompute=none", "reduce_each=0"]))
+    # Where both fit, the one that sends less is first, and takes more memory.
+    both = search(job(), parse_limits([*sharded, "recompute=full"]))
+    assert list(both.layouts["reduce_each"]) == [0.0, 1.0]
+    assert both.memory.total[0] - both.memory.total[1] > 25 * 2**30
+
+
 @pytest.mark.parametrize("stack", STACKS)
 def test_large_searches_go_in_parts_and_find_the_same(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Job.of(load_run(RUN), load_cluster("dgx-h100").machine(), 64, stack)

@@ -34,6 +34,7 @@ def run(
     pipeline: dict[str, Any] | None = None,
     moe: bool = False,
     reshard: bool = True,
+    each: bool = False,
     **parallel: Any,
 ) -> RunConfig:
     """A run of a tiny model; other keywords are fields of ``parallel``."""
@@ -42,7 +43,7 @@ def run(
         model=ModelConfig(**{**MODEL, **extra, **(model or {})}),
         parallel=ParallelConfig(
             **{"dp_shard": 1, **parallel},
-            fsdp=FsdpConfig(reshard_after_forward=reshard),
+            fsdp=FsdpConfig(reshard_after_forward=reshard, reduce_each_micro_batch=each),
             context=ContextConfig(flavour=flavour, **(context or {})),  # type: ignore[arg-type]
             pipeline=PipelineConfig(schedule=schedule, **(pipeline or {})),  # type: ignore[arg-type]
         ),
@@ -80,6 +81,8 @@ CASES: dict[str, RunConfig] = {
     **{f"one-{p}": run(recompute=p, train={"micro_batch": 4}) for p in ("selective", "selective++", "full", "every_n")},
     "fsdp-bf16": run(dp_shard=2, train={"dtype": "bf16"}),
     "fsdp-kept": run(dp_shard=2, reshard=False),
+    "fsdp-each": run(dp_shard=2, each=True, train={"dtype": "bf16", "global_batch": 6}),
+    "hsdp-each": run(dp_replicate=2, dp_shard=2, each=True, reshard=False, train={"global_batch": 12}),
     "fsdp3-ragged": run(dp_shard=3, recompute="full", train={"global_batch": 3}),
     "ddp": run(dp_replicate=2),
     "hsdp": run(dp_replicate=2, dp_shard=2),

@@ -232,6 +232,8 @@ def _options(r: ParityResult) -> str:
             ]
     if not cfg.parallel.fsdp.reshard_after_forward:
         said.append("ZeRO-2")
+    if cfg.parallel.fsdp.reduce_each_micro_batch:
+        said.append("reduced each micro-batch")
     if cfg.parallel.tp > 1 and not cfg.parallel.loss_parallel:
         said.append("whole logits")
     if cfg.recompute.policy != "none":

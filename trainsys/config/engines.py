@@ -30,3 +30,6 @@ class MegatronConfig(Strict):
     distributed_optimizer: bool = Field(
         default=True, description="shard optimizer states over dp_shard (its counterpart of ZeRO-1)"
     )
+    kernels: Literal["auto", "plain"] = Field(
+        default="auto", description="on a GPU: auto: what of Transformer Engine and apex is installed; plain: neither"
+    )

@@ -17,6 +17,11 @@ class FsdpConfig(Strict):
         default=True, description="free gathered parameters after forward (ZeRO-3); false is ZeRO-2"
     )
     prefetch: NonNegativeInt = Field(default=1, description="how many units are gathered ahead of use")
+    reduce_each_micro_batch: bool = Field(
+        default=False,
+        description="reduce-scatter gradients after every micro-batch and add up shards; false: add up whole fp32 "
+        "gradients and reduce them once a step",
+    )
 
 
 class ShardConfig(Strict):

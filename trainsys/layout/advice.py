@@ -86,7 +86,7 @@ def _pipeline(
         return
     if layout.dp_shard * layout.cp > 1 and parallel.fsdp != FsdpConfig():
         yield (
-            "parallel.fsdp is set but a pipeline gathers parameters by its schedule: "
+            "parallel.fsdp is set but a pipeline gathers parameters by its schedule, and reduces gradients once: "
             "parallel.pipeline.gathered_stages says how many stages are whole at once"
         )
     virtual = stages_per_rank(pipeline.schedule, pipeline.virtual_stages)

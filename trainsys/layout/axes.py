@@ -181,6 +181,12 @@ class Layout:
             raise UserError("\n".join(found))
         return list(warnings(self, model, train, parallel, cluster))
 
+    def reduces_each_micro_batch(self, parallel: ParallelConfig) -> bool:
+        """Whether FSDP reduces gradients after every micro-batch: as asked, or because each replica keeps a piece of
+        them."""
+        pieces = self.dp_replicate > 1 and parallel.shard.grads == "over_replicas"
+        return self.pp == 1 and (parallel.fsdp.reduce_each_micro_batch or pieces)
+
     def describe(self, parallel: ParallelConfig | None = None) -> str:
         """One line, e.g. ``dp_shard=2 × tp=2 (+sp)``; sp is named where ``parallel`` says it is on."""
         parts = [f"{name}={getattr(self, name)}" for name in PLACED if getattr(self, name) > 1]

@@ -1,6 +1,7 @@
 """Fully sharded data parallelism (ZeRO-3 or ZeRO-2) with torch's FSDP2, over dp_shard × cp.
 
 Gradients are summed, never averaged: the loss is already divided by the tokens of the whole global batch.
+They are whole until the last micro-batch, or shards of each micro-batch's add up (``ParallelModel.set_sync``).
 With dp_replicate > 1 (HSDP) a hook sums each reduced shard over the replicas, unless replicas shard gradients and
 optimizer (`replica_shards`). With ep > 1 a rank's experts are
 sharded over the ranks that have the same ones (``expert_fsdp``), and left alone where there is no other.
@@ -155,4 +156,10 @@ def _count_and_sum(unit: FSDPModule, group: AxisGroup, sums: ShardSums | None, w
     # gloo has no PREMUL_SUM; a plain sum is what is wanted anyway.
     unit.set_force_sum_reduction_for_comms(True)
     if sums is not None:
-        unit.set_all_reduce_hook(sums)
+        unit.set_all_reduce_hook(partial(_sum_shard, sums, unit))
+
+
+def _sum_shard(sums: ShardSums, unit: Any, shard: Tensor) -> None:
+    # Parameters as they are now: those that FSDP was given were on the meta device.
+    groups = unit._get_fsdp_state()._fsdp_param_groups
+    sums.reduced([p.sharded_param for group in groups for p in group.fsdp_params], shard)

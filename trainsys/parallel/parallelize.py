@@ -54,6 +54,8 @@ class ParallelModel:
     owned: dict[str, Owned]
     """Of what it updates."""
     units: list[FSDPModule]
+    each: bool
+    """the units' gradients are reduced after every micro-batch"""
     sums: ShardSums | None
     buckets: GradientBuckets | ReplicaShards | None
     tp_partial: list[Owned]
@@ -64,11 +66,15 @@ class ParallelModel:
         return self.module.named_parameters()
 
     def set_sync(self, last: bool) -> None:
-        """Reduce gradients over data ranks in the next backward only if it is the step's last."""
+        """Before a backward: whether it is the step's last, until which gradients wait to be reduced over data ranks.
+
+        Those of FSDP do not wait with ``each``: shards of them add up. Over replicas they are summed at the last.
+        """
         if self.units:
-            each = isinstance(self.buckets, ReplicaShards) and self.buckets.each_backward
-            self.units[0].set_requires_gradient_sync(last or each)
-            self.units[0].set_is_last_backward(last or each)
+            self.units[0].set_requires_gradient_sync(last or self.each)
+            self.units[0].set_is_last_backward(last or self.each)
+        if self.sums is not None:
+            self.sums.last = last
         if self.buckets is not None:
             self.buckets.sync = last
 
@@ -173,4 +179,5 @@ def parallelize(cfg: RunConfig, mesh: Mesh, part: StagePart | None = None) -> Pa
         o for name, o in owned.items() if layout.tp > 1 and needs_tp_reduction(name, sequence_parallel)
     ]
     cut = SequenceCut(parallel.context, mesh["cp"], cfg.train.seq_len)
-    return ParallelModel(model, mesh, shards, owned, units, sums, buckets, tp_partial, cut)
+    each = layout.reduces_each_micro_batch(parallel)
+    return ParallelModel(model, mesh, shards, owned, units, each, sums, buckets, tp_partial, cut)

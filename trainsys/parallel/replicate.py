@@ -6,7 +6,7 @@ is summed shard by shard (`ShardSums`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainsys.comm.group import AxisGroup
 from trainsys.comm.ops import nbytes
-from trainsys.optim.local import local
+from trainsys.optim.local import local, local_grad
 
 
 def in_buckets(params: Iterable[nn.Parameter], bucket_mb: float) -> list[list[nn.Parameter]]:
@@ -99,22 +99,46 @@ class GradientBuckets:
 
 
 class ShardSums:
-    """FSDP's all-reduce hook: sums each reduced shard over ``group``, in place, while backward goes on."""
+    """What FSDP's all-reduce hooks call: sums each unit's reduced shard over ``group``, in place, while backward goes on.
+
+    Where FSDP reduces after every micro-batch, set ``last`` False before all backwards but the last: shards add up, and
+    their sum goes over the replicas once.
+    """
 
     def __init__(self, group: AxisGroup, *, overlap: bool = True) -> None:
-        self.group, self.overlap = group, overlap
+        self.group, self.overlap, self.last = group, overlap, True
         self._under_way: list[tuple[Tensor, dist.Work]] = []
 
-    def __call__(self, shard: Tensor) -> None:
+    def reduced(self, params: Sequence[nn.Parameter], shard: Tensor) -> None:
+        """``shard``: flat, this rank's of one backward's gradients of ``params``, a unit. FSDP is about to add it to the
+        gradients of before, or to make views of it the gradients where there are none."""
+        if not self.last:
+            _used_on_this_stream(shard)
+            return
+        before = [g for p in params if (g := local_grad(p)) is not None]
+        if before:
+            # Views of an earlier shard, each at the same place of it, unless the unit had other gradients then.
+            assert all(g.untyped_storage().nbytes() == nbytes(shard) for g in before)
+            here = [shard.as_strided(g.size(), g.stride(), g.storage_offset()) for g in before]
+            torch._foreach_add_(here, before)
+            _used_on_this_stream(before[0])
+            for p in params:
+                p.grad = None
         work = dist.all_reduce(shard, group=self.group.group, async_op=True)
         self._under_way.append((shard, work))
         if not self.overlap:
             self.wait()
 
     def wait(self) -> None:
-        """Until every shard is summed. The gradients are views of them."""
+        """Block until every shard is summed. The gradients are views of them."""
         g = self.group
         for shard, work in self._under_way:
             with g.ledger.span(g.axis, "all_reduce", 2 * nbytes(shard) * (g.size - 1) // g.size):
                 work.wait()
         self._under_way.clear()
+
+
+def _used_on_this_stream(x: Tensor) -> None:
+    """FSDP made ``x`` on its stream of reductions and may free it before what is enqueued here has read it."""
+    if x.is_cuda:
+        x.record_stream(torch.cuda.current_stream(x.device))

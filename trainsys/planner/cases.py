@@ -92,6 +92,7 @@ class Cases:
     native: Array  # 1: this project's own engine, whose memory is counted and not estimated
     split_optim: Array  # 1: optimizer states are sharded over replicas as well
     split_grads: Array  # 1: gradients too
+    reduce_each: Array  # 1: fully sharded gradients are reduced after every micro-batch; 0: once, whole until then
     loss_chunk: Array  # positions of a row whose logits exist at a time; 0: all
     cut_first: Array  # layers of the first rank of pp, the fullest between and the last; 0: an even split
     cut_middle: Array

@@ -250,6 +250,7 @@ def _fields(run: Run, machine: Machine) -> dict[str, float] | Refusal:
         "native": 0.0,
         "split_optim": 0.0,
         "split_grads": 0.0,
+        "reduce_each": 1.0,
         "loss_chunk": 0.0,
         "cut_first": 0.0,
         "cut_middle": 0.0,

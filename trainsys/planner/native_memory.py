@@ -6,7 +6,8 @@ A step's memory has a few summits, of which the highest counts:
 - **first layers of backward**: the same without logits, with what a feed-forward's backward makes, and with a layer
   computed again where it was not kept;
 - **end of backward**: gradients. Where parameters are sharded the root unit (embedding, final norm and head together)
-  is reduced last, from a flat fp32 copy; in a pipeline, and between micro-batches, gradients stay whole.
+  is reduced last, from a flat fp32 copy; in a pipeline, and between micro-batches, gradients stay whole, unless each
+  micro-batch's are reduced, which leaves a shard.
 
 Weights are fp32 and cast where they are used: without FSDP, which casts once, every cast is kept for backward.
 """
@@ -101,8 +102,12 @@ def summits(
     many = c.micro_batches > 1.0
     replicas = c.dp * c.cp / n
     split, pieced = c.split_optim > 0, c.split_grads > 0
+    each = many & sharded & ~piped & ~pieced & (c.reduce_each > 0)
+    many = many & ~each
     # Whole fp32 gradients: added up between micro-batches, or in buckets that are there from the start.
     whole_grads = np.where(many | (~sharded & (replicas > 1) & ~split), 4.0 * count, 0.0)
+    # Shards of them, to which each micro-batch adds its own.
+    whole_grads = np.where(each, 4.0 * owned, whole_grads)
     # A replica's piece of them. The last buckets of a backward, the embedding's among them, are on their way until the
     # next one needs the room.
     piece = 4.0 * owned / replicas
@@ -174,7 +179,7 @@ def summits(
     )  # fmt: skip
 
     # All gradients are there. Without a pipeline blocks are reduced one by one and only the root is left.
-    root = np.where(many, 4.0, _ELEMENT) * ends + 4.0 * layers_owned
+    root = np.where(many, 4.0, _ELEMENT) * ends + 4.0 * layers_owned + np.where(each, 4.0 * ends / n, 0.0)
     rest = (flight - 1.0) * (layers * kept + np.where(sharded | again, 0.0, _ELEMENT * layers * block))
     plain_grads = 4.0 * count + np.where(many, 4.0, 0.0) * first
     last = (

@@ -47,6 +47,7 @@ def case_of(run: RunConfig, world: int, machine: Machine, stack: str | None = No
         ("schedule", SCHEDULES.index(schedule)),
         ("recompute", RECOMPUTES.index(policy)),
         ("reshard", run.parallel.fsdp.reshard_after_forward),
+        ("reduce_each", layout.reduces_each_micro_batch(run.parallel)),
     ):
         columns[name] = np.array([float(value)])
     return to_cases(Job.of(run, machine, world, stack), columns)

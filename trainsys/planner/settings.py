@@ -12,7 +12,7 @@ from trainsys.errors import UserError
 from trainsys.planner.cases import RECOMPUTES, SCHEDULES
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-KEYS = (*AXES, "micro_batch", "vpp", "schedule", "recompute", "reshard")
+KEYS = (*AXES, "micro_batch", "vpp", "schedule", "recompute", "reshard", "reduce_each")
 CONFIG_NAMES = {"interleaved": "interleaved_1f1b", "zb1": "zero_bubble"}
 NAMES: Mapping[str, Sequence[str]] = {"schedule": SCHEDULES, "recompute": RECOMPUTES}
 """Keys whose values are numbered names."""
@@ -63,7 +63,10 @@ def run_settings(layout: Mapping[str, int | str]) -> dict[str, Any]:
     """The sections of a RUN.yaml that make a layout which is ``named``."""
     parallel: dict[str, Any] = {axis: layout[axis] for axis in AXES}
     parallel["sequence_parallel"] = True
-    parallel["fsdp"] = {"reshard_after_forward": bool(layout["reshard"])}
+    parallel["fsdp"] = {
+        "reshard_after_forward": bool(layout["reshard"]),
+        "reduce_each_micro_batch": bool(layout["reduce_each"]),
+    }
     if layout["pp"] != 1:
         parallel["pipeline"] = {
             "schedule": config_name(str(layout["schedule"])),

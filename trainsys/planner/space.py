@@ -144,6 +144,7 @@ def enumerate_layouts(
 
     model, world, domain = job.model, job.world, int(job.machine.domain)
     experts = model.moe.n_experts if model.moe else 1
+    native = job.stack.name == "native"
     recomputes = keep("recompute", [RECOMPUTES.index(r) for r in ("none", _selective(job), "full")])
     rows: list[tuple[float, ...]] = []
     for tp in keep("tp", _tp_choices(model, domain)):
@@ -173,8 +174,12 @@ def enumerate_layouts(
                                 continue
                             for rc in recomputes:
                                 kept = keep("reshard", [1, 0] if pp == 1 and shard > 1 else [1])
+                                both = native and pp == 1 and shard * cp > 1 and per_rank > mb
+                                each = keep("reduce_each", [0, 1] if both else [0])
                                 rows += [
-                                    (pp, dp // shard, shard, cp, tp, ep, mb, vpp, code, rc, r) for r in kept
+                                    (pp, dp // shard, shard, cp, tp, ep, mb, vpp, code, rc, r, e)
+                                    for r in kept
+                                    for e in each
                                 ]
     table = np.asarray(rows, float).reshape(-1, len(KEYS))
     layouts = {key: table[:, i] for i, key in enumerate(KEYS)}
@@ -228,6 +233,8 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
         "single_rail": s.single_rail, "ulysses": job.ulysses, "offload": 0.0,
         "native": s.name == "native", "ep_overlap": 0.0, "loss_chunk": job.loss_chunk,
         "split_optim": job.split_optim, "split_grads": job.split_grads,
+        # Others reduce whenever they have gradients.
+        "reduce_each": layouts["reduce_each"] if s.name == "native" else 1.0,
     }  # fmt: skip
     columns |= dict(zip(("cut_first", "cut_middle", "cut_last"), _cuts(job, layouts), strict=True))
     return Cases(**{k: np.asarray(v, float) for k, v in columns.items()})

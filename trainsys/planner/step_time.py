@@ -79,14 +79,16 @@ def _fsdp(c: Cases, k: Constants, layer: Pass, dense: Array, experts: Array) -> 
     # In a pipeline parameters stay gathered and gradients unreduced from the first micro-batch to the last.
     share = np.where(c.zero >= 3, np.where(c.pp > 1, 1.0 / c.micro_batches, 1.0), 0.0)
     again = np.where(c.pp > 1, 0.0, 1.0)
+    # Without a pipeline the last micro-batch alone may have the reduction beside it.
+    reducing = np.where((c.reduce_each > 0) | (c.pp > 1), 1.0, 1.0 / c.micro_batches)
 
     def hide(compute: Array, comm: Array, wire: Array) -> Array:
         out: Array = soft_max(compute, share * comm) + k.fsdp_contention * np.minimum(compute, share * wire)
         return out
 
-    return Pass(
-        hide(layer.fwd, gather, moved_g), hide(layer.bwd, again * gather + reduce, again * moved_g + moved_r)
-    )
+    gathering = hide(layer.bwd, again * gather, again * moved_g)
+    both = hide(layer.bwd, again * gather + reduce, again * moved_g + moved_r)
+    return Pass(hide(layer.fwd, gather, moved_g), reducing * both + (1.0 - reducing) * gathering)
 
 
 def _data_parallel(c: Cases, k: Constants, dense: Array, experts: Array, window: Array) -> Array:
@@ -108,8 +110,15 @@ def _data_parallel(c: Cases, k: Constants, dense: Array, experts: Array, window:
     comm = np.where(c.zero == 0, replicated, np.where(c.zero < 3, sharded, 0.0))
     comm = np.where((c.zero >= 3) & (c.fsdp_shard < n), g.all_reduce(grads / c.fsdp_shard), comm)
     usable = np.where(c.modern > 0, k.dp_window_modern, k.dp_window) * window
-    out: Array = np.where(n > 1, np.maximum(comm - usable, 0.05 * comm), 0.0)
-    return out
+
+    def exposed(comm: Array) -> Array:
+        out: Array = np.where(n > 1, np.maximum(comm - usable, 0.05 * comm), 0.0)
+        return out
+
+    # Kept parameters, and gradients reduced after each of the other micro-batches too.
+    again = (c.native > 0) & (c.reduce_each > 0) & (c.zero == 2) & (c.pp == 1)
+    reduced = small.ring(grads) + ge.ring(c.grad_bytes * experts)
+    return exposed(comm) + np.where(again, (c.micro_batches - 1.0) * exposed(reduced), 0.0)
 
 
 def bubble_and_steady(c: Cases, first: Pass, middle: Pass, last: Pass) -> tuple[Array, Array]:

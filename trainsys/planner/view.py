@@ -73,7 +73,8 @@ def _row(rank: int, e: dict[str, Any]) -> tuple[str, ...]:
     degrees = degrees.replace("dp_replicate", "rep").replace("dp_shard", "shard")
     return (
         str(rank),
-        f"{degrees} mb{lay['micro_batch']}" + ("" if lay["reshard"] else " keep"),
+        f"{degrees} mb{lay['micro_batch']}" + ("" if lay["reshard"] else " keep")
+        + (" each" if lay["reduce_each"] else ""),
         "-" if lay["pp"] == 1 else lay["schedule"] + (f" x{lay['vpp']}" if lay["vpp"] > 1 else ""),
         lay["recompute"],
         f"{100 * e['mfu']:.1f}%",

@@ -202,6 +202,11 @@ def to_fit(cfg: RunConfig, memory: MemoryReport, need: float) -> list[str]:
         options.append((f"train.micro_batch={cfg.train.micro_batch // 2}", acts / 2))
     if not cfg.parallel.fsdp.reshard_after_forward:
         options.append(("parallel.fsdp.reshard_after_forward=true", 0.5 * parts.get("parameters", 0.0)))
+    p, shards = cfg.parallel, cfg.parallel.dp_shard * cfg.parallel.cp
+    several = cfg.train.global_batch > p.dp_replicate * p.dp_shard * cfg.train.micro_batch
+    if p.pp == 1 and shards > 1 and several and not p.fsdp.reduce_each_micro_batch:
+        freed = (1.0 - 1.0 / shards) * parts.get("gradients", 0.0)
+        options.append(("parallel.fsdp.reduce_each_micro_batch=true", freed))
     state = sum(parts.get(n, 0.0) for n in ("parameters", "gradients", "optimizer"))
     options.append(("twice the ranks on parallel.dp_shard", state / 2))
     return [f"{what}: frees about {size(freed)}" for what, freed in options if freed >= need]

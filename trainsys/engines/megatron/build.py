@@ -29,7 +29,9 @@ from torch import nn
 from trainsys.config.model import ModelConfig, MoEConfig
 from trainsys.config.run import RunConfig
 from trainsys.context.balance import ContextPlan
+from trainsys.engines.megatron.kernels import PLAIN, Kernels
 from trainsys.engines.megatron.modules import HeadNorm, Norm, Rotary, core_for
+from trainsys.engines.megatron.products import transformer_engine, use_transformer_engine
 from trainsys.errors import UserError
 from trainsys.flops.gemms import is_moe_layer
 from trainsys.layout import Layout
@@ -110,7 +112,9 @@ def join(cfg: RunConfig, layout: Layout, device: torch.device) -> None:
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 
 
-def transformer_config(cfg: RunConfig, layout: Layout, device: torch.device) -> TransformerConfig:
+def transformer_config(
+    cfg: RunConfig, layout: Layout, device: torch.device, kernels: Kernels = PLAIN
+) -> TransformerConfig:
     """Raises nothing for what `trainsys.capabilities.megatron` lets through."""
     m, dtype = cfg.model, DTYPES[cfg.train.dtype]
     on_cpu = device.type == "cpu"
@@ -139,11 +143,12 @@ def transformer_config(cfg: RunConfig, layout: Layout, device: torch.device) -> 
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
-        # Kernels that are compiled when first used; on CPU plain operations.
-        bias_activation_fusion=False,
+        bias_activation_fusion=kernels.activation,
+        # Compiled when first used; on CPU plain operations.
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=kernels.accumulation,
+        apply_rope_fusion=kernels.rotary,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=cfg.parallel.sequence_parallel and layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
@@ -160,7 +165,7 @@ def transformer_config(cfg: RunConfig, layout: Layout, device: torch.device) -> 
         recompute_granularity={"full": "full", "selective": "selective"}.get(cfg.recompute.policy),
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
-        **(_experts(m, m.moe, cfg, layout) if m.moe is not None else {}),
+        **(_experts(m, m.moe, cfg, layout, kernels) if m.moe is not None else {}),
     )
     if m.rope.temperature != 1.0:
         if m.rope.factor <= 1:
@@ -173,7 +178,9 @@ def transformer_config(cfg: RunConfig, layout: Layout, device: torch.device) -> 
     return made
 
 
-def _experts(model: ModelConfig, moe: MoEConfig, cfg: RunConfig, layout: Layout) -> dict[str, Any]:
+def _experts(
+    model: ModelConfig, moe: MoEConfig, cfg: RunConfig, layout: Layout, kernels: Kernels
+) -> dict[str, Any]:
     tokens = cfg.train.seq_len // (layout.cp * (layout.tp if cfg.parallel.sequence_parallel else 1))
     # It multiplies a micro-batch's mean over rows by the tokens held here; ours is a mean over all rows of the step.
     coefficient = moe.aux_loss_coef * cfg.train.micro_batch / cfg.train.global_batch / tokens
@@ -195,7 +202,7 @@ def _experts(model: ModelConfig, moe: MoEConfig, cfg: RunConfig, layout: Layout)
         "moe_router_bias_update_rate": moe.bias_update_rate,
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": kernels.grouped_experts,
     }
 
 
@@ -212,7 +219,9 @@ class Chunks:
         return [chunk.module for chunk in self.wrapped]
 
 
-def model_chunks(cfg: RunConfig, config: TransformerConfig, mesh: Mesh) -> Chunks:
+def model_chunks(
+    cfg: RunConfig, config: TransformerConfig, mesh: Mesh, kernels: Kernels = PLAIN
+) -> Chunks:
     """Uninitialised, on the run's device, gradients reduced by Megatron's data parallelism."""
     core = _core(cfg, mesh)
     chunks, rotaries = [], []
@@ -225,6 +234,8 @@ def model_chunks(cfg: RunConfig, config: TransformerConfig, mesh: Mesh) -> Chunk
             config, use_transformer_engine=False, normalization=config.normalization, **which
         )
         _replace_modules(spec, core_for(core))
+        if kernels.linears:
+            use_transformer_engine(spec, transformer_engine(), grouped=kernels.grouped_experts)
         model = GPTModel(
             config,
             spec,

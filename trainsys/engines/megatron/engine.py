@@ -18,6 +18,7 @@ from trainsys.data.loader import StepData
 from trainsys.data.packing import Batch
 from trainsys.engines.base import Judge, LocalTensor, StepResult
 from trainsys.engines.megatron import build, on_cpu
+from trainsys.engines.megatron.kernels import Kernels, kernels_for
 from trainsys.engines.megatron.masters import Master, masters, publish
 from trainsys.engines.megatron.modules import mask_of
 from trainsys.engines.megatron.names import Part, Rows, rows_of
@@ -54,9 +55,11 @@ class MegatronEngine:
             refuse_unable(here, mesh.layout)
         observe(mesh, build.axes_of(mesh.layout))
         build.join(cfg, mesh.layout, self.device)
-        config = build.transformer_config(cfg, mesh.layout, self.device)
+        kernels = kernels_for(cfg, self.device)
+        self._say(kernels)
+        config = build.transformer_config(cfg, mesh.layout, self.device, kernels)
         with on_cpu.cuda_by_name(self.device):
-            self._chunks = build.model_chunks(cfg, config, mesh)
+            self._chunks = build.model_chunks(cfg, config, mesh, kernels)
             self.optimizer = build.optimizer_for(cfg, self._chunks)
         self._config = config
         self._timers = config.timers = PhaseTimers(recorder)
@@ -81,6 +84,13 @@ class MegatronEngine:
                 "megatron/memory_activations_bytes": memory.activations,
             },
         )
+
+    def _say(self, kernels: Kernels) -> None:
+        """One line at the start; on CPU there is no choice to tell of."""
+        if self.mesh.rank == 0 and self.device.type != "cpu":
+            self.recorder.message("info", str(kernels))
+            if self.cfg.telemetry.console != "off":
+                print(kernels)
 
     def _rows(self) -> dict[nn.Parameter, Sequence[Rows]]:
         """Where the rows of every parameter held here lie in ours."""

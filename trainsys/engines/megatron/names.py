@@ -2,7 +2,8 @@
 
 Megatron fuses what we keep apart: ``linear_qkv`` holds, for each group of heads that share keys, its queries, then
 its key, then its value; ``linear_fc1`` of a gated feed-forward holds the gate's rows, then those of ``w_up``. Each
-expert is a module of its own, ours are stacked.
+expert is a module of its own (``local_experts.3.linear_fc1.weight``), or a weight of a grouped one
+(``linear_fc1.weight3``); ours are stacked.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Part:
 
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
-_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+_EXPERT = re.compile(
+    r"^mlp\.experts\.(?:local_experts\.(?P<one>\d+)\.)?(?P<which>linear_fc[12])\.weight(?P<grouped>\d*)$"
+)
 _NORMS = {
     "input_layernorm.weight": "attn_norm.weight",
     "pre_mlp_layernorm.weight": "ffn_norm.weight",
@@ -80,8 +83,8 @@ def _feed_forward(prefix: str, rest: str, cfg: ModelConfig, part: Part) -> Seque
         return _linear(rest.split(".")[2], prefix + "shared.", ".weight", moe.shared_hidden, cfg, part)
     match = _EXPERT.match(rest)
     assert match, f"no rule for the parameter {rest}"
-    expert = part.first_expert + int(match[1])
-    flat = _linear(match[2], prefix + "experts.", "", moe.d_ff, cfg, part)
+    expert = part.first_expert + int(match["one"] or match["grouped"])
+    flat = _linear(match["which"], prefix + "experts.", "", moe.d_ff, cfg, part)
     return [Rows(r.first, r.count, r.name, _stacked(r.place, moe.n_experts, expert)) for r in flat]
 
 

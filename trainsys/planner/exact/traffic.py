@@ -124,9 +124,11 @@ def _pipeline(place: Place, sent: Traffic) -> None:
 
 
 def _sharded(place: Place, sent: Traffic) -> None:
-    """Gathers for forward and, unless kept, for backward; one reduction. With a pipeline as its program says."""
+    """Gathers for forward and, unless kept, for backward; one reduction, or one a micro-batch, and over the replicas one.
+    With a pipeline as its program says."""
     cfg, layout = place.cfg, place.layout
     gathers = dict.fromkeys(place.parts, 0)
+    reductions = place.micros if layout.reduces_each_micro_batch(cfg.parallel) else 1
     if layout.pp > 1 and place.layout.size("fsdp") > 1:
         assert place.schedule is not None
         program = programs(place.schedule, cfg.parallel.pipeline.gathered_stages)[
@@ -142,7 +144,7 @@ def _sharded(place: Place, sent: Traffic) -> None:
             twice = kind != "root" and cfg.parallel.fsdp.reshard_after_forward
             times = gathers[stage] if layout.pp > 1 else place.micros * (2 if twice else 1)
             sent[axis, "all_gather"] += times * shard * place.element * (n - 1)
-            sent[axis, "reduce_scatter"] += 4 * shard * (n - 1)
+            sent[axis, "reduce_scatter"] += reductions * 4 * shard * (n - 1)
             r = layout.dp_replicate
             if r > 1:
                 sent["dp_replicate", "all_reduce"] += 2 * 4 * shard * (r - 1) // r
