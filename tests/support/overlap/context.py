@@ -12,8 +12,8 @@ from torch import Tensor
 from support.overlap.link import ATTEMPTS, SlowLink
 from trainsys.context.balance import shard
 from trainsys.layout import Layout
-from trainsys.ops.attention_kernels import Visible
-from trainsys.ops.attention_seam import Method, Rule
+from trainsys.ops.attention_rule import Rule, Visible
+from trainsys.ops.attention_seam import Method
 from trainsys.parallel.context.blocks import Blocks, Ring
 from trainsys.parallel.context.pass_q import RingPassQ
 from trainsys.parallel.context.ring import RingPassKV
