@@ -12,6 +12,7 @@ from torch import nn
 from trainsys.config.model import ModelConfig, RopeConfig
 from trainsys.models.decoder import Decoder
 from trainsys.models.init import init_weights
+from trainsys.ops.documents import Documents
 
 SHAPE = {
     "n_layers": 2,
@@ -230,7 +231,8 @@ def test_built_on_meta_it_takes_no_memory_and_computes_shapes():
     with torch.device("meta"):
         model = Decoder(ModelConfig(**SHAPE))
         tokens = torch.zeros(2, 9, dtype=torch.int64)
-        logits = model(tokens, tokens, tokens)
+        docs = Documents.of(torch.tensor([[0] * 4 + [1] * 5, [0] * 9], device="cpu"))
+        logits = model(tokens, tokens, docs)
     assert all(p.is_meta for p in model.parameters())
     assert logits.is_meta
     assert logits.shape == (2, 9, 19)

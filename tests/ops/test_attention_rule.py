@@ -70,6 +70,7 @@ def test_a_block_is_what_the_rule_says_of_each_pair(drawn, q: range, k: range, t
     assert want.sum() == want[inside].sum(), "leaves out what is seen"
     for edge in (want[inside][:, 0], want[inside][:, -1], want[inside][..., 0], want[inside][..., -1]):
         assert edge.any(), "more than what is seen"
+    _whole_is_the_same(rule_of(*drawn), q, k, want)
     mask = as_mask(sees, len(queries), len(keys), CPU)
     mask = torch.ones(1, 1, len(queries), len(keys), dtype=torch.bool) if mask is None else mask
     assert torch.equal(mask[:, 0].expand_as(want[inside]), want[inside])
@@ -77,6 +78,15 @@ def test_a_block_is_what_the_rule_says_of_each_pair(drawn, q: range, k: range, t
         assert sees == "all", "masks a block that needs none"
     if isinstance(sees, Block):
         _pieces_are_the_mask(sees, want[inside], tile)
+
+
+def _whole_is_the_same(rule: Rule, q: range, k: range, want: Tensor) -> None:
+    found = rule.block(q, k, whole=True)
+    assert found is not None
+    assert found[:2] == (q, k)
+    mask = as_mask(found[2], len(q), len(k), CPU)
+    mask = torch.ones(1, 1, len(q), len(k), dtype=torch.bool) if mask is None else mask
+    assert torch.equal(mask[:, 0].expand_as(want), want)
 
 
 def _pieces_are_the_mask(block: Block, want: Tensor, tile: int | None) -> None:

@@ -36,7 +36,7 @@ class CoreAttention(nn.Module):
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
-        self.window = window
+        self.window, self._method = window, WholeRows()
 
     def prepare(self, positions: Tensor, docs: Documents | None) -> Rule | None:
         """Anything the core wants computed once per forward instead of once per layer: here which keys a query sees.
@@ -52,7 +52,7 @@ class CoreAttention(nn.Module):
         """``q [B, S, H, Dh]``, ``k, v [B, S, K, Dh]`` -> ``[B, S, H, Dh]``; H and K are this rank's heads."""
         if prepared is None:
             return causal_attention(q, k, v)
-        return attend(q, k, v, WholeRows(), prepared)[0]
+        return attend(q, k, v, self._method, prepared)[0]
 
 
 class SeamAttention(nn.Module):

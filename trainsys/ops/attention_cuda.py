@@ -23,6 +23,8 @@ aten = torch.ops.aten
 class CudaKernel:
     """Chooses by what each kernel can do: flash knows fp16 and bf16, and head sizes in eights to 256."""
 
+    fixed_shapes = False
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         if not _flash_serves(q):
             if isinstance(visible, Block):

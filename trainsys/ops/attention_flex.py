@@ -68,6 +68,8 @@ def _causal(length: int, device: torch.device) -> BlockMask:
 class FlexKernel:
     """``compiled`` False: torch's unfused form, slow, for tests."""
 
+    fixed_shapes = True
+
     def __init__(self, compiled: bool = True) -> None:
         self._run = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 

@@ -25,6 +25,9 @@ from trainsys.ops.attention_rule import Band, Block, Plain, Visible
 class Kernel(Protocol):
     """One back end."""
 
+    fixed_shapes: bool
+    """Compiled anew for each shape, and so given spans whole, where others get the part in which anything is visible."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         """``out`` in the inputs' dtype, and ``lse``."""
         ...
@@ -75,6 +78,8 @@ def as_bias(sees: Plain | Band, q: Tensor, keys: int) -> Tensor | None:
 class ReferenceKernel:
     """By the definition; slow, holds all scores, runs anywhere."""
 
+    fixed_shapes = False
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         mask = as_mask(visible, q.shape[1], k.shape[1], q.device)
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -108,6 +113,8 @@ class CpuFlashKernel:
 
     It takes no documents: each is a call of its own, and so costs what it holds.
     """
+
+    fixed_shapes = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         if isinstance(visible, Block):

@@ -118,6 +118,10 @@ Visible = Plain | Block
 """Which of its keys a query sees, as kernels are told."""
 
 
+Part = tuple[range, range, Visible]
+"""Places of queries and of keys, and which of these each query sees."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """Which pairs a row's tokens may form beside causality. ``docs`` are those of whole rows.
@@ -127,18 +131,17 @@ class Rule:
 
     window: int | None = None
     docs: Documents | None = None
-    _blocks: dict[tuple[range, range], tuple[range, range, Visible] | None] = field(
-        default_factory=dict, repr=False
-    )
+    _blocks: dict[tuple[range, range, bool], Part | None] = field(default_factory=dict, repr=False)
 
-    def block(self, q: range, k: range) -> tuple[range, range, Visible] | None:
+    def block(self, q: range, k: range, *, whole: bool = False) -> Part | None:
         """The part of the queries at places ``q`` against the keys at ``k`` in which there is anything to see: queries,
-        keys, and which of them each query sees. None: nothing is visible."""
-        if (q, k) not in self._blocks:
-            self._blocks[q, k] = self._block(q, k)
-        return self._blocks[q, k]
+        keys, and which of them each query sees. ``whole``: all queries and keys. None: nothing is visible."""
+        key = q, k, whole
+        if key not in self._blocks:
+            self._blocks[key] = self._block(*key)
+        return self._blocks[key]
 
-    def _block(self, q: range, k: range) -> tuple[range, range, Visible] | None:
+    def _block(self, q: range, k: range, whole: bool) -> Part | None:
         found = list(rectangles(self, q, k))
         if not found:
             return None
@@ -146,6 +149,8 @@ class Rule:
             range(min(r.start for r in each), max(r.stop for r in each))
             for each in ([rect[1] for rect in found], [rect[2] for rect in found])
         )
+        if whole and (queries, keys) != (q, k):
+            return q, k, Block(self, q, k)
         alike = all(rect[1:] == (queries, keys) for rect in found)
         if alike and len(found) == (1 if self.docs is None else len(self.docs.rows)):
             ((_, _, sees),) = _cut(queries, keys, self.window, None)

@@ -33,6 +33,7 @@ class SleepingKernel:
     """A zigzag has two visible blocks in a hop, three in the first, where two of them are half hidden."""
 
     block_s: float
+    fixed_shapes = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         time.sleep(self.block_s / 2 if visible == "causal" else self.block_s)

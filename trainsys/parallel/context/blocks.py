@@ -29,7 +29,7 @@ class Blocks:
     ) -> None:
         """Merge the attention of the queries at ``q_at`` over the keys at ``k_at`` into ``partial``."""
         kernel = self.kernel or kernel_for(q)
-        for rows, keys, sees in pairs(rule, q_at, k_at):
+        for rows, keys, sees in pairs(rule, q_at, k_at, whole=kernel.fixed_shapes):
             out, lse = kernel.forward(q[:, rows], k[:, keys], v[:, keys], sees)
             partial.merge(out, lse, rows)
 
@@ -49,7 +49,7 @@ class Blocks:
     ) -> None:
         """Add gradients to ``dq`` (of q's shape) and ``dkv [2, ...]`` (of k's); out and lse are of all keys."""
         kernel = self.kernel or kernel_for(q)
-        for rows, keys, sees in pairs(rule, q_at, k_at):
+        for rows, keys, sees in pairs(rule, q_at, k_at, whole=kernel.fixed_shapes):
             grads = kernel.backward(
                 dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[..., rows], sees
             )
@@ -58,11 +58,16 @@ class Blocks:
             dkv[1][:, keys] += grads[2]
 
 
-def pairs(rule: Rule, q_at: Shard, k_at: Shard) -> Iterator[tuple[slice, slice, Visible]]:
-    """What is visible of two shards: queries and keys by where they are held, and which keys each query sees."""
+def pairs(
+    rule: Rule, q_at: Shard, k_at: Shard, *, whole: bool = False
+) -> Iterator[tuple[slice, slice, Visible]]:
+    """What is visible of two shards: queries and keys by where they are held, and which keys each query sees.
+
+    ``whole``: of each two spans all or nothing.
+    """
     for qs in q_at:
         for ks in k_at:
-            found = rule.block(_places(qs), _places(ks))
+            found = rule.block(_places(qs), _places(ks), whole=whole)
             if found is not None:
                 queries, keys, sees = found
                 yield _held(queries, qs), _held(keys, ks), sees

@@ -9,8 +9,8 @@ from trainsys.planner.exact.place import Place
 def attention_pairs(place: Place) -> int | None:
     """(query, key) pairs times heads that this rank computes in one layer for one micro-batch.
 
-    None where it depends on the rank or on a mask: windows, and in rings contiguous cuts and documents. A zigzag gives each of n
-    ranks chunks r and 2n-1-r of L tokens: (2n-1)L² + L(L+1) pairs, whether queries or keys move. Ulysses computes
+    None where it depends on the rank or on a mask: windows, and in rings contiguous cuts and documents. A zigzag gives
+    each of n ranks chunks r and 2n-1-r of L tokens: (2n-1)L² + L(L+1) pairs, whether queries or keys move. Ulysses computes
     whole rows on 1/n of the heads: as many.
     """
     cfg, layout = place.cfg, place.layout
@@ -18,9 +18,9 @@ def attention_pairs(place: Place) -> int | None:
     document = cfg.data.document_length
     if window is not None and window < seq:
         return None
-    if place.context.ring > 1 and layout.cp > 1:
-        if place.context.balance == "contiguous" or (document or seq) < seq:
-            return None
+    uneven = place.context.balance == "contiguous" or (document or seq) < seq
+    if uneven and layout.cp > 1 and place.context.ring > 1:
+        return None
     pairs = cfg.train.micro_batch * cfg.model.n_heads // layout.tp * row_pairs(seq, document=document)
     assert pairs % layout.cp == 0
     return pairs // layout.cp
