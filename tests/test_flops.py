@@ -29,6 +29,7 @@ from trainsys.flops import (
     mfu,
     packed_pairs,
     param_counts,
+    row_pairs,
     step_flops,
     token_flops,
     train_flops_per_token,
@@ -197,6 +198,13 @@ def test_pairs_are_the_ones_of_the_mask(seq_len: int, window: int | None) -> Non
 def test_packed_pairs_are_the_ones_of_the_mask(lengths: list[int], window: int | None) -> None:
     docs = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
     assert packed_pairs(lengths, window) == _pairs(docs.shape[1], Rule(window, Documents.of(docs)))
+
+
+@given(st.integers(1, 60), st.none() | st.integers(1, 50), st.none() | st.integers(1, 70))
+def test_a_row_of_equal_documents_is_packed_of_them(seq: int, window: int | None, document: int | None) -> None:
+    length = document or seq
+    lengths = [min(length, seq - at) for at in range(0, seq, length)]
+    assert row_pairs(seq, window, document) == packed_pairs(lengths, window)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

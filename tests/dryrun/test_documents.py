@@ -1,4 +1,4 @@
-"""A step of long rows of documents makes no tensor of all pairs, under any flavour or policy, and costs what they hold."""
+"""A step of long rows of documents makes no tensor of all pairs, under any flavour or policy; it costs what they hold."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -118,7 +120,7 @@ def test_cumulative_lengths_are_of_the_documents_in_a_span(drawn, span: range) -
     want = [0] + [n for n in range(1, len(flat)) if flat[n] != flat[n - 1]] + [len(flat)]
     assert edges.dtype == torch.int32
     assert edges.tolist() == want
-    assert longest == max(b - a for a, b in zip(want, want[1:], strict=False))
+    assert longest == max(b - a for a, b in pairwise(want))
 
 
 @settings(deadline=None, max_examples=60)

@@ -10,8 +10,8 @@ def attention_pairs(place: Place) -> int | None:
     """(query, key) pairs times heads that this rank computes in one layer for one micro-batch.
 
     None where it depends on the rank or on a mask: windows, and in rings contiguous cuts and documents. A zigzag gives
-    each of n ranks chunks r and 2n-1-r of L tokens: (2n-1)L² + L(L+1) pairs, whether queries or keys move. Ulysses computes
-    whole rows on 1/n of the heads: as many.
+    each of n ranks chunks r and 2n-1-r of L tokens: (2n-1)L² + L(L+1) pairs, whether queries or keys move. Ulysses
+    computes whole rows on 1/n of the heads: as many.
     """
     cfg, layout = place.cfg, place.layout
     seq, window = cfg.train.seq_len, cfg.model.sliding_window
