@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.flash import EmulatedFlash, Ops
 from trainsys.ops import attention_pieces
 from trainsys.ops.attention import reference_attention
 from trainsys.ops.attention_kernels import CpuFlashKernel, Kernel, ReferenceKernel, kernel_for, named_kernel
@@ -35,6 +36,7 @@ BACK_ENDS: list[Any] = [
     pytest.param(CpuFlashKernel, "cpu", torch.float64, 1e-12, id="cpu-fp64"),
     pytest.param(CpuFlashKernel, "cpu", torch.float32, 1e-6, id="cpu-fp32"),
     pytest.param(CpuFlashKernel, "cpu", torch.bfloat16, 2e-2, id="cpu-bf16"),
+    pytest.param(EmulatedFlash, "cpu", torch.bfloat16, 2e-2, id="flash-emulated"),
     pytest.param(cuda_kernel, "cuda", torch.float32, 1e-4, id="cuda-fp32", marks=[GPU, needs_cuda]),
     pytest.param(cuda_kernel, "cuda", torch.bfloat16, 2e-2, id="cuda-bf16", marks=[GPU, needs_cuda]),
     pytest.param(flex_kernel, "cuda", torch.bfloat16, 2e-2, id="flex-bf16", marks=[GPU, needs_cuda]),
@@ -176,3 +178,23 @@ def test_flex_forward_on_the_cpu_and_its_missing_backward(kind: str) -> None:
     assert found is not None
     with pytest.raises(NotImplementedError, match="use CpuFlashKernel"):
         kernel.backward(got, q, k, v, got, lse, found[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_rows_by_flash_are_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("_flash_attention_forward", "_flash_attention_backward"):
+        real = getattr(Ops, name)
+        monkeypatch.setattr(Ops, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 2 * S, h, 16, generator=g).bfloat16().requires_grad_() for h in (4, 2, 2)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    got, _ = attend(*leaves, WholeRows(EmulatedFlash()), rule(kind))
+    want, _ = reference_attention(*exact, every_pair(kind))
+    assert gap(got.detach(), want.detach()) < 2e-2
+    dout = torch.randn(want.shape, generator=g)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, dout.bfloat16()), torch.autograd.grad(want, exact, dout.double()), strict=True
+    ):
+        assert gap(a, b) < 4e-2
+    assert calls == ["_flash_attention_forward", "_flash_attention_backward"]
