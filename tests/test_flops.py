@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -189,17 +189,20 @@ def _pairs(seq_len: int, rule: Rule) -> int:
     return int(Block(rule, range(seq_len), range(seq_len)).mask(torch.device("cpu")).sum())
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 50)))
 def test_pairs_are_the_ones_of_the_mask(seq_len: int, window: int | None) -> None:
     assert causal_pairs(seq_len, window) == _pairs(seq_len, Rule(window))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.one_of(st.none(), st.integers(1, 8)))
 def test_packed_pairs_are_the_ones_of_the_mask(lengths: list[int], window: int | None) -> None:
     docs = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
     assert packed_pairs(lengths, window) == _pairs(docs.shape[1], Rule(window, Documents.of(docs)))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.none() | st.integers(1, 50), st.none() | st.integers(1, 70))
 def test_a_row_of_equal_documents_is_packed_of_them(seq: int, window: int | None, document: int | None) -> None:
     length = document or seq
