@@ -10,7 +10,7 @@ the reference and tests, every pair.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -50,14 +50,12 @@ class Piece:
     sees: Plain | Band
 
 
-@dataclass(frozen=True, eq=False)
 class Block:
     """The queries at places ``q`` of their row against the keys at places ``k``."""
 
-    rule: Rule
-    q: range
-    k: range
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+    def __init__(self, rule: Rule, q: range, k: range) -> None:
+        self.rule, self.q, self.k = rule, q, k
+        self._made: dict[Any, Any] = {}
 
     def first(self) -> np.ndarray[Any, Any]:
         """The place of the first key that each query sees: int64 ``[B or 1, len(q)]``; the last is its own."""
@@ -122,16 +120,16 @@ Part = tuple[range, range, Visible]
 """Places of queries and of keys, and which of these each query sees."""
 
 
-@dataclass(frozen=True, eq=False)
 class Rule:
     """Which pairs a row's tokens may form beside causality. ``docs`` are those of whole rows.
 
-    Made once a micro-batch, for all layers: blocks, and what kernels made for them, are kept here.
+    Made once a micro-batch, for all layers: blocks, and what kernels made for them, are kept here. No dataclass: FSDP2
+    looks for tensors in every field of those that a module is given, and blocks know their rule.
     """
 
-    window: int | None = None
-    docs: Documents | None = None
-    _blocks: dict[tuple[range, range, bool], Part | None] = field(default_factory=dict, repr=False)
+    def __init__(self, window: int | None = None, docs: Documents | None = None) -> None:
+        self.window, self.docs = window, docs
+        self._blocks: dict[tuple[range, range, bool], Part | None] = {}
 
     def block(self, q: range, k: range, *, whole: bool = False) -> Part | None:
         """The part of the queries at places ``q`` against the keys at ``k`` in which there is anything to see: queries,

@@ -6,7 +6,6 @@ device for numbers: lengths decide which kernels run, and reading them back woul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,16 +16,14 @@ Run = tuple[int, int]
 """First place of a document in its row, and the place after its last."""
 
 
-@dataclass(frozen=True, eq=False)
 class Documents:
     """``rows``: for each of B rows its documents, in order and without gaps; one entry where all rows are alike.
 
-    Deliberately no pytree and no tensor: FSDP2 moves every tensor in a model's arguments to the device.
+    Deliberately no pytree, dataclass or tensor: FSDP2 moves every tensor in a model's arguments to the device.
     """
 
-    rows: tuple[tuple[Run, ...], ...]
-    batch: int
-    seq: int
+    def __init__(self, rows: tuple[tuple[Run, ...], ...], batch: int, seq: int) -> None:
+        self.rows, self.batch, self.seq = rows, batch, seq
 
     @classmethod
     def of(cls, ids: Tensor | np.ndarray[Any, Any] | Documents) -> Documents:
