@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -29,6 +29,7 @@ from trainsys.flops import (
     mfu,
     packed_pairs,
     param_counts,
+    row_pairs,
     step_flops,
     token_flops,
     train_flops_per_token,
@@ -36,7 +37,8 @@ from trainsys.flops import (
 from trainsys.flops.report import by_convention, run_cli
 from trainsys.memory.recompute import apply_recompute
 from trainsys.models.decoder import Decoder
-from trainsys.ops.attention import attention_mask
+from trainsys.ops.attention_rule import Block, Rule
+from trainsys.ops.documents import Documents
 
 TINY: dict[str, Any] = {
     "n_layers": 3, "d_model": 24, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 40, "vocab": 50
@@ -183,19 +185,29 @@ def test_attention_costs_what_a_pair_costs() -> None:
     assert two.qkv == one.qkv == 3 * 5 * 2 * 24 * (4 + 2 + 2) * 8
 
 
+def _pairs(seq_len: int, rule: Rule) -> int:
+    return int(Block(rule, range(seq_len), range(seq_len)).mask(torch.device("cpu")).sum())
+
+
+@settings(deadline=None)
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 50)))
 def test_pairs_are_the_ones_of_the_mask(seq_len: int, window: int | None) -> None:
-    mask = attention_mask(seq_len, seq_len, window=window)
-    brute = torch.ones(seq_len, seq_len).tril().sum() if mask is None else mask.sum()
-    assert causal_pairs(seq_len, window) == int(brute)
+    assert causal_pairs(seq_len, window) == _pairs(seq_len, Rule(window))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.one_of(st.none(), st.integers(1, 8)))
 def test_packed_pairs_are_the_ones_of_the_mask(lengths: list[int], window: int | None) -> None:
     docs = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
-    mask = attention_mask(docs.shape[1], docs.shape[1], window=window, q_docs=docs, k_docs=docs)
-    assert mask is not None
-    assert packed_pairs(lengths, window) == int(mask.sum())
+    assert packed_pairs(lengths, window) == _pairs(docs.shape[1], Rule(window, Documents.of(docs)))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.none() | st.integers(1, 50), st.none() | st.integers(1, 70))
+def test_a_row_of_equal_documents_is_packed_of_them(seq: int, window: int | None, document: int | None) -> None:
+    length = document or seq
+    lengths = [min(length, seq - at) for at in range(0, seq, length)]
+    assert row_pairs(seq, window, document) == packed_pairs(lengths, window)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

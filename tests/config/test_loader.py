@@ -133,6 +133,7 @@ def test_the_resolved_config_loads_back(tmp_path_factory: pytest.TempPathFactory
         ("optim: {betas: [0.9, 1]}", "optim.betas.1: expected a number >= 0 and < 1, got 1"),
         ("name: a/b", "run.yaml:2: name: expected text matching"),
         ("data: {path: x}", "run.yaml:2: data: source=stdlib reads no path"),
+        ("data: {document_length: 9}", "run.yaml:2: data: document_length changes nothing without document_mask"),
         ("data: {source: text}", "run.yaml:2: data: source=text needs data.path"),
         ("train: {seq_len: 9000}", "run.yaml:2: train.seq_len=9000 is longer than model.max_seq_len=8192"),
         ("model2: {include: x}", "run.yaml:2: unknown key model2; did you mean model?"),

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.timeout(1200)
 
 # One of each thing that could differ between a fake and a real group; the others are held to the planner's count.
 REAL = (
-    "one", "one-bf16", "chunked-loss", "fsdp-bf16", "fsdp-each", "fsdp3-ragged", "hsdp", "hsdp-each", "tp",
-    "sp-full-fsdp", "cp-ring", "cp-ulysses", "cp-dist_flash", "pp-1f1b", "pp-zbv-fsdp", "pp-tied-sp", "moe-tp",
+    "one", "one-bf16", "one-docs", "chunked-loss", "fsdp-bf16", "fsdp-each", "fsdp3-ragged", "hsdp", "hsdp-each", "tp",
+    "sp-full-fsdp", "cp-ring", "cp-ulysses", "cp-ring-docs", "cp-dist_flash", "pp-1f1b", "pp-zbv-fsdp", "pp-tied-sp",
+    "moe-tp",
 )  # fmt: skip
 
 

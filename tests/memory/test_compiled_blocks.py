@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from support.apart import apart
 from support.ranks import run_ranks
 from trainsys.config.run import RunConfig
 from trainsys.layout import Layout
+from trainsys.ops.documents import Documents
 from trainsys.parallel import parallelize as parallelizing
 from trainsys.parallel.mesh import Mesh
 
@@ -29,13 +31,19 @@ def _config(recompute: dict[str, object], parallel: dict[str, object], layers: i
 
 
 def _compiled(
-    recompute: dict[str, object], parallel: dict[str, object], layers: int = LAYERS
+    recompute: dict[str, object],
+    parallel: dict[str, object],
+    layers: int = LAYERS,
+    rows: Sequence[list[int] | None] = (None,),
+    compiles: bool = True,
 ) -> tuple[int, int, float]:
-    """Graphs, operations in them, and the largest gradient of a first backward."""
+    """Graphs, operations in them, and the largest gradient of a backward of each of ``rows``, a micro-batch's documents
+    by their lengths."""
     torch._dynamo.reset()
     counters.clear()
     counter = CompileCounterWithBackend("aot_eager")
     cfg = _config(recompute, parallel, layers)
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": compiles})})
     mesh = Mesh(Layout.resolve(cfg.parallel, int(os.environ.get("WORLD_SIZE", 1))), torch.device("cpu"))
     real = torch.compile
     torch.compile = partial(real, backend=counter)  # type: ignore[assignment]
@@ -45,11 +53,33 @@ def _compiled(
         torch.compile = real
     length = 32 // mesh["cp"].size
     tokens = torch.arange(2 * length).view(2, length) % 64
-    model.module(tokens, torch.arange(length).expand(2, -1)).float().pow(2).mean().backward()
+    for lengths in rows:
+        docs = None if lengths is None else _documents(lengths)
+        model.module(tokens, torch.arange(length).expand(2, -1), docs).float().pow(2).mean().backward()
     model.finish_gradients()
     grads = [p.grad for p in model.module.parameters()]
     assert all(g is not None for g in grads)
     return counter.frame_count, counter.op_count, max(float(g.abs().max()) for g in grads if g is not None)
+
+
+def _documents(lengths: list[int]) -> Documents:
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return Documents.of(ids.expand(2, -1))
+
+
+PACKED = [[32], [7, 25], [1, 3, 20, 8]]
+
+
+def _packed() -> list[tuple[int, int, float]]:
+    each = ((PACKED[:1], True), (PACKED, True), (PACKED, False))
+    return [_compiled({}, {}, 2, rows, compiles) for rows, compiles in each]
+
+
+def test_documents_of_other_lengths_are_the_same_graphs() -> None:
+    one, all_lengths, eager = apart(_packed)
+    assert one[0] == all_lengths[0] <= 4
+    assert eager[0] == 0
+    assert all_lengths[2] == pytest.approx(eager[2], rel=1e-4)
 
 
 def _each(cases: list[dict[str, object]]) -> list[tuple[int, int, float]]:

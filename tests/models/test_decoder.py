@@ -12,6 +12,7 @@ from torch import nn
 from trainsys.config.model import ModelConfig, RopeConfig
 from trainsys.models.decoder import Decoder
 from trainsys.models.init import init_weights
+from trainsys.ops.documents import Documents
 
 SHAPE = {
     "n_layers": 2,
@@ -189,7 +190,7 @@ def test_heads_are_counted_from_the_weights():
     block = model.layers["0"]
     x = block.attn_norm(model.embed(tokens))
     shared = model._shared(positions, None, x.dtype)
-    whole = [block.attn(x, positions, None, shared), block.ffn(x)]
+    whole = [block.attn(x, shared), block.ffn(x)]
     parts = [torch.zeros_like(y) for y in whole]
     names = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w_gate": 0, "w_up": 0, "w_down": 1}
     full = {n: m.weight for n, m in (*block.attn.named_children(), *block.ffn.named_children()) if n in names}
@@ -197,7 +198,7 @@ def test_heads_are_counted_from_the_weights():
         for name, dim in names.items():
             owner = block.attn if hasattr(block.attn, name) else block.ffn
             getattr(owner, name).weight = nn.Parameter(full[name].chunk(2, dim)[rank])
-        parts[0] += block.attn(x, positions, None, shared)
+        parts[0] += block.attn(x, shared)
         parts[1] += block.ffn(x)
     for got, want in zip(parts, whole, strict=True):
         torch.testing.assert_close(got, want)
@@ -210,11 +211,11 @@ def test_the_attention_core_can_be_replaced():
     class Core(nn.Module):
         prepared, seen = 0, ()
 
-        def prepare(self, positions, doc_ids):
+        def prepare(self, positions, docs):
             Core.prepared += 1
             return "plan"
 
-        def forward(self, q, k, v, *, positions, doc_ids, prepared):
+        def forward(self, q, k, v, prepared):
             self.seen = (q.shape, k.shape, v.shape, prepared)
             return torch.zeros_like(q)
 
@@ -230,7 +231,8 @@ def test_built_on_meta_it_takes_no_memory_and_computes_shapes():
     with torch.device("meta"):
         model = Decoder(ModelConfig(**SHAPE))
         tokens = torch.zeros(2, 9, dtype=torch.int64)
-        logits = model(tokens, tokens, tokens)
+        docs = Documents.of(torch.tensor([[0] * 4 + [1] * 5, [0] * 9], device="cpu"))
+        logits = model(tokens, tokens, docs)
     assert all(p.is_meta for p in model.parameters())
     assert logits.is_meta
     assert logits.shape == (2, 9, 19)

@@ -21,6 +21,7 @@ from trainsys.context.refusals import Request, refusals
 from trainsys.context.traffic import AttentionSize, sent_bytes
 from trainsys.layout import Layout
 from trainsys.ops.attention import reference_attention
+from trainsys.ops.documents import Documents
 from trainsys.parallel.context.core import ContextAttention, build_method
 from trainsys.parallel.mesh import Mesh
 
@@ -125,8 +126,8 @@ def _one(case: Case, mesh: Mesh) -> Result:
     held = places(plan.shard(SEQ, cp.index))
     q, k, v = (t[:, held].requires_grad_() for t in (q, k, v))
     mesh.ledger.reset()
-    rule = core.prepare(torch.zeros(BATCH, len(held), dtype=torch.int64), docs)
-    out = core(q, k, v, positions=torch.empty(0), doc_ids=docs, prepared=rule)
+    rule = core.prepare(torch.empty(BATCH, len(held)), None if docs is None else Documents.of(docs))
+    out = core(q, k, v, rule)
     forward = _sent(mesh)
     out.backward(dout[:, held])
     return Result([out.detach(), q.grad, k.grad, v.grad], held, forward, _sent(mesh) - forward)

@@ -1,4 +1,4 @@
-"""Which blocks are computed, under which mask; how partial results merge; who computes what for whom."""
+"""How partial results merge; who computes what for whom."""
 
 from __future__ import annotations
 
@@ -8,40 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainsys.context.balance import Span
 from trainsys.ops.attention import reference_attention
-from trainsys.ops.attention_kernels import as_mask
 from trainsys.ops.attention_partial import Partial
-from trainsys.ops.attention_seam import Rule
-from trainsys.parallel.context.blocks import visible
 from trainsys.parallel.context.dist_flash import schedule
-
-
-@settings(deadline=None, max_examples=80)
-@given(st.data())
-def test_a_block_is_what_the_rule_says_of_each_pair(data: st.DataObject) -> None:
-    q = Span(data.draw(st.integers(0, 8)), 0, data.draw(st.integers(1, 5)))
-    k = Span(data.draw(st.integers(0, 8)), 0, data.draw(st.integers(1, 5)))
-    window = data.draw(st.none() | st.integers(1, 14))
-    docs = data.draw(st.none() | st.lists(st.integers(0, 1), min_size=14, max_size=14))
-    want = torch.tensor(
-        [
-            [
-                j <= i and (window is None or i - j < window) and (docs is None or docs[i] == docs[j])
-                for j in range(k.place, k.place + k.length)
-            ]
-            for i in range(q.place, q.place + q.length)
-        ]
-    )
-    got = visible(Rule(window, None if docs is None else torch.tensor([docs])), q, k)
-    if got is None:
-        assert not want.any()
-        return
-    assert docs is not None or want.any(), "computes a block that is empty"
-    mask = as_mask(got, q.length, k.length, torch.device("cpu"))
-    assert torch.equal(torch.ones_like(want) if mask is None else mask[0, 0], want)
-    if docs is None and want.all():
-        assert got == "all", "masks a block that needs none"
 
 
 @settings(deadline=None, max_examples=20)

@@ -173,6 +173,15 @@ def test_explanations_are_about_the_right_part(found: Found) -> None:
     assert 1 < gains["10% faster matmuls"] < 10
 
 
+def test_documents_cost_what_they_hold() -> None:
+    """One layout, rows of 8,192 tokens: documents of 1,024 leave an eighth of the pairs, and one more on the diagonal."""
+    packed = [job(RUN, 8, "dgx-h100", "data.document_mask=true", f"data.document_length={n}") for n in (8192, 1024)]
+    whole, short = (search(j).time for j in packed)
+    assert packed[0].seq_len == 8192
+    assert short.attention.min() == pytest.approx(whole.attention.min() * 1025 / 8192, rel=0.01)
+    assert short.matmul.min() == pytest.approx(whole.matmul.min(), rel=0.01)
+
+
 def test_slow_network_moves_the_winner_away_from_sharding_over_it() -> None:
     fast = search(job("train/llama3-70b", 128, "dgx-h100", "train.global_batch=256"))
     cluster = load_cluster("dgx-h100").model_copy(update={"nic_gbit_per_gpu": 10.0})

@@ -27,6 +27,7 @@ def run(
     *,
     model: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
     recompute: str = "none",
     flavour: str = "ring",
     context: dict[str, Any] | None = None,
@@ -47,7 +48,7 @@ def run(
             context=ContextConfig(flavour=flavour, **(context or {})),  # type: ignore[arg-type]
             pipeline=PipelineConfig(schedule=schedule, **(pipeline or {})),  # type: ignore[arg-type]
         ),
-        data=DataConfig(source="synthetic", prefetch=0),
+        data=DataConfig(source="synthetic", prefetch=0, **(data or {})),
         optim=OptimConfig(lr=1e-3),
         recompute=RecomputeConfig(policy=recompute),  # type: ignore[arg-type]
         train=TrainConfig(
@@ -69,6 +70,7 @@ def world(cfg: RunConfig) -> int:
 
 
 FOUR = {"n_layers": 4}
+DOCS = {"document_mask": True, "document_length": 9}
 
 CASES: dict[str, RunConfig] = {
     "one": run(train={"micro_batch": 2}),
@@ -77,6 +79,8 @@ CASES: dict[str, RunConfig] = {
         model={"tied_embeddings": True, "ffn_kind": "gelu", "norm": "layernorm", "parallel_block": True}
     ),
     "one-norms-bias": run(model={"qk_norm": True, "qkv_bias": True, "head_dim": 16}),
+    "one-docs": run(data=DOCS, train={"micro_batch": 2}, recompute="selective++"),
+    **{f"cp-{f}-docs": run(cp=2, flavour=f, data=DOCS) for f in ("ring", "ulysses")},
     "chunked-loss": run(train={"loss_chunk": 8, "micro_batch": 4}),
     **{f"one-{p}": run(recompute=p, train={"micro_batch": 4}) for p in ("selective", "selective++", "full", "every_n")},
     "fsdp-bf16": run(dp_shard=2, train={"dtype": "bf16"}),

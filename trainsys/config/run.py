@@ -147,6 +147,10 @@ class DataConfig(Strict):
         default="concat", description="concat: documents end to end, cut at seq_len; pad: one document a row"
     )
     document_mask: bool = Field(default=False, description="tokens attend only within their own document")
+    document_length: PositiveInt | None = Field(
+        default=None,
+        description="tokens of a document that plan and dryrun count on under document_mask; none: as long as a row",
+    )
     shuffle: bool = True
     cache_dir: str | None = None
     prefetch: NonNegativeInt = Field(
@@ -159,6 +163,8 @@ class DataConfig(Strict):
             raise ValueError(f"source={self.source} reads no path, but path={self.path!r} is given; drop one")
         if self.source not in ("stdlib", "synthetic") and self.path is None:
             raise ValueError(f"source={self.source} needs data.path: a file, folder, glob, prefix or name")
+        if self.document_length is not None and not self.document_mask:
+            raise ValueError("document_length changes nothing without document_mask=true; set it, or drop the length")
         return self
 
 

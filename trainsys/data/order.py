@@ -21,6 +21,7 @@ ROLES: dict[str, dict[str, Role]] = {
         "tokenizer": "tokens",
         "packing": "order",
         "document_mask": "order",
+        "document_length": "free",
         "shuffle": "order",
         "cache_dir": "free",
         "prefetch": "free",

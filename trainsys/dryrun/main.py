@@ -15,7 +15,7 @@ from trainsys.dryrun.ranks import distinct_ranks
 from trainsys.dryrun.report import render
 from trainsys.dryrun.step import RankStep, dry_step
 from trainsys.errors import UserError
-from trainsys.flops import batch_flops, causal_pairs
+from trainsys.flops import batch_flops, row_pairs
 from trainsys.layout import Layout
 from trainsys.telemetry.host_memory import host_memory
 
@@ -79,7 +79,7 @@ def _ranks(text: str, cfg: RunConfig, layout: Layout) -> list[int]:
 def result(cfg: RunConfig, layout: Layout, steps: Sequence[RankStep]) -> dict[str, Any]:
     """Everything ``dryrun`` says, as plain data. FLOPs are counts, memory and traffic bytes."""
     rows = cfg.train.global_batch
-    pairs = rows * causal_pairs(cfg.train.seq_len, cfg.model.sliding_window)
+    pairs = rows * row_pairs(cfg.train.seq_len, cfg.model.sliding_window, cfg.data.document_length)
     model = batch_flops(cfg.model, rows * cfg.train.seq_len, pairs)
     return {
         "model": cfg.model.name,

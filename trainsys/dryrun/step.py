@@ -118,6 +118,7 @@ def _step_data(cfg: RunConfig, layout: Layout) -> StepData:
     micros = cfg.train.global_batch // (layout.data_world * rows)
     zeros = np.zeros((rows, seq), np.int64)
     positions = np.broadcast_to(np.arange(seq), (rows, seq)).copy()
-    batch = Batch(zeros, zeros, positions, zeros if cfg.data.document_mask else None, Counts())
+    docs = positions // (cfg.data.document_length or seq) if cfg.data.document_mask else None
+    batch = Batch(zeros, zeros, positions, docs, Counts())
     tokens = cfg.train.global_batch * seq
     return StepData(0, [batch] * micros, tokens, tokens, 0, 0)

@@ -81,7 +81,7 @@ class NativeEngine:
             model.set_sync(last=i == len(data.micro_batches) - 1)
             inputs = self._inputs(model, batch)
             with phase("forward"):
-                logits = model.module(inputs.tokens, inputs.positions, inputs.doc_ids)
+                logits = model.module(inputs.tokens, inputs.positions, inputs.docs)
                 loss, nll = self._loss(logits, inputs.labels)
                 nll_sum += nll
                 del logits

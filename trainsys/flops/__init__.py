@@ -12,7 +12,15 @@ from trainsys.flops.counts import (
     token_flops,
     train_flops_per_token,
 )
-from trainsys.flops.gemms import Gemm, causal_pairs, full_pairs, head_gemm, layer_gemms, packed_pairs
+from trainsys.flops.gemms import (
+    Gemm,
+    causal_pairs,
+    full_pairs,
+    head_gemm,
+    layer_gemms,
+    packed_pairs,
+    row_pairs,
+)
 from trainsys.flops.params import ParamCounts, layer_params, param_counts
 from trainsys.flops.step import CONVENTIONS, StepFlops, StepWork, mfu, step_flops
 
@@ -34,6 +42,7 @@ __all__ = [
     "mfu",
     "packed_pairs",
     "param_counts",
+    "row_pairs",
     "step_flops",
     "token_flops",
     "train_flops_per_token",

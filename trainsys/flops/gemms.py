@@ -101,6 +101,13 @@ def packed_pairs(lengths: Iterable[int], window: int | None = None) -> int:
     return sum(causal_pairs(n, window) for n in lengths)
 
 
+def row_pairs(seq_len: int, window: int | None = None, document: int | None = None) -> int:
+    """Pairs of a row packed of documents of ``document`` tokens each, the last one cut off; None: one document."""
+    length = min(document or seq_len, seq_len)
+    whole, rest = divmod(seq_len, length)
+    return whole * causal_pairs(length, window) + causal_pairs(rest, window)
+
+
 def full_pairs(seq_len: int) -> int:
     """Pairs of one sequence if causality is ignored, as several published conventions do."""
     return seq_len * seq_len

@@ -22,7 +22,8 @@ from trainsys.memory.stream import stream_tokens
 from trainsys.memory.stream_attention import stream_queries
 from trainsys.models.attention import SeamAttention
 from trainsys.models.decoder import Decoder
-from trainsys.ops.attention_seam import Method, Rule, WholeRows
+from trainsys.ops.attention_rule import Rule
+from trainsys.ops.attention_seam import Method, WholeRows
 
 
 def apply_recompute(model: Decoder, cfg: RecomputeConfig) -> None:

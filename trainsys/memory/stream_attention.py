@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from trainsys.models.attention import Attention, Shared
 from trainsys.models.layers import Linear
 from trainsys.models.rope import apply_rope
-from trainsys.ops.attention_kernels import Kernel, Visible, kernel_for
+from trainsys.ops.attention_kernels import Kernel, kernel_for
 from trainsys.ops.attention_partial import Partial, wide
+from trainsys.ops.attention_rule import Rule, Visible
 
 
 def stream_queries(attn: Attention, queries: int) -> None:
@@ -28,18 +29,17 @@ def stream_queries(attn: Attention, queries: int) -> None:
     attn.forward = partial(_forward, attn, queries)  # type: ignore[method-assign]  # names and hooks stay
 
 
-def _forward(
-    attn: Attention, queries: int, x: Tensor, positions: Tensor, doc_ids: Tensor | None, shared: Shared
-) -> Tensor:
+def _forward(attn: Attention, queries: int, x: Tensor, shared: Shared) -> Tensor:
     out: Tensor = _Streamed.apply(x, _Pieces(attn, queries, shared), *attn.parameters())
     return out
 
 
 class _Pieces:
-    """What of ``attn`` is done for some positions ``at``. ``shared.prepared`` is the mask, or None: causal."""
+    """What of ``attn`` is done for some positions ``at``. ``shared.prepared`` is the rule, or None: causal."""
 
     def __init__(self, attn: Attention, queries: int, shared: Shared) -> None:
         self.attn, self.queries, self.shared = attn, queries, shared
+        self.rule: Rule = shared.prepared or Rule()
 
     def places(self, length: int) -> list[slice]:
         return [slice(a, min(a + self.queries, length)) for a in range(0, length, self.queries)]
@@ -56,22 +56,22 @@ class _Pieces:
         k, v = (torch.cat(parts, dim=1) for parts in zip(*each, strict=True))
         return k, v
 
-    def blocks(self, at: slice) -> Iterator[tuple[slice, Visible]]:
-        """The keys that queries at ``at`` see, and which of them each."""
-        mask, window = self.shared.prepared, self.attn.core.window
-        if mask is not None:
-            first = 0 if window is None else max(0, at.start - window + 1)
-            yield slice(first, at.stop), mask[..., at, first : at.stop]
-            return
-        if at.start:
-            yield slice(0, at.start), "all"
-        yield at, "causal"
+    def blocks(self, at: slice) -> Iterator[tuple[slice, slice, Visible]]:
+        """Of the queries at ``at``, by their index in the piece, against the keys that they see: those before the
+        piece, and its own."""
+        mine = range(at.start, at.stop)
+        for keys in (range(at.start), mine):
+            found = self.rule.block(mine, keys)
+            if found is not None:
+                queries, seen, sees = found
+                rows = slice(queries.start - at.start, queries.stop - at.start)
+                yield rows, slice(seen.start, seen.stop), sees
 
     def attend(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """``out`` and log-sum-exp of a piece over all keys that it sees."""
         found = Partial(q)
-        for keys, visible in self.blocks(at):
-            found.merge(*kernel.forward(q, k[:, keys], v[:, keys], visible))
+        for rows, keys, sees in self.blocks(at):
+            found.merge(*kernel.forward(q[:, rows], k[:, keys], v[:, keys], sees), rows)
         return found.out.to(q.dtype), found.lse
 
     def _rotated(self, x: Tensor, at: slice, linear: Linear, norm: nn.Module | None) -> Tensor:
@@ -133,9 +133,11 @@ class _Streamed(torch.autograd.Function):
                 projected = attn.wo(out.flatten(2))
             d_out = sums.back([projected], [grad[:, at]], out, attn.wo)
             dq = torch.zeros_like(held, dtype=wide(held))
-            for keys, visible in pieces.blocks(at):
-                found = kernel.backward(d_out, held, k[:, keys], v[:, keys], out.detach(), lse, visible)
-                dq += found[0]
+            for rows, keys, sees in pieces.blocks(at):
+                found = kernel.backward(
+                    d_out[:, rows], held[:, rows], k[:, keys], v[:, keys], out.detach()[:, rows], lse[..., rows], sees
+                )
+                dq[:, rows] += found[0]
                 dk[:, keys] += found[1]
                 dv[:, keys] += found[2]
             d_x[:, at] = sums.back([q], [dq.to(q.dtype)], part, attn.wq, attn.q_norm)

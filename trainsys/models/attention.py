@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from trainsys.config.model import ModelConfig
 from trainsys.models.layers import Linear, RMSNorm
 from trainsys.models.rope import apply_rope
-from trainsys.ops.attention import attention, attention_mask
-from trainsys.ops.attention_seam import Method, Rule, attend
+from trainsys.ops.attention import causal_attention
+from trainsys.ops.attention_rule import Rule
+from trainsys.ops.attention_seam import Method, WholeRows, attend
+from trainsys.ops.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -34,30 +36,23 @@ class CoreAttention(nn.Module):
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
-        self.window = window
+        self.window, self._method = window, WholeRows()
 
-    def prepare(self, positions: Tensor, doc_ids: Tensor | None) -> Tensor | None:
-        """Anything the core wants computed once per forward instead of once per layer: here the mask.
+    def prepare(self, positions: Tensor, docs: Documents | None) -> Rule | None:
+        """Anything the core wants computed once per forward instead of once per layer: here which keys a query sees.
+        None: all up to its own.
 
         Place in the row decides what is causal, not ``positions [B, S]``, which may restart at a document.
         """
-        seq_len = positions.shape[1]
-        return attention_mask(
-            seq_len, seq_len, window=self.window, q_docs=doc_ids, k_docs=doc_ids, device=positions.device
-        )
+        if docs is None and (self.window is None or self.window >= positions.shape[1]):
+            return None
+        return Rule(self.window, docs)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        positions: Tensor,
-        doc_ids: Tensor | None,
-        prepared: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Rule | None) -> Tensor:
         """``q [B, S, H, Dh]``, ``k, v [B, S, K, Dh]`` -> ``[B, S, H, Dh]``; H and K are this rank's heads."""
-        return attention(q, k, v, mask=prepared, window=self.window, q_docs=doc_ids, k_docs=doc_ids)
+        if prepared is None:
+            return causal_attention(q, k, v)
+        return attend(q, k, v, self._method, prepared)[0]
 
 
 class SeamAttention(nn.Module):
@@ -67,20 +62,11 @@ class SeamAttention(nn.Module):
         super().__init__()
         self.window, self.method = window, method
 
-    def prepare(self, positions: Tensor, doc_ids: Tensor | None) -> Rule:
-        """``doc_ids [B, S]`` is of the whole row, ``positions`` of the part held here."""
-        return Rule(self.window, doc_ids)
+    def prepare(self, positions: Tensor, docs: Documents | None) -> Rule:
+        """``docs`` are of the whole row, ``positions`` of the part held here."""
+        return Rule(self.window, docs)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        positions: Tensor,
-        doc_ids: Tensor | None,
-        prepared: Rule,
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Rule) -> Tensor:
         return attend(q, k, v, self.method, prepared)[0]
 
 
@@ -99,16 +85,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else None
         self.core = CoreAttention(cfg.sliding_window)
 
-    def forward(self, x: Tensor, positions: Tensor, doc_ids: Tensor | None, shared: Shared) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """``x [B, S, D]`` -> ``[B, S, D]``.
 
-        A hook may gather ``x`` along S before and scatter the output after; positions, documents and
-        ``shared`` are always of the whole row.
+        A hook may gather ``x`` along S before and scatter the output after; ``shared`` is always of the whole row.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.wq(x).view(heads), self.wk(x).view(heads), self.wv(x).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, shared.cos, shared.sin), apply_rope(k, shared.cos, shared.sin)
-        out = self.core(q, k, v, positions=positions, doc_ids=doc_ids, prepared=shared.prepared)
+        out = self.core(q, k, v, shared.prepared)
         return self.wo(out.flatten(2))

@@ -16,6 +16,9 @@ from trainsys.models.attention import Attention, Shared
 from trainsys.models.ffn import build_ffn
 from trainsys.models.layers import Embedding, LayerNorm, Linear, RMSNorm, TiedHead
 from trainsys.models.rope import frequencies, rope_tables
+from trainsys.ops.documents import Documents
+
+Docs = Documents | Tensor | None
 
 
 class Block(nn.Module):
@@ -29,9 +32,9 @@ class Block(nn.Module):
         self.ffn_norm = None if cfg.parallel_block else build_norm(cfg)
         self.ffn = build_ffn(cfg, layer)
 
-    def forward(self, x: Tensor, positions: Tensor, doc_ids: Tensor | None, shared: Shared) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
         normed = self.attn_norm(x)
-        h = x + self.attn(normed, positions, doc_ids, shared)
+        h = x + self.attn(normed, shared)
         return h + self.ffn(normed if self.ffn_norm is None else self.ffn_norm(h))
 
 
@@ -59,23 +62,23 @@ class Decoder(nn.Module):
         """of rope, made in the first forward: a buffer would be sharded and saved"""
         self.head: nn.Module | None = TiedHead() if cfg.tied_embeddings else Linear(cfg.d_model, cfg.vocab)
 
-    def forward(self, tokens: Tensor, positions: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, docs: Docs = None) -> Tensor:
         """Logits ``[B, S, V]``, or the hidden state ``[B, S, D]`` of a stage that has no head.
 
         ``tokens [B, S] int64``, or the hidden state of the stage before where ``embed`` is None.
-        ``positions [B, S] int64`` feed the rotary embedding. ``doc_ids [B, S] int64``: tokens attend within
-        their own document only; None: one document a row.
+        ``positions [B, S] int64`` feed the rotary embedding. ``docs``: tokens attend within their own document only;
+        ids ``[B, S] int64`` do as well, but those of a device are read back. None: one document a row.
         """
-        hidden = self.forward_hidden(tokens, positions, doc_ids)
+        hidden = self.forward_hidden(tokens, positions, docs)
         return hidden if self.head is None else self.head_logits(hidden)
 
-    def forward_hidden(self, tokens: Tensor, positions: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+    def forward_hidden(self, tokens: Tensor, positions: Tensor, docs: Docs = None) -> Tensor:
         """As ``forward``, without the head: ``[B, S, D]`` after the final norm."""
         x = tokens if self.embed is None else self.embed(tokens)
         if self.layers:
-            shared = self._shared(positions, doc_ids, x.dtype)
+            shared = self._shared(positions, docs, x.dtype)
             for layer in self.layers.values():
-                x = layer(x, positions, doc_ids, shared)
+                x = layer(x, shared)
         return x if self.norm is None else self.norm(x)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
@@ -93,14 +96,14 @@ class Decoder(nn.Module):
         assert holder is not None, "this stage has no head"
         return holder.weight
 
-    def _shared(self, positions: Tensor, doc_ids: Tensor | None, dtype: torch.dtype) -> Shared:
+    def _shared(self, positions: Tensor, docs: Docs, dtype: torch.dtype) -> Shared:
         wide = torch.promote_types(dtype, torch.float32)
         rope, dim, freqs = self.cfg.rope, self.cfg.dim_per_head, self._freqs
         if freqs is None or freqs.device != positions.device or freqs.dtype != wide:
             freqs = self._freqs = frequencies(rope, dim, positions.device, wide)
         cos, sin = rope_tables(rope, dim, positions, wide, freqs)
         core = next(iter(self.layers.values())).attn.core
-        return Shared(cos, sin, core.prepare(positions, doc_ids))
+        return Shared(cos, sin, core.prepare(positions, None if docs is None else Documents.of(docs)))
 
 
 def build_norm(cfg: ModelConfig) -> nn.Module:

@@ -1,7 +1,10 @@
-"""The CUDA back ends: FlashAttention-2 for half precision without a mask, the memory-efficient kernel else.
+"""The CUDA back ends: FlashAttention-2 for half precision, the memory-efficient kernel else.
 
-Both are the ops behind ``scaled_dot_product_attention``, called directly because that returns no
-log-sum-exp and its autograd could not take the whole row's. Neither draws random numbers: dropout is 0.
+Both are the ops behind ``scaled_dot_product_attention``, called directly because that returns no log-sum-exp and
+its autograd could not take the whole row's. Neither draws random numbers: dropout is 0.
+
+Flash knows grouped heads, windows, and sequences of different lengths laid end to end (the op behind
+``torch.nn.attention.varlen``): the documents of all rows are one call, which computes what they hold.
 """
 
 from __future__ import annotations
@@ -10,27 +13,137 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainsys.ops.attention_kernels import NEVER, Visible, as_bias
+from trainsys.ops.attention_kernels import as_bias
+from trainsys.ops.attention_pieces import NEVER, backward_pieces, forward_pieces
+from trainsys.ops.attention_rule import Band, Block, Plain, Visible
 
 aten = torch.ops.aten
 
 
 class CudaKernel:
-    """Chooses by what each kernel can do: flash knows fp16 and bf16, no mask, head sizes in eights to 256."""
+    """Chooses by what each kernel can do: flash knows fp16 and bf16, and head sizes in eights to 256."""
+
+    fixed_shapes = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
-        # A random state is returned for dropout alone; backward at dropout 0 accepts any other.
-        return (_flash if _flash_serves(q, visible) else _efficient)(q, k, v, visible)
+        if not _flash_serves(q):
+            if isinstance(visible, Block):
+                return forward_pieces(_efficient, q, k, v, visible)
+            return _efficient(q, k, v, visible)
+        if not isinstance(visible, Block):
+            return _flash(q, k, v, visible)
+        if visible.q == visible.k:
+            return _varlen(q, k, v, visible)
+        # Of two spans apart only a document that reaches from one into the other is seen: a rectangle a row.
+        return forward_pieces(_flash, q, k, v, visible, tile=None)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visible: Visible
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run = _flash_backward if _flash_serves(q, visible) else _efficient_backward
-        return run(dout, q, k, v, out, lse.masked_fill(lse == NEVER, 0.0), visible)
+        lse = lse.masked_fill(lse == NEVER, 0.0)
+        if not _flash_serves(q):
+            if isinstance(visible, Block):
+                return backward_pieces(_efficient_backward, dout, q, k, v, out, lse, visible)
+            return _efficient_backward(dout, q, k, v, out, lse, visible)
+        if not isinstance(visible, Block):
+            return _flash_backward(dout, q, k, v, out, lse, visible)
+        if visible.q == visible.k:
+            return _varlen_backward(dout, q, k, v, out, lse, visible)
+        return backward_pieces(_flash_backward, dout, q, k, v, out, lse, visible, tile=None)
 
 
-def _flash_serves(q: Tensor, visible: Visible) -> bool:
-    return not isinstance(visible, Tensor) and q.dtype != torch.float32 and q.shape[-1] % 8 == 0
+def _flash_serves(q: Tensor) -> bool:
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _window(sees: Plain | Band, queries: int, keys: int) -> tuple[int, int]:
+    """How many keys a query sees to the left and to the right of its own; -1: all. Flash takes the last query to stand at
+    the last key."""
+    if not isinstance(sees, Band):
+        return -1, 0 if sees == "causal" else -1
+    beyond = sees.behind + queries - keys  # places of the last query after the last key: trimmed, so 0 or more
+    left = -1 if sees.window is None else sees.window - 1 - beyond
+    return left, beyond
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, sees: Plain | Band) -> tuple[Tensor, Tensor]:
+    left, right = _window(sees, q.shape[1], k.shape[1])
+    out, lse, *_ = aten._flash_attention_forward(
+        *(x.contiguous() for x in (q, k, v)),
+        None,
+        None,
+        q.shape[1],
+        k.shape[1],
+        0.0,
+        sees == "causal",
+        False,
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return out, lse
+
+
+def _flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sees: Plain | Band
+) -> tuple[Tensor, Tensor, Tensor]:
+    left, right = _window(sees, q.shape[1], k.shape[1])
+    dq, dk, dv = aten._flash_attention_backward(
+        *(x.contiguous() for x in (dout, q, k, v, out, lse)),
+        None,
+        None,
+        q.shape[1],
+        k.shape[1],
+        0.0,
+        sees == "causal",
+        *_unused(q),
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return dq, dk, dv
+
+
+def _unused(q: Tensor) -> tuple[Tensor, Tensor]:
+    """A random state and its offset, which backward reads for dropout alone."""
+    return torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    edges, longest = block.sequences(q.shape[0], q.device)
+    window = block.rule.window
+    out, lse, *_ = aten._flash_attention_forward(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        edges,
+        edges,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )
+    return out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
+
+
+def _varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
+) -> tuple[Tensor, Tensor, Tensor]:
+    edges, longest = block.sequences(q.shape[0], q.device)
+    window = block.rule.window
+    dq, dk, dv = aten._flash_attention_backward(
+        *(x.flatten(0, 1).contiguous() for x in (dout, q, k, v, out)),
+        lse.transpose(0, 1).flatten(1).contiguous(),
+        edges,
+        edges,
+        longest,
+        longest,
+        0.0,
+        True,
+        *_unused(q),
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
 def _spread(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,71 +162,37 @@ def _collect(dq: Tensor, dk: Tensor, dv: Tensor, group: int) -> tuple[Tensor, Te
     return dq, dk, dv
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(*_spread(q, k, v), 0.0, visible == "causal")
-    return out.transpose(1, 2), lse
-
-
-def _flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visible: Visible
-) -> tuple[Tensor, Tensor, Tensor]:
-    unused = torch.empty(2, dtype=torch.int64, device=q.device)
-    grads = aten._scaled_dot_product_flash_attention_backward(
-        dout.transpose(1, 2),
-        *_spread(q, k, v),
-        out.transpose(1, 2),
-        lse.contiguous(),
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
-        0.0,
-        visible == "causal",
-        unused,
-        unused,
-    )
-    dq, dk, dv = grads
-    return _collect(dq, dk, dv, q.shape[2] // k.shape[2])
-
-
-def _bias(visible: Visible, q: Tensor, k_len: int) -> Tensor | None:
-    """A mask as the efficient kernel wants it: one value a head, rows aligned to 16 bytes."""
-    if not isinstance(visible, Tensor):
+def _bias(sees: Plain | Band, q: Tensor, k_len: int) -> Tensor | None:
+    """A band as the efficient kernel wants it: one value a head, rows aligned to 16 bytes."""
+    bias = as_bias(sees, q, k_len)
+    if bias is None:
         return None
-    bias = as_bias(visible, q.dtype)
     padded = F.pad(bias, (0, -k_len % 8))[..., :k_len]
     return padded.expand(q.shape[0], q.shape[2], q.shape[1], k_len)
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
-    causal = not isinstance(visible, Tensor) and visible == "causal"
+def _efficient(q: Tensor, k: Tensor, v: Tensor, sees: Plain | Band) -> tuple[Tensor, Tensor]:
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        *_spread(q, k, v), _bias(visible, q, k.shape[1]), True, 0.0, causal
+        *_spread(q, k, v), _bias(sees, q, k.shape[1]), True, 0.0, sees == "causal"
     )
-    lse = lse[..., : q.shape[1]]  # the op rounds S up to 32
-    if isinstance(visible, Tensor):
-        blind = ~visible.any(-1)
-        lse = lse.masked_fill(blind, NEVER)
-        out = out.masked_fill(blind.unsqueeze(-1), 0.0)
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2), lse[..., : q.shape[1]]  # the op rounds S up to 32
 
 
 def _efficient_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visible: Visible
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sees: Plain | Band
 ) -> tuple[Tensor, Tensor, Tensor]:
-    causal = not isinstance(visible, Tensor) and visible == "causal"
     rounded = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
         dout.transpose(1, 2),
         *_spread(q, k, v),
-        _bias(visible, q, k.shape[1]),
+        _bias(sees, q, k.shape[1]),
         out.transpose(1, 2),
         rounded.contiguous(),
         unused,
         unused,
         0.0,
         [True, True, True, False],
-        causal,
+        sees == "causal",
     )
     return _collect(dq, dk, dv, q.shape[2] // k.shape[2])

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from trainsys.ops.attention import reference_attention
-
-Visible = Literal["all", "causal"] | Tensor
-"""Which keys a query sees: all; those up to its own place (S == T); or bool ``[B or 1, 1, S, T]``."""
-
-NEVER = float("-inf")
+from trainsys.ops.attention_pieces import NEVER, backward_pieces, forward_pieces
+from trainsys.ops.attention_rule import Band, Block, Plain, Visible
 
 
 class Kernel(Protocol):
     """One back end."""
+
+    fixed_shapes: bool
+    """Compiled anew for each shape, and so given spans whole, where others get the part in which anything is visible."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         """``out`` in the inputs' dtype, and ``lse``."""
@@ -58,26 +58,27 @@ def named_kernel(name: Literal["auto", "flex"]) -> Kernel | None:
 
 
 def as_mask(visible: Visible, q_len: int, k_len: int, device: torch.device) -> Tensor | None:
-    """``visible`` as bool, broadcastable to ``[B, H, S, T]``; None: all."""
-    if isinstance(visible, Tensor):
-        return visible
+    """``visible`` as bool, broadcastable to ``[B, H, S, T]``; None: all. For the reference and for tests."""
+    if isinstance(visible, Block):
+        return visible.mask(device)
     if visible == "all":
         return None
     assert q_len == k_len, "causal blocks are square"
     return torch.ones(q_len, k_len, dtype=torch.bool, device=device).tril().view(1, 1, q_len, k_len)
 
 
-def as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as what is added to the scores: 0 or -inf."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, NEVER)
-
-
-def _is_causal(visible: Visible) -> bool:
-    return not isinstance(visible, Tensor) and visible == "causal"
+def as_bias(sees: Plain | Band, q: Tensor, keys: int) -> Tensor | None:
+    """A band as what is added to the scores, 0 or -inf, of q's dtype: ``[1, 1, S, T]``."""
+    if not isinstance(sees, Band):
+        return None
+    seen = sees.mask(q.shape[1], keys, q.device)
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, NEVER)
 
 
 class ReferenceKernel:
     """By the definition; slow, holds all scores, runs anywhere."""
+
+    fixed_shapes = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         mask = as_mask(visible, q.shape[1], k.shape[1], q.device)
@@ -108,28 +109,44 @@ class ReferenceKernel:
 
 
 class CpuFlashKernel:
-    """torch's blocked kernel for CPUs. It knows grouped heads, and a causal mask skips half the work."""
+    """torch's blocked kernel for CPUs. It knows grouped heads, and a causal mask skips half the work.
+
+    It takes no documents: each is a call of its own, and so costs what it holds.
+    """
+
+    fixed_shapes = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
-        bias = as_bias(visible, q.dtype) if isinstance(visible, Tensor) else None
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(t.transpose(1, 2) for t in (q, k, v)), 0.0, _is_causal(visible), attn_mask=bias
-        )
-        if isinstance(visible, Tensor):
-            # The op says lse 0 for a query that sees nothing.
-            lse = lse.masked_fill(~visible.any(-1), NEVER)
-        return out.transpose(1, 2), lse
+        if isinstance(visible, Block):
+            return forward_pieces(_cpu_forward, q, k, v, visible)
+        return _cpu_forward(q, k, v, visible)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visible: Visible
     ) -> tuple[Tensor, Tensor, Tensor]:
-        bias = as_bias(visible, q.dtype) if isinstance(visible, Tensor) else None
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(t.transpose(1, 2) for t in (dout, q, k, v, out)),
-            lse.masked_fill(lse == NEVER, 0.0),
-            0.0,
-            _is_causal(visible),
-            attn_mask=bias,
-        )
-        dq, dk, dv = (g.transpose(1, 2) for g in grads)
-        return dq, dk, dv
+        # A query that sees nothing at all has a gradient of 0, and so may have any finite log-sum-exp.
+        lse = lse.masked_fill(lse == NEVER, 0.0)
+        if isinstance(visible, Block):
+            return backward_pieces(_cpu_backward, dout, q, k, v, out, lse, visible)
+        return _cpu_backward(dout, q, k, v, out, lse, visible)
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, sees: Plain | Band) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(t.transpose(1, 2) for t in (q, k, v)), 0.0, sees == "causal", attn_mask=as_bias(sees, q, k.shape[1])
+    )
+    return out.transpose(1, 2), lse
+
+
+def _cpu_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sees: Plain | Band
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(t.transpose(1, 2) for t in (dout, q, k, v, out)),
+        lse,
+        0.0,
+        sees == "causal",
+        attn_mask=as_bias(sees, q, k.shape[1]),
+    )
+    dq, dk, dv = (g.transpose(1, 2) for g in grads)
+    return dq, dk, dv

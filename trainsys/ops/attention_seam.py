@@ -8,22 +8,13 @@ a recomputation, to count its calls) serves every flavour.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from trainsys.ops.attention import attention_mask
-from trainsys.ops.attention_kernels import Kernel, Visible, kernel_for
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which pairs a row's tokens may form beside causality. ``docs [B, S]`` is of whole rows."""
-
-    window: int | None = None
-    docs: Tensor | None = None
+from trainsys.ops.attention_kernels import Kernel, kernel_for
+from trainsys.ops.attention_rule import Rule, Visible
 
 
 class Method(Protocol):
@@ -52,10 +43,10 @@ class WholeRows:
 
 
 def _visible(q: Tensor, rule: Rule) -> Visible:
-    mask = attention_mask(
-        q.shape[1], q.shape[1], window=rule.window, q_docs=rule.docs, k_docs=rule.docs, device=q.device
-    )
-    return "causal" if mask is None else mask
+    row = range(q.shape[1])
+    found = rule.block(row, row)
+    assert found is not None, "every token sees itself"
+    return found[2]
 
 
 class _Attend(torch.autograd.Function):

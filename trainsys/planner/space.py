@@ -14,7 +14,7 @@ import numpy as np
 from trainsys.config.model import ModelConfig
 from trainsys.config.run import RunConfig
 from trainsys.errors import UserError
-from trainsys.flops import layer_params
+from trainsys.flops import layer_params, row_pairs
 from trainsys.planner.cases import ATTN_KERNELS, RECOMPUTES, SCHEDULES, Cases
 from trainsys.planner.machine import Machine
 from trainsys.planner.runnable import runnable
@@ -81,6 +81,8 @@ class Job:
     loss_chunk: int = 0
     split_optim: bool = False
     split_grads: bool = False
+    document: int | None = None
+    """tokens of a packed document that attends to itself only; None: a row is one"""
 
     @staticmethod
     def of(
@@ -97,6 +99,7 @@ class Job:
             dtype or "bf16", run.train.compile or STACKS[stack].compiled, "cudnn" if modern else "flash2",
             run.parallel.context.flavour == "ulysses", run.train.loss_chunk,
             run.parallel.shard.optim == "over_replicas", run.parallel.shard.grads == "over_replicas",
+            run.data.document_length,
         )  # fmt: skip
 
 
@@ -211,7 +214,7 @@ def to_cases(job: Job, layouts: dict[str, np.ndarray[tuple[int], np.dtype[np.flo
         "n_layers": m.n_layers, "d_model": m.d_model, "n_heads": m.n_heads, "n_kv_heads": m.kv_heads,
         "head_dim": m.dim_per_head, "d_ff": m.d_ff, "glu": m.ffn_kind == "swiglu", "vocab": m.vocab,
         "tied": m.tied_embeddings, "seq": job.seq_len, "attn_params": attn.attention,
-        "attended": _attended(m, job.seq_len),
+        "attended": _attended(m, job.seq_len, job.document),
         "n_experts": moe.n_experts if moe else 0, "top_k": moe.top_k if moe else 1,
         "groups": moe.n_groups if moe else 1, "top_groups": moe.top_groups if moe else 1,
         "d_expert": moe.d_ff if moe else m.d_ff, "d_shared": moe.shared_hidden if moe else 0,
@@ -270,8 +273,7 @@ def cut_of(model: ModelConfig, stages: int, seq_len: int) -> tuple[int, ...]:
     return tuple(len(part.layers) for part in partition(model, stages, seq_len))
 
 
-def _attended(m: ModelConfig, seq: int) -> float:
-    if m.sliding_window is None or m.sliding_window >= seq:
+def _attended(m: ModelConfig, seq: int, document: int | None) -> float:
+    if (m.sliding_window or seq) >= seq and (document or seq) >= seq:
         return 1.0
-    w = m.sliding_window
-    return (w * seq - w * (w - 1) / 2.0) / (seq * seq / 2.0)
+    return row_pairs(seq, m.sliding_window, document) / (seq * seq / 2.0)

@@ -12,8 +12,8 @@ from torch import Tensor
 from support.overlap.link import ATTEMPTS, SlowLink
 from trainsys.context.balance import shard
 from trainsys.layout import Layout
-from trainsys.ops.attention_kernels import Visible
-from trainsys.ops.attention_seam import Method, Rule
+from trainsys.ops.attention_rule import Rule, Visible
+from trainsys.ops.attention_seam import Method
 from trainsys.parallel.context.blocks import Blocks, Ring
 from trainsys.parallel.context.pass_q import RingPassQ
 from trainsys.parallel.context.ring import RingPassKV
@@ -33,6 +33,7 @@ class SleepingKernel:
     """A zigzag has two visible blocks in a hop, three in the first, where two of them are half hidden."""
 
     block_s: float
+    fixed_shapes = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         time.sleep(self.block_s / 2 if visible == "causal" else self.block_s)

@@ -86,7 +86,7 @@ class Built:
         for batch in batches:
             inputs = self.inputs(batch)
             with self.phase("forward"):
-                logits = self.ds(inputs.tokens, inputs.positions, inputs.doc_ids)
+                logits = self.ds(inputs.tokens, inputs.positions, inputs.docs)
                 loss, nll = self.loss(logits, inputs.labels)
                 nll_sum += nll
                 del logits

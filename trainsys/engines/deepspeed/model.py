@@ -17,7 +17,8 @@ from trainsys.models.attention import CoreAttention
 from trainsys.models.decoder import Decoder
 from trainsys.models.layers import TiedHead
 from trainsys.models.shards import ShardSpec
-from trainsys.ops.attention import attention
+from trainsys.ops.attention_rule import Rule
+from trainsys.ops.documents import Documents
 from trainsys.parallel.expert.apply import apply_expert_parallel, moe_layers
 from trainsys.parallel.mesh import Mesh
 from trainsys.parallel.parallelize import DTYPES
@@ -102,41 +103,23 @@ def tell_tensor_parallel(model: nn.Module, shards: dict[str, ShardSpec], mesh: M
             p.register_hook(lambda grad: ops.all_reduce_(grad.clone(), tp))
 
 
-class _Local(nn.Module):
-    def __init__(self, window: int | None) -> None:
-        super().__init__()
-        self.window = window
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, docs: Tensor | None) -> Tensor:
-        return attention(q, k, v, mask=mask, window=self.window, q_docs=docs, k_docs=docs)
-
-
 class UlyssesAttention(nn.Module):
     """In place of :class:`trainsys.models.attention.CoreAttention`: DeepSpeed's all-to-alls around it."""
 
     def __init__(self, window: int | None, mesh: Mesh) -> None:
         super().__init__()
-        self.window, self._ranks = window, mesh["cp"].size
-        self._spread = DistributedAttention(_Local(window), mesh["cp"].group, scatter_idx=2, gather_idx=1)
+        self._local, self._ranks = CoreAttention(window), mesh["cp"].size
+        self._spread = DistributedAttention(self._local, mesh["cp"].group, scatter_idx=2, gather_idx=1)
 
-    def prepare(self, positions: Tensor, doc_ids: Tensor | None) -> Tensor | None:
-        """``positions [B, S/cp]``, ``doc_ids [B, S]``; the mask of whole rows, which attention has here."""
+    def prepare(self, positions: Tensor, docs: Documents | None) -> Rule | None:
+        """``positions [B, S/cp]``; ``docs`` and what is returned are of whole rows, which attention has here."""
         b, part = positions.shape
-        return CoreAttention(self.window).prepare(positions.new_empty(b, part * self._ranks), doc_ids)
+        return self._local.prepare(positions.new_empty(b, part * self._ranks), docs)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        positions: Tensor,
-        doc_ids: Tensor | None,
-        prepared: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Rule | None) -> Tensor:
         """``q [B, S/cp, H, Dh]``, ``k, v [B, S/cp, K, Dh]`` -> ``[B, S/cp, H, Dh]``."""
         copies = max(1, self._ranks // k.shape[2])
         if copies > 1:
             # It wants a kv head a rank at least.
             k, v = k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)
-        return self._spread(q, k, v, 0, None, prepared, doc_ids)
+        return self._spread(q, k, v, 0, None, prepared)

@@ -53,7 +53,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Forwards come in the order of micro-batches on every stage.
         inputs = self.rows.popleft()
-        out: Tensor = self.decoder(x, inputs.positions, inputs.doc_ids)
+        out: Tensor = self.decoder(x, inputs.positions, inputs.docs)
         return out
 
 

@@ -20,7 +20,6 @@ from trainsys.engines.base import Judge, LocalTensor, StepResult
 from trainsys.engines.megatron import build, on_cpu
 from trainsys.engines.megatron.kernels import Kernels, kernels_for
 from trainsys.engines.megatron.masters import Master, masters, publish
-from trainsys.engines.megatron.modules import mask_of
 from trainsys.engines.megatron.names import Part, Rows, rows_of
 from trainsys.engines.megatron.pieces import boxes
 from trainsys.engines.megatron.theory import estimated_throughput, theoretical_memory
@@ -160,8 +159,8 @@ class MegatronEngine:
     def _forward(self, data: Iterator[Inputs], model: Any) -> tuple[Tensor, Any]:
         """One micro-batch through one stage: what it gives, and what makes a loss of that."""
         inputs, chunk = next(data), model.module
-        chunk.rotary_pos_emb.set(inputs.positions, same_rows=inputs.doc_ids is None)
-        mask = mask_of(self._chunks.core, inputs.positions, inputs.doc_ids)
+        chunk.rotary_pos_emb.set(inputs.positions, same_rows=inputs.docs is None)
+        mask = None if inputs.docs is None else torch.from_numpy(inputs.docs.starts())
         ours = self.cfg.optim.z_loss > 0
         labels = None if ours or not chunk.post_process else inputs.labels.clamp(min=0)
         out = model(inputs.tokens, inputs.positions, mask, labels=labels)

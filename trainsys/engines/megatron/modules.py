@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainsys.config.model import ModelConfig
 from trainsys.models.attention import CoreAttention
 from trainsys.models.rope import inverse_frequencies
-from trainsys.ops.attention_seam import Rule
+from trainsys.ops.documents import Documents
 from trainsys.parallel.context.core import ContextAttention
 
 
@@ -42,8 +42,8 @@ class HeadNorm(Norm):
 class Core(nn.Module):
     """Attention as the native engine computes it, in Megatron's shapes.
 
-    What Megatron calls the attention mask is here what `mask_of` made; it passes through recomputation and
-    schedules as an argument, so micro-batches in flight do not meet.
+    What Megatron calls the attention mask is here ids of the documents of whole rows, on the host: a tensor, for it
+    passes through recomputation and schedules as an argument, so micro-batches in flight do not meet.
     """
 
     core: CoreAttention | ContextAttention
@@ -56,23 +56,14 @@ class Core(nn.Module):
         """``q [S, B, H, Dh]``, ``k, v [S, B, K, Dh]`` -> ``[S, B, H Dh]``; S is what this rank holds."""
         core = self.core
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        if isinstance(core, ContextAttention):
-            out = core(q, k, v, positions=None, doc_ids=None, prepared=Rule(core.window, mask))
-        else:
-            out = core(q, k, v, positions=None, doc_ids=None, prepared=mask)
+        docs = None if mask is None else Documents.of(mask)
+        out = core(q, k, v, core.prepare(q[..., 0, 0], docs))
         return out.transpose(0, 1).flatten(2)
 
 
 def core_for(core: CoreAttention | ContextAttention) -> type[Core]:
     """The class of attention modules that all compute by ``core``, which has no parameters."""
     return type("TrainsysCore", (Core,), {"core": core})
-
-
-def mask_of(
-    core: CoreAttention | ContextAttention, positions: Tensor, doc_ids: Tensor | None
-) -> Tensor | None:
-    """What `Core` is to be given: a mask, or under context parallelism the documents of whole rows."""
-    return doc_ids if isinstance(core, ContextAttention) else core.prepare(positions, doc_ids)
 
 
 class Rotary(nn.Module):

@@ -13,36 +13,9 @@ import torch
 from torch import Tensor
 
 from trainsys.context.balance import Shard, Span
-from trainsys.ops.attention import attention_mask
-from trainsys.ops.attention_kernels import Kernel, Visible, kernel_for
+from trainsys.ops.attention_kernels import Kernel, kernel_for
 from trainsys.ops.attention_partial import Partial, wide
-from trainsys.ops.attention_seam import Rule
-from trainsys.ops.host_copy import to_device
-
-
-def visible(rule: Rule, q: Span, k: Span) -> Visible | None:
-    """Which keys of span ``k`` the queries of span ``q`` see; None: none of them."""
-    nearest = q.place - (k.place + k.length - 1)
-    farthest = q.place + q.length - 1 - k.place
-    if farthest < 0 or (rule.window is not None and nearest >= rule.window):
-        return None
-    if rule.docs is None and (rule.window is None or farthest < rule.window):
-        if nearest >= 0:
-            return "all"
-        if (q.place, q.length) == (k.place, k.length):
-            return "causal"
-    device = None if rule.docs is None else rule.docs.device
-    mask = attention_mask(
-        q.length,
-        k.length,
-        window=rule.window,
-        q_docs=None if rule.docs is None else rule.docs[:, q.place : q.place + q.length],
-        k_docs=None if rule.docs is None else rule.docs[:, k.place : k.place + k.length],
-        q_positions=torch.arange(q.place, q.place + q.length, device=device).unsqueeze(0),
-        k_positions=torch.arange(k.place, k.place + k.length, device=device).unsqueeze(0),
-    )
-    assert mask is not None
-    return mask
+from trainsys.ops.attention_rule import Rule, Visible
 
 
 @dataclass(frozen=True)
@@ -56,9 +29,9 @@ class Blocks:
     ) -> None:
         """Merge the attention of the queries at ``q_at`` over the keys at ``k_at`` into ``partial``."""
         kernel = self.kernel or kernel_for(q)
-        for qs, ks, sees in pairs(rule, q_at, k_at, q.device):
-            out, lse = kernel.forward(q[:, qs.local], k[:, ks.local], v[:, ks.local], sees)
-            partial.merge(out, lse, qs.local)
+        for rows, keys, sees in pairs(rule, q_at, k_at, whole=kernel.fixed_shapes):
+            out, lse = kernel.forward(q[:, rows], k[:, keys], v[:, keys], sees)
+            partial.merge(out, lse, rows)
 
     def backward(
         self,
@@ -76,8 +49,7 @@ class Blocks:
     ) -> None:
         """Add gradients to ``dq`` (of q's shape) and ``dkv [2, ...]`` (of k's); out and lse are of all keys."""
         kernel = self.kernel or kernel_for(q)
-        for qs, ks, sees in pairs(rule, q_at, k_at, q.device):
-            rows, keys = qs.local, ks.local
+        for rows, keys, sees in pairs(rule, q_at, k_at, whole=kernel.fixed_shapes):
             grads = kernel.backward(
                 dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[..., rows], sees
             )
@@ -86,13 +58,28 @@ class Blocks:
             dkv[1][:, keys] += grads[2]
 
 
-def pairs(rule: Rule, q_at: Shard, k_at: Shard, device: torch.device) -> Iterator[tuple[Span, Span, Visible]]:
-    """The blocks of two shards in which anything is visible."""
+def pairs(
+    rule: Rule, q_at: Shard, k_at: Shard, *, whole: bool = False
+) -> Iterator[tuple[slice, slice, Visible]]:
+    """What is visible of two shards: queries and keys by where they are held, and which keys each query sees.
+
+    ``whole``: of each two spans all or nothing.
+    """
     for qs in q_at:
         for ks in k_at:
-            sees = visible(rule, qs, ks)
-            if sees is not None:
-                yield qs, ks, to_device(sees, device) if isinstance(sees, Tensor) else sees
+            found = rule.block(_places(qs), _places(ks), whole=whole)
+            if found is not None:
+                queries, keys, sees = found
+                yield _held(queries, qs), _held(keys, ks), sees
+
+
+def _places(span: Span) -> range:
+    return range(span.place, span.place + span.length)
+
+
+def _held(places: range, span: Span) -> slice:
+    shift = span.at - span.place
+    return slice(places.start + shift, places.stop + shift)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from trainsys.data.packing import Batch
 from trainsys.models.attention import SeamAttention
 from trainsys.models.decoder import Decoder
 from trainsys.ops.attention_kernels import Kernel
-from trainsys.ops.attention_seam import Method, Rule, WholeRows
+from trainsys.ops.attention_rule import Rule
+from trainsys.ops.attention_seam import Method, WholeRows
 from trainsys.parallel.context.all_gather import AllGatherKV
 from trainsys.parallel.context.blocks import Blocks, Ring
 from trainsys.parallel.context.dist_flash import DistFlash
@@ -39,20 +40,11 @@ class ContextAttention(SeamAttention):
         super().__init__(window, method)
         self.heads = heads
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        positions: Tensor,
-        doc_ids: Tensor | None,
-        prepared: Rule,
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Rule) -> Tensor:
         """``q [B, S/cp, H, Dh]``, ``k, v [B, S/cp, K, Dh]`` -> ``[B, S/cp, H, Dh]``."""
         if self.heads.size > 1:
             q, k, v = spread_heads(q, k, v, self.heads)
-        out = super().forward(q, k, v, positions=positions, doc_ids=doc_ids, prepared=prepared)
+        out = super().forward(q, k, v, prepared)
         return spread_tokens(out, self.heads) if self.heads.size > 1 else out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainsys.comm.p2p import Incoming, Link
 from trainsys.ops.attention_partial import Partial
-from trainsys.ops.attention_seam import Rule
+from trainsys.ops.attention_rule import Rule
 from trainsys.parallel.context.blocks import Blocks, Ring, zeros
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainsys.data.packing import Batch
+from trainsys.ops.documents import Documents
 from trainsys.ops.host_copy import to_device
 from trainsys.parallel.parallelize import ParallelModel
 from trainsys.parallel.pipeline import weights
@@ -23,17 +24,15 @@ class Inputs(NamedTuple):
     tokens: Tensor
     labels: Tensor
     positions: Tensor
-    doc_ids: Tensor | None
+    docs: Documents | None
+    """On the host, where their lengths decide what runs."""
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> Inputs:
         """A rank's part of a micro-batch, on its way to the device."""
-        return cls(
-            *(
-                None if a is None else to_device(torch.from_numpy(a), device)
-                for a in (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
-            )
-        )
+        arrays = (batch.tokens, batch.labels, batch.positions)
+        docs = None if batch.doc_ids is None else Documents.of(batch.doc_ids)
+        return cls(*(to_device(torch.from_numpy(a), device) for a in arrays), docs)
 
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -71,7 +70,7 @@ class ModelStage:
             if x is not None:
                 x = x.detach().requires_grad_()
             hidden = batch.tokens if x is None else x
-            out: Tensor = self.model.module(hidden, batch.positions, batch.doc_ids)
+            out: Tensor = self.model.module(hidden, batch.positions, batch.docs)
             if self.part.head:
                 out, reported = self._loss(out, batch.labels)
                 self.reported.append(reported)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from trainsys.flops import causal_pairs, head_gemm, layer_gemms, layer_is_recomputed
+from trainsys.flops import head_gemm, layer_gemms, layer_is_recomputed, row_pairs
 from trainsys.planner.exact.place import Place
 
 
 def attention_pairs(place: Place) -> int | None:
     """(query, key) pairs times heads that this rank computes in one layer for one micro-batch.
 
-    None where it depends on the rank or on a mask: contiguous rings, windows and documents. A zigzag gives each of n
-    ranks chunks r and 2n-1-r of L tokens: (2n-1)L² + L(L+1) pairs, whether queries or keys move. Ulysses computes
-    whole rows on 1/n of the heads: as many.
+    None where it depends on the rank or on a mask: windows, and in rings contiguous cuts and documents. A zigzag gives
+    each of n ranks chunks r and 2n-1-r of L tokens: (2n-1)L² + L(L+1) pairs, whether queries or keys move. Ulysses
+    computes whole rows on 1/n of the heads: as many.
     """
     cfg, layout = place.cfg, place.layout
     seq, window = cfg.train.seq_len, cfg.model.sliding_window
-    if cfg.data.document_mask or (window is not None and window < seq):
+    document = cfg.data.document_length
+    if window is not None and window < seq:
         return None
-    if layout.cp > 1 and place.context.balance == "contiguous" and place.context.ring > 1:
+    uneven = place.context.balance == "contiguous" or (document or seq) < seq
+    if uneven and layout.cp > 1 and place.context.ring > 1:
         return None
-    pairs = cfg.train.micro_batch * cfg.model.n_heads // layout.tp * causal_pairs(seq)
+    pairs = cfg.train.micro_batch * cfg.model.n_heads // layout.tp * row_pairs(seq, document=document)
     assert pairs % layout.cp == 0
     return pairs // layout.cp
 
