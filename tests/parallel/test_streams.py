@@ -96,7 +96,7 @@ def test_each_missing_wait_of_the_compute_stream_is_a_race(name: str) -> None:
     nodes = without_needless_waits(traces(name)[0].nodes)
     assert hazards(nodes) == []
     groups = list(waits_of_main(nodes))
-    assert len(groups) > 5
+    assert len(groups) >= 2, "one a step at least"
     for group in groups:
         assert hazards(n for i, n in enumerate(nodes) if i not in group), f"nobody misses {group}"
 
