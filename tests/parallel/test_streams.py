@@ -189,9 +189,10 @@ def _no_wait_for_a_stage() -> AbstractContextManager[None]:
 
 
 TWO = {"global_batch": 2}
+# With cp alone, fsdp is the same process group and comes first.
 FAULTS: dict[str, tuple[dict[str, Any], Callable[[], AbstractContextManager[None]], str]] = {
     "fsdp": ({"dp_shard": 2, "train": TWO}, _no_event_of_fsdp, "does not wait for fsdp all_gather"),
-    "ring": ({"cp": 2, "train": TWO}, _no_wait_for_keys, "does not wait for cp messages"),
+    "ring": ({"cp": 2, "train": TWO}, _no_wait_for_keys, "does not wait for fsdp messages"),
     "hsdp": (
         {"dp_replicate": 2, "dp_shard": 2},
         _no_wait_for_sums,
