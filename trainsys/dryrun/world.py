@@ -18,6 +18,7 @@ from trainsys.dryrun.swap import swapped
 from trainsys.models import layers
 from trainsys.models.decoder import Decoder
 from trainsys.ops import loss
+from trainsys.optim import norm
 from trainsys.parallel import parallelize
 
 
@@ -35,11 +36,13 @@ def rank_of(world: int, rank: int) -> Iterator[None]:
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Hold what CUDA holds where the code takes another way on a CPU: RMSNorm keeps its input and one number a row
-    in any dtype, the loss works on larger pieces, and a reduce-scatter needs no place for the others' parts."""
+    in any dtype, the loss works on larger pieces, a reduce-scatter needs no place for the others' parts, and the norm
+    of the gradients is not read back."""
     with (
         swapped(layers, "rms_norm", _CudaRmsNorm.apply),
         swapped(loss, "_CPU_PIECE", loss._DEVICE_PIECE),
         swapped(flat, "exchanges", lambda _: False),
+        swapped(norm, "reads_back", lambda _: False),
     ):
         yield
 
