@@ -20,7 +20,9 @@ from trainsys.config.loader import load_run
 from trainsys.models.decoder import Decoder
 from trainsys.ops.attention_cuda import CudaKernel
 from trainsys.ops.attention_partial import Partial
+from trainsys.ops.attention_rule import Rule
 from trainsys.ops.chunked_loss import chunked_cross_entropy_sum
+from trainsys.ops.documents import Documents
 from trainsys.ops.loss import VocabCrossEntropy, cross_entropy_sum
 from trainsys.optim.norm import clip_, square_sum
 
@@ -58,7 +60,9 @@ class Census(TorchDispatchMode):
 
 
 @pytest.fixture
-def census() -> Iterator[Census]:
+def census(monkeypatch: pytest.MonkeyPatch) -> Iterator[Census]:
+    # Fake tensors cannot be pinned; that the product pins what it sends is tests/ops/test_host_copy.py's.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Census() as counted:
         yield counted
 
@@ -72,6 +76,11 @@ def decoder(run: str, *overrides: str) -> tuple[Decoder, int]:
     cfg = load_run(run, ["train.compile=false", *overrides])
     with torch.device("cuda"):
         return Decoder(cfg.model, compute_dtype=torch.bfloat16), cfg.model.vocab
+
+
+def documents(seq: int, first: int) -> Documents:
+    """Two, of which the first has so many tokens; the same in every row."""
+    return Documents((((0, first), (first, seq)),), batch=2, seq=seq)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -88,13 +97,13 @@ def test_the_census_sees_reads_and_mixed_devices(census: Census) -> None:
         torch.add(x, torch.empty(4))
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("run", ["train/llama3-8b", "train/qwen3-0.6b"])
-def test_a_forward_with_its_loss_stays_on_the_device(run: str, documents: bool, census: Census) -> None:
+def test_a_forward_with_its_loss_stays_on_the_device(run: str, packed: bool, census: Census) -> None:
     model, vocab = decoder(run, "model.n_layers=2")
     census.waits.clear()  # of building it
-    tokens = zeros(1, 512)
-    logits = model(tokens, tokens, tokens if documents else None)
+    tokens, docs = zeros(1, 512), Documents((((0, 200), (200, 512)),), batch=1, seq=512)
+    logits = model(tokens, tokens, docs if packed else None)
     loss, nll = cross_entropy_sum(logits, tokens)
     assert (logits.shape, logits.device.type, loss.device.type, nll.device.type) == (
         (1, 512, vocab), "cuda", "cuda", "cuda",
@@ -103,21 +112,26 @@ def test_a_forward_with_its_loss_stays_on_the_device(run: str, documents: bool, 
     once = dict(census.waits)
     assert once in ({}, {"_to_copy cpu-cuda": 1}, {"copy_ cpu-cuda": 1})
     census.waits.clear()
-    model(tokens, tokens, tokens if documents else None)
+    model(tokens, tokens, docs if packed else None)
     quiet(census)
 
 
-@pytest.mark.parametrize("visible", ["all", "causal", "mask"])
+@pytest.mark.parametrize("visible", ["all", "causal", "documents"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4)], ids=["grouped", "plain"])
-def test_the_blockwise_kernel_has_the_shapes_it_should(
+def test_the_kernels_have_the_shapes_they_should(
     visible: str, dtype: torch.dtype, heads: tuple[int, int], census: Census
 ) -> None:
-    """Rows of 90: the efficient kernel wants 8, and gives a log-sum-exp of 96."""
+    """Rows of 90: the efficient kernel wants 8, and gives a log-sum-exp of 96. Documents of 40 and 50 tokens are one call
+    of flash, and one of the efficient kernel each."""
     kernel, shape = CudaKernel(), SimpleNamespace(b=2, s=90, d=64)
     q = torch.empty(shape.b, shape.s, heads[0], shape.d, device="cuda", dtype=dtype)
     k = torch.empty(shape.b, shape.s, heads[1], shape.d, device="cuda", dtype=dtype)
-    see: Any = zeros(2, 1, 90, 90, dtype=torch.bool) if visible == "mask" else visible
+    see: Any = visible
+    if visible == "documents":
+        part = Rule(docs=documents(90, 40)).block(range(90), range(90))
+        assert part is not None
+        see = part[2]
     out, lse = kernel.forward(q, k, k, see)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, heads[0], 90), torch.float32)
     grads = kernel.backward(out, q, k, k, out, lse, see)
@@ -125,9 +139,11 @@ def test_the_blockwise_kernel_has_the_shapes_it_should(
     assert {g.device.type for g in grads} == {"cuda"}
     Partial(q).merge(out, lse)
     quiet(census)
-    flash = visible != "mask" and dtype == torch.bfloat16
-    wanted = "_scaled_dot_product_flash_attention" if flash else "_scaled_dot_product_efficient_attention"
-    assert census.calls[wanted] == census.calls[f"{wanted}_backward"] == 1
+    flash = dtype == torch.bfloat16
+    wanted = "_flash_attention" if flash else "_scaled_dot_product_efficient_attention"
+    backward = f"{wanted}_backward"
+    calls = 2 if visible == "documents" and not flash else 1
+    assert census.calls[f"{wanted}_forward" if flash else wanted] == census.calls[backward] == calls
 
 
 def test_clipping_and_the_norm_ask_the_device_nothing(census: Census) -> None:
