@@ -14,12 +14,13 @@ from trainsys.data.order import ROLES, differences
 
 OTHERS: dict[str, Any] = {
     "source": "text", "path": "{here}/other.jsonl", "split": "train", "text_key": "body",
-    "tokenizer": "{here}/tokenizer.json", "packing": "pad", "document_mask": True, "shuffle": False,
+    "tokenizer": "{here}/tokenizer.json", "packing": "pad", "document_mask": True, "document_length": 8, "shuffle": False,
     "cache_dir": "{here}/other-cache", "prefetch": 0,
     "steps": 7, "seq_len": 8, "global_batch": 2, "micro_batch": 2, "seed": 5, "dtype": "fp32", "device": "cpu",
     "init_from": "{here}", "loss_chunk": 4, "compile": True, "attention": "flex", "threads": 1,
 }  # fmt: skip
-"""Another value of every field. A source and a path change together, and a split only with the source."""
+"""Another value of every field. A source and a path change together, a split only with the source, and a length of
+documents needs their mask."""
 
 
 def test_every_field_has_a_role() -> None:
@@ -38,7 +39,7 @@ def config(here: Path, **changed: Any) -> RunConfig:
     return RunConfig.model_validate({"model": model, "data": data, "train": train})
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("split", "tokenizer")])
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("split", "tokenizer", "document_length")])
 def test_what_changes_a_batch_is_compared_and_nothing_else(tmp_path: Path, name: str) -> None:
     records = [{"text": "a few words " * n, "body": "others " * n} for n in range(1, 30)]
     for file, lines in (("text", records), ("other", records[1:])):

@@ -166,5 +166,5 @@ def test_documents_are_runs_and_rows_that_are_alike_are_one() -> None:
 
 
 def test_documents_in_pieces_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be next to each other"):
+    with pytest.raises(AssertionError, match="must be next to each other"):
         Documents.of(np.array([[0, 0, 1, 0]]))

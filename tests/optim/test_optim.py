@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -19,6 +19,7 @@ from trainsys.optim.norm import clip_, square_sum
 from trainsys.optim.schedule import learning_rate
 
 
+@example("wsd", 18, 20)  # a warm-up that leaves less than a tenth of the run
 @given(st.sampled_from(["cosine", "linear", "wsd", "constant"]), st.integers(0, 50), st.integers(2, 300))
 def test_schedule_laws(kind: str, warmup: int, steps: int) -> None:
     cfg = OptimConfig(lr=1.0, schedule=kind, warmup_steps=warmup, min_lr_ratio=0.1)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ class Documents:
     def of(cls, ids: Tensor | np.ndarray[Any, Any] | Documents) -> Documents:
         """From ``ids [B, S]``, an integer a token, compared for equality within a row.
 
-        Raises ValueError where tokens of one number are not next to each other.
+        Raises AssertionError where tokens of one number are not next to each other.
         """
         if isinstance(ids, Documents):
             return ids
@@ -51,5 +51,5 @@ class Documents:
 def _runs(row: np.ndarray[Any, Any]) -> tuple[Run, ...]:
     edges = np.flatnonzero(row[1:] != row[:-1]) + 1
     if len(edges) and (row[1:] < row[:-1]).any() and len(np.unique(row)) != len(edges) + 1:
-        raise ValueError("a document's tokens must be next to each other in their row, and here some are not")
+        raise AssertionError("a document's tokens must be next to each other in their row, and here some are not")
     return tuple(pairwise((0, *edges.tolist(), len(row))))

@@ -12,7 +12,7 @@ def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
 
     Linear warm-up from ``lr / warmup_steps``, then ``cosine`` or ``linear`` down to ``min_lr_ratio * lr``
     at the last step; ``wsd`` (warm-up, stable, decay: Hu et al. 2024) holds ``lr`` and falls linearly over
-    the last ``decay_steps`` (0: not at all); ``constant`` holds it.
+    the last ``decay_steps`` (0: not at all; None: a tenth of the run, after the warm-up); ``constant`` holds it.
     """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
@@ -21,7 +21,9 @@ def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
     if cfg.schedule == "constant":
         return cfg.lr
     if cfg.schedule == "wsd":
-        length = cfg.decay_steps if cfg.decay_steps is not None else max(1, steps // 10)
+        length = cfg.decay_steps
+        if length is None:
+            length = max(1, min(steps // 10, last - cfg.warmup_steps))
         done = min(1.0, max(0.0, (step - (last - length)) / length)) if length else 0.0
         return cfg.lr * (1.0 - (1.0 - floor) * done)
     done = min(1.0, (step - cfg.warmup_steps) / max(1, last - cfg.warmup_steps))
