@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from support.virtual.device import Device
+from support.virtual.device import Device, Stream
 from support.virtual.operations import Operations
 from support.virtual.trace import Channel, Comm, Message
 from trainsys.comm.ops import nbytes
@@ -101,7 +101,9 @@ class Communication:
         stream = device.current
         reads, writes = tuple({of(t) for t in read}), tuple({of(t) for t in written})
         if not blocks:
-            own = self._streams.setdefault(channel, device.Stream().number)
+            if channel not in self._streams:
+                self._streams[channel] = Stream(device).number  # NCCL's, not the product's
+            own = self._streams[channel]
             device.wait(own, device.new_event(stream))
             stream = own
         shape = tuple(nbytes(t) for t in (*written, *read))

@@ -1,4 +1,4 @@
-"""The real engine, FSDP2 and recorder for two steps of one rank, on fake tensors, written down as a `Trace`.
+"""The real engine, FSDP2 and recorder for a few steps of one rank, on fake tensors, written down as a `Trace`.
 
 Streams and events stand where FSDP2 looks for those of a CPU, so that it takes the way that it takes on a GPU.
 Simulated: nothing here has run on a device.
@@ -40,11 +40,11 @@ class _Timer(CudaTimer):
         return event
 
 
-def record(cfg: RunConfig, world: int, rank: int) -> Trace:
-    """Two steps of ``rank``, in a process without a process group."""
+def record(cfg: RunConfig, world: int, rank: int, device: Device | None = None, steps: int = 2) -> Trace:
+    """``steps`` of ``rank``, at least two, in a process without a process group; ``device``: another kind of one."""
     layout = Layout.resolve(cfg.parallel, world)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    device = Device()
+    device = device or Device()
     operations = Operations(device)
     with ExitStack() as stack:
         for name in ("Stream", "Event", "current_stream", "stream", "synchronize"):
@@ -70,8 +70,9 @@ def record(cfg: RunConfig, world: int, rank: int) -> Trace:
         engine.train_step(0, data)
         recorder.end_step(0)
         second = len(device.nodes)
-        engine.train_step(1, data)
-        recorder.end_step(1)
+        for step in range(1, steps):
+            engine.train_step(step, data)
+            recorder.end_step(step)
         nodes = list(device.nodes)
     assert recorder._device is not None
     marks = [(step.names, [m.number for m in step.marks]) for step in recorder._device._pending]
