@@ -17,9 +17,12 @@ from gpu_checks.machine import smi
 from trainsys.config.loader import load_run
 from trainsys.config.model import ModelConfig
 from trainsys.flops import Gemm, causal_pairs, head_gemm, layer_gemms, packed_pairs
-from trainsys.ops.attention import attention, attention_mask
+from trainsys.ops.attention import causal_attention
 from trainsys.ops.attention_flex import FlexKernel
 from trainsys.ops.attention_kernels import Kernel, kernel_for
+from trainsys.ops.attention_rule import Rule
+from trainsys.ops.attention_seam import WholeRows, attend
+from trainsys.ops.documents import Documents
 from trainsys.ops.grouped import grouped_matmul
 
 TOKENS = 8192
@@ -120,8 +123,8 @@ def attentions(at: Setting) -> dict[str, Any]:
     make = partial(torch.randn, device=at.device, dtype=torch.bfloat16)
     q, k, v = (make(1, length, n, head, requires_grad=True) for n in (model.n_heads, *[model.kv_heads] * 2))
     part = length // 8
-    docs = (torch.arange(length, device=at.device) // part).unsqueeze(0)
-    mask = attention_mask(length, length, q_docs=docs, k_docs=docs)
+    runs = tuple((n * part, (n + 1) * part) for n in range(8))
+    rule, rows = Rule(docs=Documents((runs,), batch=1, seq=length)), WholeRows()
     flops = 4.0 * model.n_heads * head * causal_pairs(length)
     found: dict[str, Any] = {"tokens": length}
 
@@ -132,9 +135,9 @@ def attentions(at: Setting) -> dict[str, Any]:
             "both": rate(at, lambda: torch.autograd.grad(run(), (q, k, v), grad), 3.5 * flops, 0.5) / 1e12,
         }
 
-    found["causal"] = both(lambda: attention(q, k, v), flops)
+    found["causal"] = both(lambda: causal_attention(q, k, v), flops)
     packed = 4.0 * model.n_heads * head * packed_pairs([part] * 8)
-    found["8 documents"] = both(lambda: attention(q, k, v, mask=mask), packed)
+    found["8 documents"] = both(lambda: attend(q, k, v, rows, rule)[0], packed)
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         with sdpa_kernel(backend):
             try:
@@ -156,7 +159,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _seam(at: Setting, kernel: Kernel, qkv: tuple[Tensor, Tensor, Tensor], flops: float) -> dict[str, float]:
     """The blockwise kernel that context parallelism and Selective Checkpoint++ use, at its two halves."""
     out, lse = kernel.forward(*qkv, "causal")
-    wanted = attention(*qkv)
+    wanted = causal_attention(*qkv)
     gap = ((out.float() - wanted.float()).norm() / wanted.float().norm()).item()
     assert gap < 1e-2, f"the blockwise kernel is {gap:.1e} off"
     grad = torch.randn_like(out)
