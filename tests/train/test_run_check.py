@@ -171,9 +171,7 @@ def test_weights_that_no_layout_of_these_ranks_can_hold_are_refused(
     cfg, layout = config(tmp_path), Layout(**sizes)
     least = int(4 * param_counts(cfg.model).total * copies)
     check_weights(cfg, layout, local_world, least)
-    with pytest.raises(
-        UserError, match=r"model: its fp32 weights alone take .*`trainsys plan` says what fits"
-    ) as told:
+    with pytest.raises(UserError, match=r"^out of memory before .* weights alone take .*`trainsys plan` says") as told:
         check_weights(cfg, layout, local_world, least - 1)
     assert "\n" not in str(told.value)
 
@@ -184,4 +182,4 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_is_built(tmp_path:
     huge = ["model.n_layers=10000", "model.d_model=8192", "model.d_ff=32768"]
     (code,) = Job(1, file, [f"telemetry.out={tmp_path / 'out'}", *huge], log).wait()
     assert code == EXIT_USER_ERROR
-    assert "its fp32 weights alone take" in log.read_text()
+    assert "fp32 weights alone take" in log.read_text()

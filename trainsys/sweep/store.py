@@ -92,12 +92,12 @@ def measured(runs: Path) -> Result | None:
 def ended_badly(code: int, said: str) -> Result:
     """From an exit code and what was printed."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
+    oom = next((line for line in lines if _OOM.search(line)), None)
+    if oom is not None:
+        return Result("oom", reason=oom[:300])
     if code == 2:
         told = [
             line.removeprefix("trainsys: error: ") for line in lines if line.startswith("trainsys: error:")
         ]
         return Result("refused", reason="; ".join(told) or "refused")
-    oom = next((line for line in lines if _OOM.search(line)), None)
-    if oom is not None:
-        return Result("oom", reason=oom[:300])
     return Result("failed", reason=(lines[-1] if lines else f"exit code {code}")[:300])

@@ -67,9 +67,9 @@ def check_weights(cfg: RunConfig, layout: Layout, local_world: int, has: int) ->
     least = 4 * param_counts(cfg.model).total * local_world * layout.dp_replicate // layout.world
     if least > has:
         raise UserError(
-            f"model: its fp32 weights alone take {least / 2**30:,.1f} GiB on a machine with {local_world} of "
-            f"{layout.world} ranks, which has {has / 2**30:,.1f} GiB; a smaller model, or parallel.dp_shard over more "
-            "machines; `trainsys plan` says what fits"
+            f"out of memory before the first step: the model's fp32 weights alone take {least / 2**30:,.1f} GiB on a "
+            f"machine with {local_world} of {layout.world} ranks, which has {has / 2**30:,.1f} GiB; a smaller model, or "
+            "parallel.dp_shard over more machines; `trainsys plan` says what fits"
         )
 
 

@@ -66,7 +66,6 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int,
     layout = Layout.resolve(cfg.parallel, proc.world)
     refuse_unable(cfg, layout)
     warnings = layout.validate(cfg.model, cfg.train, cfg.parallel, recompute=cfg.recompute)
-    check_weights(cfg, layout, proc.local_world, machine_bytes(proc))
     source = build_source(cfg)
     session = Session(cfg, source, drain, lease, proc.ranks)
     if session.complete:
@@ -101,6 +100,7 @@ def run(cfg: RunConfig, proc: Process, drain: Drain, lease: Lease) -> tuple[int,
         for text in (*warnings, *doubts(cfg, source)):
             reporter.warn(text)
         mesh.ledger.recorder = reporter.recorder
+        check_weights(cfg, layout, proc.local_world, machine_bytes(proc))  # here, so that the run's record has it
         engine = build(cfg, mesh, reporter.recorder)
         session.attach(engine, mesh, reporter)
         reporter.begin()
