@@ -25,7 +25,7 @@ MARGIN = 0.10
 """Of the device's memory. On 79.1 GiB that is 7.9: CUDA's context, libraries and NCCL's buffers, 1.9 as the planner fits
 them to published runs (memory.overhead_bytes), 1.2 below which the allocator fails (memory.usable), and the rest for its
 rounding and fragmentation, 4% of activations by the same fit (memory.activation), and for what leaves a stream late."""
-FITS = re.compile(r"^# Fits (\d+) GPUs of clusters/(\S+)", re.M)
+FITS = re.compile(r"^# Fits (\d+) GPUs of clusters/([\w-]+)", re.M)
 RECIPES = sorted((config_root() / "train").glob("*.yaml"))
 ON_GPUS = [file for file in RECIPES if load_run(file).train.device == "cuda"]
 
