@@ -41,7 +41,7 @@ _CPU_PATH = {"recompute.policy=full", "recompute.policy=selective++", "train.los
 
 
 def losses(at: Setting, steps: int, *overrides: str) -> list[float]:
-    """Of the demo's first steps; the weights are drawn on the CPU whatever the device, so they are the same."""
+    """Losses of the demo's first steps; the weights are drawn on the CPU whatever the device, so they are the same."""
     run = bed(at, "train/demo", *overrides, batches=1 if at.tiny else 2)
     return [float(run.step().scalars[0]) for _ in range(steps)]
 

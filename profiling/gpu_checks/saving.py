@@ -32,7 +32,7 @@ def save_and_resume(at: Setting) -> dict[str, Any]:
 
 
 def _losses(at: Setting, folder: Path, steps: int) -> tuple[list[float], dict[str, float]]:
-    """Of the newest attempt, and how long steps were stopped, by what."""
+    """The newest attempt's losses, and for how long its steps were stopped, by cause."""
     overrides = [
         *ONE_RANK, *DEMO, *(TINY_DEMO if at.tiny else ()), f"train.device={at.kind}", f"train.steps={steps}",
         "checkpoint.every=2", f"telemetry.out={folder}", "telemetry.console=off",

@@ -22,9 +22,10 @@ from trainsys.planner.cluster import load_cluster
 
 GIB = 2.0**30
 MARGIN = 0.10
-"""Of the device's memory. On 79.1 GiB that is 7.9: CUDA's context, libraries and NCCL's buffers, 1.9 as the planner fits
-them to published runs (memory.overhead_bytes), 1.2 below which the allocator fails (memory.usable), and the rest for its
-rounding and fragmentation, 4% of activations by the same fit (memory.activation), and for what leaves a stream late."""
+"""Share of the device's memory. On 79.1 GiB that is 7.9: CUDA's context, libraries and NCCL's buffers, 1.9 as the
+planner fits them to published runs (memory.overhead_bytes), 1.2 below which the allocator fails (memory.usable), and the
+rest for its rounding and fragmentation, 4% of activations by the same fit (memory.activation), and for what leaves a
+stream late."""
 FITS = re.compile(r"^# Fits (\d+) GPUs of clusters/([\w-]+)", re.M)
 RECIPES = sorted((config_root() / "train").glob("*.yaml"))
 ON_GPUS = [file for file in RECIPES if load_run(file).train.device == "cuda"]
@@ -50,7 +51,7 @@ def _short(cfg: RunConfig, layout: Layout, layers: int) -> RunConfig:
 
 
 def _peaks(file: Path, world: int, layers: int) -> list[int]:
-    """Of the first and the last stage, which hold an embedding, most micro-batches, or the loss."""
+    """Peak bytes of the first and the last stage, which hold an embedding, most micro-batches, or the loss."""
     cfg = load_run(file)
     layout = Layout.resolve(cfg.parallel, world)
     ranks = sorted({layout.rank(pp=0), layout.rank(pp=layout.pp - 1)})

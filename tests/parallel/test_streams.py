@@ -132,7 +132,7 @@ def test_a_collective_out_of_order_on_one_rank_is_found() -> None:
 
 
 def test_messages_that_change_places_are_found() -> None:
-    """Of one size: only what they carry tells."""
+    """Messages of one size, told apart only by what they carry."""
     first, second = copy.deepcopy(traces("pp-interleaved"))
     batches = [n for n in second.nodes if isinstance(n, Comm) and n.messages and n.messages[0].sends]
     a, b = next((a, b) for a, b in pairwise(batches) if a.messages[0].key != b.messages[0].key)
@@ -233,5 +233,5 @@ def _item_in_the_norm() -> AbstractContextManager[None]:
 
 
 def host_syncs(trace: Trace) -> list[str]:
-    """Of the second step."""
+    """What made the host wait in the second step."""
     return [node.what for node in trace.nodes[trace.second :] if isinstance(node, HostSync)]

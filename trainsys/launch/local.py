@@ -9,7 +9,6 @@ restarts count every failure, and come back from a mistake in the config too.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shlex
@@ -85,19 +84,19 @@ def launch(path: str, overrides: Sequence[str] = (), nproc: int | None = None, d
 def _attempts(config: RunConfig, torchrun: list[str]) -> int:
     """Run all ranks, again and again until they are done, stopped, or have failed too often without a newer saved
     step; the exit code."""
-    folder, asked = Path(config.checkpoint_folder), 0
+    folder, asked, number = Path(config.checkpoint_folder), 0, 0
 
     # Asked to stop, the agent would give the ranks 30 seconds: they are told directly, and it waits for them.
-    def tell(number: int, frame: FrameType | None) -> None:
+    def tell(sent: int, frame: FrameType | None) -> None:
         nonlocal asked
-        asked = number
-        if not pass_on(number, frame):  # no rank runs yet, or none again
-            raise SystemExit(EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number)
+        asked = sent
+        if not pass_on(sent, frame):  # no rank runs yet, or none again
+            raise SystemExit(EXIT_INTERRUPTED if sent == signal.SIGINT else 128 + sent)
 
     before = {n: signal.signal(n, tell) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         with tempfile.TemporaryDirectory(prefix="trainsys-restarts-") as scratch:
-            for number in itertools.count():
+            while True:
                 os.environ[RESTARTS] = str(number)
                 end = run_agent(torchrun, config.train.steps, folder / MARKER)
                 if end.code == 0 or asked:
@@ -116,11 +115,11 @@ def _attempts(config: RunConfig, torchrun: list[str]) -> int:
                 pause = f", in {told.wait_s} s" if told.wait_s else ""
                 print(f"trainsys: {told.line}{pause}", file=sys.stderr, flush=True)
                 time.sleep(told.wait_s)
+                number += 1
     finally:
         os.environ.pop(RESTARTS, None)
         for n, handler in before.items():
             signal.signal(n, handler)
-    raise AssertionError("not reached")
 
 
 def _after_setup(asked: LaunchConfig, arguments: list[str], dry_run: bool) -> int:

@@ -9,6 +9,8 @@ Flash knows grouped heads, windows, and sequences of different lengths laid end 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,61 +69,22 @@ def _window(sees: Plain | Band, queries: int, keys: int) -> tuple[int, int]:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, sees: Plain | Band) -> tuple[Tensor, Tensor]:
-    left, right = _window(sees, q.shape[1], k.shape[1])
-    out, lse, *_ = aten._flash_attention_forward(
-        *(x.contiguous() for x in (q, k, v)),
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
-        0.0,
-        sees == "causal",
-        False,
-        window_size_left=left,
-        window_size_right=right,
-    )
-    return out, lse
+    rows = (x.contiguous() for x in (q, k, v))
+    return _call(rows, None, (q.shape[1], k.shape[1]), sees == "causal", _window(sees, q.shape[1], k.shape[1]))
 
 
 def _flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sees: Plain | Band
 ) -> tuple[Tensor, Tensor, Tensor]:
-    left, right = _window(sees, q.shape[1], k.shape[1])
-    dq, dk, dv = aten._flash_attention_backward(
-        *(x.contiguous() for x in (dout, q, k, v, out, lse)),
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
-        0.0,
-        sees == "causal",
-        *_unused(q),
-        window_size_left=left,
-        window_size_right=right,
-    )
-    return dq, dk, dv
-
-
-def _unused(q: Tensor) -> tuple[Tensor, Tensor]:
-    """A random state and its offset, which backward reads for dropout alone."""
-    return torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    rows = (x.contiguous() for x in (dout, q, k, v, out, lse))
+    longest = q.shape[1], k.shape[1]
+    return _call_backward(rows, None, longest, sees == "causal", _window(sees, *longest))
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     edges, longest = block.sequences(q.shape[0], q.device)
-    window = block.rule.window
-    out, lse, *_ = aten._flash_attention_forward(
-        *(x.flatten(0, 1) for x in (q, k, v)),
-        edges,
-        edges,
-        longest,
-        longest,
-        0.0,
-        True,
-        False,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=0,
-    )
+    rows = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse = _call(rows, edges, (longest, longest), True, _to_the_left(block))
     return out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
 
 
@@ -129,21 +92,38 @@ def _varlen_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
     edges, longest = block.sequences(q.shape[0], q.device)
-    window = block.rule.window
-    dq, dk, dv = aten._flash_attention_backward(
-        *(x.flatten(0, 1).contiguous() for x in (dout, q, k, v, out)),
-        lse.transpose(0, 1).flatten(1).contiguous(),
-        edges,
-        edges,
-        longest,
-        longest,
-        0.0,
-        True,
-        *_unused(q),
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=0,
-    )
+    rows = (x.flatten(0, 1).contiguous() for x in (dout, q, k, v, out))
+    ends = lse.transpose(0, 1).flatten(1).contiguous()
+    dq, dk, dv = _call_backward((*rows, ends), edges, (longest, longest), True, _to_the_left(block))
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+
+def _to_the_left(block: Block) -> tuple[int, int]:
+    window = block.rule.window
+    return (-1 if window is None else window - 1), 0
+
+
+def _call(
+    rows: Iterable[Tensor], edges: Tensor | None, longest: tuple[int, int], causal: bool, window: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Flash over whole rows ``[B, S, H, Dh]``, or over sequences end to end ``[tokens, H, Dh]`` between ``edges``."""
+    out, lse, *_ = aten._flash_attention_forward(
+        *rows, edges, edges, *longest, 0.0, causal, False, window_size_left=window[0], window_size_right=window[1]
+    )
+    return out, lse
+
+
+def _call_backward(
+    rows: Iterable[Tensor], edges: Tensor | None, longest: tuple[int, int], causal: bool, window: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rows``: dout, q, k, v, out and lse."""
+    given = tuple(rows)
+    # A random state and its offset, which backward reads for dropout alone.
+    unused = torch.empty(2, dtype=torch.uint64, device=given[0].device), torch.empty(0, device=given[0].device)
+    dq, dk, dv = aten._flash_attention_backward(
+        *given, edges, edges, *longest, 0.0, causal, *unused, window_size_left=window[0], window_size_right=window[1]
+    )
+    return dq, dk, dv
 
 
 def _spread(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,7 +89,7 @@ class Block:
         return made
 
     def sequences(self, batch: int, device: torch.device) -> tuple[Tensor, int]:
-        """Of a square on the diagonal (``q == k``): its documents as sequences of ``batch`` rows laid end to end.
+        """The documents of a square on the diagonal (``q == k``) as sequences, ``batch`` rows laid end to end.
         Cumulative lengths, int32 ``[N + 1]`` on the device, and the longest."""
         assert self.q == self.k, (self.q, self.k)
         if ("sequences", batch, device) not in self._made:

@@ -13,11 +13,11 @@ import numpy as np
 
 from trainsys.profiler.late_phase import COMPUTE, DATA, PHASE_ADVICE, late_phase
 from trainsys.profiler.links import slow_links
-from trainsys.profiler.places import ended, slow_places
+from trainsys.profiler.places import slow_places
 from trainsys.profiler.shape import sequence_imbalance, stage_imbalance
 from trainsys.profiler.steps import Floats, StepTable, window_count
 from trainsys.profiler.straggler import LEAST_STEPS, Straggler, find_stragglers, row_medians
-from trainsys.profiler.verdict import ALPHA, LEAST_SHARE, TESTS, Verdict
+from trainsys.profiler.verdict import ALPHA, LEAST_SHARE, TESTS, Verdict, ended
 from trainsys.profiler.waits import work_between
 from trainsys.rank_lists import ranks_named
 

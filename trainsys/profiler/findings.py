@@ -18,7 +18,7 @@ _WORSE = 2.0
 class _Known:
     said: Verdict
     window: int
-    """Of the first look that found it."""
+    """How many there had been when it was first found."""
     missed: int = 0
     lasting: bool = False
 

@@ -12,10 +12,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from trainsys.profiler.places import ended
 from trainsys.profiler.steps import Floats, StepTable, axes_of
-from trainsys.profiler.straggler import find_stragglers
-from trainsys.profiler.verdict import Verdict
+from trainsys.profiler.straggler import find_stragglers, median_where
+from trainsys.profiler.verdict import Verdict, ended
 from trainsys.rank_lists import first_few, ranks_named
 from trainsys.telemetry.events import COMM
 
@@ -96,8 +95,8 @@ def _beside_before(
         return None
     at = _split(own)
     after = np.arange(len(own))[:, None] >= at  # [T, groups]
-    low = _median_where(own, ~after)
-    high = _median_where(own, after)
+    low = median_where(own, ~after)
+    high = median_where(own, after)
     # A change of it that is worth a closer look, and neither at the very start nor at the very end.
     worth = (high >= LEAST_CHANGE * np.maximum(low, 1e-5)) & (high - low >= LEAST_SHARE * step_s)
     worth &= (at >= MIN_BEFORE) & (len(own) - at >= MIN_BEFORE)
@@ -143,14 +142,6 @@ def _split(x: Floats) -> npt.NDArray[np.int64]:
     left, total = np.cumsum(logs, axis=0)[:-1], logs.sum(axis=0)
     explained = left**2 / n + (total - left) ** 2 / (len(x) - n)
     return np.asarray(explained.argmax(axis=0) + 1)
-
-
-def _median_where(x: Floats, here: npt.NDArray[np.bool_]) -> Floats:
-    """Median of each column over the rows that are ``here``; there is at least one."""
-    ordered = np.sort(np.where(here, x, np.inf), axis=0)
-    n = here.sum(axis=0)
-    columns = np.arange(x.shape[1])
-    return np.asarray((ordered[(n - 1) // 2, columns] + ordered[n // 2, columns]) / 2)
 
 
 def _verdict(

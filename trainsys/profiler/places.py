@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from trainsys.profiler.late_phase import PHASE_ADVICE, late_phase
 from trainsys.profiler.steps import Floats, StepTable
-from trainsys.profiler.straggler import LEAST_STEPS, Straggler, find_stragglers, row_medians
-from trainsys.profiler.verdict import Verdict
+from trainsys.profiler.straggler import Straggler, find_stragglers, row_medians
+from trainsys.profiler.verdict import Verdict, ended
 
 Ints = npt.NDArray[np.int64]
 LEAST_PLACES = 3
@@ -38,11 +38,6 @@ def slow_places(
         named = {rank for v in out for rank in v.ranks}
         out += [v for v in verdicts if not named >= set(v.ranks)]
     return out, slow
-
-
-def ended(table: StepTable, s: Straggler) -> int | None:
-    """The last step in which it was slow; None where that was so to the window's end, or nearly."""
-    return int(table.steps[s.until - 1]) if len(table.steps) - s.until >= LEAST_STEPS // 2 else None
 
 
 def _numbered(names: list[str]) -> tuple[Ints, list[str]]:

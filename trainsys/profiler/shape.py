@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainsys.profiler.places import ended
 from trainsys.profiler.steps import Floats, Pairs, StepTable
 from trainsys.profiler.straggler import find_stragglers
-from trainsys.profiler.verdict import Verdict
+from trainsys.profiler.verdict import Verdict, ended
 
 CORRELATION = 0.9
 VARIATION = 0.08

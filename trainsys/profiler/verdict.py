@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from trainsys.profiler.steps import StepTable
+from trainsys.profiler.straggler import LEAST_STEPS, Straggler
+
 ALPHA = 0.01
 """Probability that a run without a fault gets any verdict about ranks, nodes, links or stages."""
 TESTS = 4
@@ -41,3 +44,8 @@ class Verdict:
     def key(self) -> tuple[object, ...]:
         """The same finding in another window has the same key."""
         return self.kind, self.ranks, self.phase
+
+
+def ended(table: StepTable, s: Straggler) -> int | None:
+    """The last step in which it was slow; None where that was so to the window's end, or nearly."""
+    return int(table.steps[s.until - 1]) if len(table.steps) - s.until >= LEAST_STEPS // 2 else None

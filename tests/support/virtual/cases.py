@@ -73,7 +73,7 @@ SLOW = {
 
 @cache
 def traces(name: str) -> list[Trace]:
-    """Of the ranks of a case, in the order in which it names them."""
+    """Traces of a case's ranks, in the order in which it names them."""
     found: list[Trace] = apart(recorded, {**CASES, **SLOW}[name])
     return found
 

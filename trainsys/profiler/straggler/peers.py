@@ -49,3 +49,12 @@ def row_medians(x: Floats) -> Floats:
     part = np.partition(x, n // 2, axis=1)
     high = part[:, n // 2]
     return np.asarray(high if n % 2 else (part[:, : n // 2].max(axis=1) + high) / 2)
+
+
+def median_where(x: Floats, here: npt.NDArray[np.bool_]) -> Floats:
+    """Median of each column over the rows that are ``here``; 0 where none is."""
+    ordered = np.sort(np.where(here, x, np.inf), axis=0)
+    n = here.sum(axis=0)
+    columns = np.arange(x.shape[1])
+    middle = (ordered[np.maximum(0, (n - 1) // 2), columns] + ordered[np.minimum(n // 2, len(x) - 1), columns]) / 2
+    return np.asarray(np.where(n > 0, middle, 0.0))

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from trainsys.profiler.straggler.episodes import best_stretch
 from trainsys.profiler.straggler.noise import BLOCKS, MAD_TO_SIGMA, MEDIAN_ERROR, deviation, inflation
-from trainsys.profiler.straggler.peers import median_of_others, ratio_to_others, row_medians
+from trainsys.profiler.straggler.peers import median_of_others, median_where, ratio_to_others, row_medians
 
 Floats = npt.NDArray[np.float64]
 
@@ -137,7 +137,7 @@ class _Near:
     ratio: Floats
     normal: npt.NDArray[np.bool_]
     ranks: int
-    """Of the whole group."""
+    """How many the group has."""
 
 
 def _look(table: Floats, mine: npt.NDArray[np.int64], floor: float) -> _Near:
@@ -166,8 +166,8 @@ def _judge(near: _Near, alpha: float, floor: float, min_share: float) -> list[St
         begin, end = np.zeros_like(begin), np.full_like(end, t)
     n = end - begin
     inside = (np.arange(t)[:, None] >= begin) & (np.arange(t)[:, None] < end)
-    middle = _median_where(ratio, inside)
-    residual = ratio - np.where(inside, middle, _median_where(ratio, ~inside))
+    middle = median_where(ratio, inside)
+    residual = ratio - np.where(inside, middle, median_where(ratio, ~inside))
     shared = _memory(ratio, residual, near.normal)
     between = 0.0
     if near.normal.sum() >= _ENOUGH_RANKS:
@@ -259,12 +259,3 @@ def _now_and_then(near: _Near, residual: Floats, threshold: float) -> list[Strag
             at = int(rows[0]), int(rows[-1]) + 1
             out.append(Straggler(int(near.columns[c]), slowdown, z, float(often[c]), *at, 0.0, now_and_then=True))
     return out
-
-
-def _median_where(x: Floats, here: npt.NDArray[np.bool_]) -> Floats:
-    """Median of each column over the rows that are ``here``; 0 where none is."""
-    ordered = np.sort(np.where(here, x, np.inf), axis=0)
-    n = here.sum(axis=0)
-    columns = np.arange(x.shape[1])
-    middle = (ordered[np.maximum(0, (n - 1) // 2), columns] + ordered[np.minimum(n // 2, len(x) - 1), columns]) / 2
-    return np.asarray(np.where(n > 0, middle, 0.0))
