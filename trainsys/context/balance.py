@@ -25,10 +25,6 @@ class Span:
     at: int
     length: int
 
-    @property
-    def local(self) -> slice:
-        return slice(self.at, self.at + self.length)
-
 
 Shard = tuple[Span, ...]
 
