@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainsys.profiler.straggler import find_stragglers, peer_log_ratio, stats
+from trainsys.profiler.straggler import find_stragglers, group, peer_log_ratio
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,15 +98,15 @@ def test_one_step_of_few_ranks_says_nothing():
 def test_a_large_group_is_judged_as_its_parts_would_be(seed):
     """Of many ranks only those that can be late are looked at; the answer is the same as of looking at all."""
     rng = np.random.default_rng(seed)
-    work = healthy(rng, 31 + seed % 2, 3 * stats.SAMPLE)
+    work = healthy(rng, 31 + seed % 2, 3 * group.SAMPLE)
     slow = rng.choice(work.shape[1], 6, replace=False)
     work[:, slow] *= rng.uniform(1.02, 1.3, 6)
     fast = find_stragglers(work)
-    sample, stats.SAMPLE = stats.SAMPLE, 10**9
+    sample, group.SAMPLE = group.SAMPLE, 10**9
     try:
         whole = find_stragglers(work)
     finally:
-        stats.SAMPLE = sample
+        group.SAMPLE = sample
     assert [s.index for s in fast] == [s.index for s in whole]
     for a, b in zip(fast, whole, strict=True):
         assert (a.since, a.share) == (b.since, b.share)

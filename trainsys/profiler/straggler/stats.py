@@ -20,15 +20,17 @@ sample that tells what is normal, are looked at closer: 16,384 ranks x 50 steps 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
 from trainsys.profiler.straggler.episodes import best_stretch
-from trainsys.profiler.straggler.noise import BLOCKS, MAD_TO_SIGMA, MEDIAN_ERROR, deviation, inflation
-from trainsys.profiler.straggler.peers import median_of_others, median_where, ratio_to_others, row_medians
+from trainsys.profiler.straggler.group import LASTING, LEAST_STEPS, PARTS, STANDS_OUT, Near, Straggler, look
+from trainsys.profiler.straggler.noise import MAD_TO_SIGMA, MEDIAN_ERROR, deviation, inflation
+from trainsys.profiler.straggler.now_and_then import now_and_then
+from trainsys.profiler.straggler.peers import median_of_others, median_where
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,13 +38,6 @@ _ENOUGH_RANKS = 8
 """Below this many peers their spread says nothing of what is normal."""
 _RESOLUTION = 1e-3
 """No spread is known to be smaller: work is compared to 0.1%."""
-SAMPLE = 1024
-"""Peers that tell what is normal; the spread of so many is known to 3%."""
-LEAST_STEPS = 8
-LASTING = 0.25
-"""A stretch of fewer steps, or of less of the window, is a moment, not a state: a machine that others use has many."""
-_PARTS = 16
-"""A window of fewer steps is judged as a whole."""
 _WHOLE = 0.9
 """A stretch of so much of the window was not chosen among many."""
 _STRETCHES = 2.0
@@ -52,31 +47,6 @@ _CAP = 4.0
 _MOST_SLOW = 8
 _PEAK = 0.03
 """Windows in which the highest of all healthy ranks is above that."""
-_STANDS_OUT = 3.0
-"""Evidence over that of the median peer, at the least."""
-_BURST = 0.2
-"""A step this much late, as a log-ratio, is one of those that ``now_and_then`` counts."""
-_BURSTS = 0.08
-"""Share of the window's steps that are, at the least."""
-
-
-@dataclass(frozen=True, slots=True)
-class Straggler:
-    """One slow rank. ``cost_s``: what each step would save everyone if it were as fast as its slowest healthy peer."""
-
-    index: int
-    slowdown: float
-    """Work over the peers' median, minus 1: 0.05 is 5% slow. In the steps in which it was."""
-    z: float
-    share: float
-    """Share of the steps from ``since`` to ``until`` in which it was slower than its peers by over half the effect."""
-    since: int
-    """First row of the window in which it was slow."""
-    until: int
-    """The row behind the last."""
-    cost_s: float
-    now_and_then: bool = False
-    """Not for a stretch: again and again, in ``share`` of the window's steps."""
 
 
 def find_stragglers(
@@ -116,7 +86,7 @@ def find_stragglers(
         mine = np.flatnonzero(labels == label)
         if mine.size < 2:
             continue
-        near = _look(table, mine, np.log1p(min_effect))
+        near = look(table, mine, np.log1p(min_effect))
         found = _judge(near, alpha / r, np.log1p(min_effect), min_share)
         healthy = np.setdiff1d(mine, [s.index for s in found])
         slowest = table[:, healthy].max(axis=1) if found and healthy.size else None
@@ -126,96 +96,86 @@ def find_stragglers(
 
 def _with_cost(s: Straggler, late: Floats) -> Straggler:
     cost = np.maximum(late, 0.0).mean() if s.now_and_then else np.median(late[s.since : s.until])
-    return Straggler(s.index, s.slowdown, s.z, s.share, s.since, s.until, max(0.0, float(cost)), s.now_and_then)
+    return replace(s, cost_s=max(0.0, float(cost)))
 
 
-@dataclass(frozen=True)
-class _Near:
-    """Ranks of one peer group that are looked at: ``normal`` ones tell the spread between ranks."""
-
-    columns: npt.NDArray[np.int64]
-    ratio: Floats
-    normal: npt.NDArray[np.bool_]
-    ranks: int
-    """How many the group has."""
-
-
-def _look(table: Floats, mine: npt.NDArray[np.int64], floor: float) -> _Near:
-    """All of a small group; of a large one a sample, and whoever is above the floor in as many steps as the shortest
-    stretch needs."""
-    whole = mine.size == table.shape[1]
-    x = table if whole else table[:, mine]
-    if mine.size <= SAMPLE:
-        return _Near(mine, ratio_to_others(np.log(x)), np.ones(mine.size, bool), mine.size)
-    middle = row_medians(x)
-    # Among so many the rank itself does not move the median.
-    least = max(LEAST_STEPS, LASTING * len(x)) / 2 if len(x) >= _PARTS else (len(x) - 1) // 2
-    late = np.count_nonzero(x >= (middle * np.exp(floor))[:, None], axis=0) >= least
-    sampled = np.zeros(mine.size, bool)
-    sampled[:: -(-mine.size // SAMPLE)] = True
-    chosen = np.flatnonzero(late | sampled)
-    return _Near(mine[chosen], np.log(x[:, chosen]) - np.log(middle)[:, None], sampled[chosen], mine.size)
-
-
-def _judge(near: _Near, alpha: float, floor: float, min_share: float) -> list[Straggler]:
+def _judge(near: Near, alpha: float, floor: float, min_share: float) -> list[Straggler]:
     """The slow ones of a group, without their cost; ``alpha`` for each rank."""
     ratio = near.ratio
-    t, r = ratio.shape
+    t = len(ratio)
     begin, end, weight = best_stretch(ratio, floor / 2, _CAP * floor)
-    if t < _PARTS:
+    if t < PARTS:
         begin, end = np.zeros_like(begin), np.full_like(end, t)
     n = end - begin
     inside = (np.arange(t)[:, None] >= begin) & (np.arange(t)[:, None] < end)
     middle = median_where(ratio, inside)
     residual = ratio - np.where(inside, middle, median_where(ratio, ~inside))
     shared = _memory(ratio, residual, near.normal)
-    between = 0.0
-    if near.normal.sum() >= _ENOUGH_RANKS:
-        levels = np.median(ratio[:, near.normal], axis=0)
-        between = float(MAD_TO_SIGMA * np.median(np.abs(levels - np.median(levels))))
-    if t < 3:
-        own = np.full(r, np.inf if r < _ENOUGH_RANKS else 0.0)
-    else:
-        # A rank that happens to be quiet in this window is no quieter than its peers.
-        scatter = deviation(residual)
-        own = MEDIAN_ERROR * np.maximum(scatter, np.median(scatter[near.normal])) * np.sqrt(shared / n)
-    sigma = np.maximum(np.maximum(own, between), _RESOLUTION)
-    whole = n >= _WHOLE * t
+    step = _scatter(residual, shared, near.normal)
+    between = _between(ratio[:, near.normal])
+    z = middle / _sigma(step / np.sqrt(n), between)
     least = min(t, max(LEAST_STEPS, LASTING * t))
+    usual = _usual_peak(ratio[:, near.normal], step[near.normal], between, _PEAK / near.ranks)
     stretches = max(1.0, (t / least) ** 2 * _STRETCHES)
-    thresholds = [NormalDist().inv_cdf(1 - alpha / 2 / k) for k in (1.0, stretches)]
-    z = middle / sigma
+    sure, sure_of_many = (max(usual, NormalDist().inv_cdf(1 - alpha / 2 / k)) for k in (1.0, stretches))
+    threshold = np.where(n >= _WHOLE * t, sure, sure_of_many)
     share = ((ratio > floor / 2) & inside).sum(axis=0) / n
-    # Where everybody has such stretches it is the machine that others use.
-    pieces = np.array_split(ratio[:, near.normal], 1 if t < _PARTS else round(1 / LASTING))
-    error = np.maximum(np.maximum((own * np.sqrt(n / len(pieces[0])))[near.normal], between), _RESOLUTION)
-    usual = _usual_peak(np.array([np.median(piece, axis=0) for piece in pieces]) / error, _PEAK / near.ranks)
-    thresholds = [max(threshold, usual) for threshold in thresholds]
-    slow = (z > np.where(whole, *thresholds)) & (middle >= floor) & (share >= min_share) & (n >= least)
-    slow &= weight >= _STANDS_OUT * median_of_others(weight[None])[0]
-    if (upper := _MOST_SLOW / near.normal.sum()) <= 0.25:
-        slow &= weight >= 2 * np.quantile(weight[near.normal], 1 - upper)
+    slow = (z > threshold) & (middle >= floor) & (share >= min_share) & (n >= least) & _stands_out(weight, near.normal)
     out = []
     for c in np.flatnonzero(slow).tolist():
-        alone = residual[:, [c]]
-        z_own = z[c] * min(1.0, np.sqrt(shared[c] / inflation(alone, level=False, sure=0.0))) if t >= _PARTS else z[c]
-        if z_own > thresholds[0 if whole[c] else 1]:
-            at, slowdown = (int(begin[c]), int(end[c])), float(np.expm1(middle[c]))
-            out.append(Straggler(int(near.columns[c]), slowdown, float(z_own), float(share[c]), *at, 0.0))
+        if t >= PARTS:  # its own noise may have more memory than its peers'
+            z[c] *= min(1.0, np.sqrt(shared[c] / inflation(residual[:, [c]], level=False, sure=0.0)))
+        if z[c] > threshold[c]:
+            slowdown = float(np.expm1(middle[c]))
+            at = int(begin[c]), int(end[c])
+            out.append(Straggler(int(near.columns[c]), slowdown, float(z[c]), float(share[c]), *at, 0.0))
     named = {s.index for s in out}
-    return out + [s for s in _now_and_then(near, residual, thresholds[1]) if s.index not in named]
+    return out + [s for s in now_and_then(near, residual, sure_of_many) if s.index not in named]
 
 
-def _usual_peak(z: Floats, share: float) -> float:
-    """What a ``share`` of many healthy ranks is above for a stretch, by the tail that their z [pieces, R] have (taken to
-    fall exponentially, and so more slowly than that of a normal one); 0 for few ranks. ``_MOST_SLOW`` of them may be slow
-    without a trace in it."""
-    upper = max(_MOST_SLOW / z.shape[1], 0.01)
-    if upper > 0.25 or not np.isfinite(z).all():
+def _scatter(residual: Floats, shared: Floats, normal: npt.NDArray[np.bool_]) -> Floats:
+    """[R]: the error of a median over one step, which falls with the root of their number; of one or two steps it is not
+    known."""
+    t, r = residual.shape
+    if t < 3:
+        return np.full(r, np.inf if r < _ENOUGH_RANKS else 0.0)
+    own = deviation(residual)
+    # A rank that happens to be quiet in this window is no quieter than its peers.
+    return np.asarray(MEDIAN_ERROR * np.maximum(own, np.median(own[normal])) * np.sqrt(shared))
+
+
+def _between(normal: Floats) -> float:
+    """The spread between ranks [T, R] that stays; 0 where they are too few to tell."""
+    if normal.shape[1] < _ENOUGH_RANKS:
         return 0.0
-    high, low = np.quantile(z, [1 - upper, 1 - min(0.5, 10 * upper)])
-    per_fold = (high - low) / np.log(min(0.5, 10 * upper) / upper)
-    return float(high + per_fold * np.log(upper / share))
+    levels = np.median(normal, axis=0)
+    return float(MAD_TO_SIGMA * np.median(np.abs(levels - np.median(levels))))
+
+
+def _sigma(error: Floats, between: float) -> Floats:
+    return np.maximum(np.maximum(error, between), _RESOLUTION)
+
+
+def _stands_out(weight: Floats, normal: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """[R]: whether a stretch has more evidence than those of others. Where everybody has such it is the machine."""
+    out = weight >= STANDS_OUT * median_of_others(weight[None])[0]
+    if (upper := _MOST_SLOW / normal.sum()) <= 0.25:
+        out &= weight >= 2 * np.quantile(weight[normal], 1 - upper)
+    return np.asarray(out)
+
+
+def _usual_peak(normal: Floats, step: Floats, between: float, share: float) -> float:
+    """What a ``share`` of many healthy ranks is above for a stretch, by the tail that the z of pieces of ``normal``
+    [T, R] have (taken to fall exponentially, and so more slowly than that of a normal one); 0 for few ranks.
+    ``_MOST_SLOW`` of them may be slow without a trace in it. ``step``: `_scatter`'s."""
+    upper = max(_MOST_SLOW / normal.shape[1], 0.01)
+    if upper > 0.25:
+        return 0.0
+    pieces = np.array_split(normal, 1 if len(normal) < PARTS else round(1 / LASTING))
+    z = np.array([np.median(piece, axis=0) for piece in pieces]) / _sigma(step / np.sqrt(len(pieces[0])), between)
+    lower = min(0.5, 10 * upper)
+    high, low = np.quantile(z, [1 - upper, 1 - lower])
+    return float(high + (high - low) / np.log(lower / upper) * np.log(upper / share))
 
 
 def _memory(ratio: Floats, residual: Floats, normal: npt.NDArray[np.bool_]) -> Floats:
@@ -229,33 +189,3 @@ def _memory(ratio: Floats, residual: Floats, normal: npt.NDArray[np.bool_]) -> F
     return np.array([inflation(np.delete(ratio, i, axis=1)) for i in range(r)])
 
 
-def _now_and_then(near: _Near, residual: Floats, threshold: float) -> list[Straggler]:
-    """Ranks that are far behind in many steps, all over the window, and that others are not."""
-    ratio = near.ratio
-    t, r = ratio.shape
-    length = t // BLOCKS
-    if length < 2:
-        return []
-    burst = ratio > max(_BURST, 4 * float(np.median(deviation(residual))))
-    often = burst.mean(axis=0)
-    chosen = np.flatnonzero(often >= _BURSTS)
-    if not chosen.size:
-        return []
-    lateness = np.clip(ratio, 0.0, 1.0)
-    blocks = lateness[: length * BLOCKS].reshape(BLOCKS, length, r).mean(axis=1)
-    out = []
-    for c in chosen.tolist():
-        others = near.normal.copy()
-        others[c] = False
-        if not others.any() or often[others].max() > often[c] / _STANDS_OUT:
-            continue
-        excess = blocks[:, c] - blocks[:, others].mean(axis=1)
-        sigma = max(float(excess.std(ddof=1)), 1e-3) / np.sqrt(BLOCKS)
-        z = float(excess.mean()) / sigma
-        in_blocks = burst[: length * BLOCKS, c].reshape(BLOCKS, length).any(axis=1).sum()
-        if z > threshold and in_blocks > BLOCKS / 2:
-            rows = np.flatnonzero(burst[:, c])
-            slowdown = float(np.expm1(np.median(ratio[rows, c])))
-            at = int(rows[0]), int(rows[-1]) + 1
-            out.append(Straggler(int(near.columns[c]), slowdown, z, float(often[c]), *at, 0.0, now_and_then=True))
-    return out
