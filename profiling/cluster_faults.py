@@ -45,7 +45,7 @@ RUN = f"""
 name: quiet
 model: {{n_layers: 2, d_model: 32, n_heads: 4, n_kv_heads: 2, d_ff: 64, vocab: 320, max_seq_len: 64}}
 parallel: {{dp_shard: -1}}
-train: {{steps: {STEPS}, seq_len: 32, global_batch: 8, micro_batch: 2, device: cpu, dtype: fp32, threads: 1}}
+train: {{steps: {STEPS}, seq_len: 32, global_batch: 32, micro_batch: 2, device: cpu, dtype: fp32, threads: 1}}
 data: {{source: text, path: corpus.txt, tokenizer: bytes}}
 optim: {{lr: 3e-3}}
 telemetry: {{console: plain, out: runs}}
@@ -244,11 +244,23 @@ def full_disk(s: Study, name: str) -> None:
     try:
         job = s.submit(name, f"checkpoint.folder={disk}/checkpoints")
         s.at(job)
+        # The ranks stand still until it is full, or they could be done before that; and it stays full, though a checkpoint
+        # that was just being deleted makes room for the next.
+        held = job.ranks()
+        for pid in held:
+            os.kill(pid, signal.SIGSTOP)
         filler = disk / "filler"
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-        wait("the failure", job, lambda: "again: " in job.said() or job.ended)
+
+        def failed() -> bool:
+            with suppress(OSError), filler.open("ab", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+            return "again: " in job.said() or job.ended
+
+        failed()
+        for pid in held:
+            os.kill(pid, signal.SIGCONT)
+        wait("the failure", job, failed)
         filler.unlink()
         s.end(job, "COMPLETED")
         if "No space left on device" not in job.said():
