@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from trainsys.profiler.causes import cause_of
 from trainsys.profiler.late_phase import COMPUTE, DATA, PHASE_ADVICE, late_phase
 from trainsys.profiler.links import slow_links
 from trainsys.profiler.places import slow_places
@@ -101,7 +102,10 @@ def _rank(table: StepTable, work: Floats, s: Straggler, step_s: float) -> Verdic
         rows = rows[np.argsort(-work[rows, s.index])[: max(1, round(s.share * len(work)))]]
     phase, ratio = late_phase(table.select(np.sort(rows)), np.array([s.index]))
     where = f" on {table.hosts[rank]}" if table.hosts.get(rank) else ""
+    cause = cause_of(table, work, np.array([s.index]), phase, s.since, s.until)
     words = {"data": "waits for its data", "compute": "computes slowly"}.get(phase, f"is slow in {phase}")
+    words = cause.words or words
+    why = f"; {cause.evidence}" if cause.evidence else ""
     gap = _gap(work, s)
     cost = s.cost_s if s.cost_s > 0 else gap
     how = f"{100 * s.slowdown:.0f}% more work time than its peers"
@@ -113,9 +117,9 @@ def _rank(table: StepTable, work: Floats, s: Straggler, step_s: float) -> Verdic
     told = ", ".join(f"{n} {100 * r:+.0f}%" for n, r in sorted(ratio.items(), key=lambda kv: -abs(kv[1]))
                      if n in (*COMPUTE, *DATA))  # fmt: skip
     return Verdict(
-        "rank", f"rank {rank}{where} {words}: {how}", f"{told_when}, z = {min(s.z, 999):.1f}; {told}",
-        f"look at {PHASE_ADVICE.get(phase, PHASE_ADVICE['compute'])}",
-        cost, cost / step_s, (rank,), phase, int(table.steps[s.since]), ended(table, s),
+        "rank", f"rank {rank}{where} {words}: {how}", f"{told_when}, z = {min(s.z, 999):.1f}; {told}{why}",
+        cause.advice or f"look at {PHASE_ADVICE.get(phase, PHASE_ADVICE['compute'])}",
+        cost, cost / step_s, (rank,), phase, int(table.steps[s.since]), ended(table, s), cause.name,
     )  # fmt: skip
 
 
@@ -142,5 +146,5 @@ def _garbage(table: StepTable, step_s: float) -> list[Verdict]:
         "gc", f"garbage collection pauses {told}: {n} pauses of {1e3 * mean:.0f} ms, and all others wait",
         f"in {100 * float(long.any(axis=1).mean()):.0f}% of the steps some rank collects while others do not",
         "gc.freeze() after set-up, and collect on all ranks at the same step; find what makes so many objects",
-        cost, cost / step_s, named, "gc", int(table.steps[int(np.flatnonzero(long.any(axis=1))[0])]),
+        cost, cost / step_s, named, "gc", int(table.steps[int(np.flatnonzero(long.any(axis=1))[0])]), cause="gc",
     )]  # fmt: skip

@@ -155,5 +155,5 @@ def _verdict(
         "link", f"the link of {axis} between {ranks_named(ranks)}{where} is slow: {ratio:.1f} times the usual time",
         evidence,
         "check the cable, switch port and NIC counters between these ranks, and NCCL_DEBUG=INFO for a fallback path",
-        cost, cost / step_s, ranks, axis, int(table.steps[since]),
+        cost, cost / step_s, ranks, axis, int(table.steps[since]), cause="link",
     )  # fmt: skip

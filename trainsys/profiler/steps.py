@@ -14,7 +14,7 @@ from trainsys.layout import AXES, Axis, Layout
 from trainsys.telemetry.events import COMM, COMM_AXES, Flops, RunStart, Step
 from trainsys.telemetry.records import gathered
 from trainsys.telemetry.step_columns import StepColumns
-from trainsys.telemetry.vectors import BYTES, PLACE, TIMED
+from trainsys.telemetry.vectors import BYTES, HOST, PLACE, TIMED
 
 Floats = npt.NDArray[np.float64]
 CAPTURE = "capture/"
@@ -99,6 +99,8 @@ class StepTable:
     captures: list[Capture] = field(default_factory=list)
     memory: dict[str, Floats] = field(default_factory=dict)
     """allocated, reserved, peak, rss: bytes [T, R]."""
+    host: dict[str, Floats] = field(default_factory=dict)
+    """The kernel's counters since the process began [T, R] (``telemetry.events.HostTime``); of an older run 0."""
     hosts: dict[int, str] = field(default_factory=dict)
     switches: dict[str, str] = field(default_factory=dict)
     """host -> the switch that it hangs on, where the scheduler tells it."""
@@ -137,7 +139,7 @@ class StepTable:
         return StepTable(
             self.ranks, self.steps[rows], self.time[rows], cut(self.phases), cut(self.stalls), cut(self.nbytes),
             self.tokens[rows], self.padded[rows], self.flops_model[rows], self.flops_hardware[rows],
-            self.work[rows], self.layout, self.micro, self.calls, self.captures, cut(self.memory), self.hosts,
+            self.work[rows], self.layout, self.micro, self.calls, self.captures, cut(self.memory), cut(self.host), self.hosts,
             self.switches, self.on_device, None if self.apart_s is None else self.apart_s[rows], self.of_run,
         )  # fmt: skip
 
@@ -165,7 +167,7 @@ def empty_table(ranks: Sequence[int], steps: npt.NDArray[np.int64], layout: Layo
     return StepTable(
         list(ranks), steps, np.full(shape, np.nan), {}, {}, {}, np.zeros(shape), np.zeros(shape), np.zeros(len(steps)),
         np.zeros(len(steps)), np.zeros(len(steps), bool), layout, apart_s=np.full(len(steps), np.nan),
-        memory={name: np.zeros(shape) for name in MEMORY},
+        memory={name: np.zeros(shape) for name in MEMORY}, host={name: np.zeros(shape) for name in HOST},
     )  # fmt: skip
 
 
@@ -187,6 +189,7 @@ def fill(table: StepTable, column: int, steps: StepColumns, device: StepColumns 
     put(table.stalls, steps, rows, steps.named("stalls"))
     put(table.nbytes, steps, rows, steps.nbytes)
     put(table.memory, steps, rows, {name: steps.of("memory", name) for name in MEMORY})
+    put(table.host, steps, rows, {name: steps.of("host", name) for name in HOST})
     table.tokens[rows, column], table.padded[rows, column] = steps.of("tokens"), steps.of("tokens_padded")
     counted = steps.has("flops", "model")
     model, hardware = steps.of("flops", "model"), steps.of("flops", "hardware")
@@ -272,7 +275,7 @@ def table_of_windows(windows: Sequence[Floats], flops: Sequence[Flops | None], l
         np.array([f.model if f else 0.0 for f in flops]),
         np.array([(f.hardware or f.model) if f else 0.0 for f in flops]),
         np.asarray(np.isfinite(time).all(axis=1)), layout,
-        memory={name: column(name) for name in MEMORY},
+        memory={name: column(name) for name in MEMORY}, host={name: column(name) for name in HOST},
     )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ class Verdict:
     """First step that shows it."""
     until: int | None = None
     """Last step that showed it; None: to the end."""
+    cause: str = ""
+    """Of a rank or node: why, by its host's counters (``causes``); "data", "gc" or "link" of those; "" where unknown."""
     news: Literal["new", "worse", "lasting", "over"] = "new"
     """While a run trains: what is new about it (``findings``)."""
 

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from trainsys.telemetry.events import COMM, COMM_AXES, Step
-from trainsys.telemetry.vectors import BYTES, PLACE, TIMED, VECTOR, to_vector
+from trainsys.telemetry.vectors import BYTES, HOST, PLACE, TIMED, VECTOR, to_vector
 
 Floats = npt.NDArray[np.float64]
 FOLD = 64
 """Steps kept until they are summed: a mean of many at once costs a hundredth of adding each."""
 _HIGHEST = [PLACE[name] for name in ("reserved", "peak")]
-_LATEST = [PLACE[name] for name in ("step", "lr", "allocated", "rss")]
+_LATEST = [PLACE[name] for name in ("step", "lr", "allocated", "rss", *HOST)]
 
 
 class Window:

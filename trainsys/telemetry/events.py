@@ -98,6 +98,23 @@ class Memory(msgspec.Struct, omit_defaults=True, gc=False):
     rss: int = 0
 
 
+class HostTime(msgspec.Struct, omit_defaults=True, gc=False):
+    """What the kernel has counted since the process began; read every 100 ms at most, so steps between show the same."""
+
+    cpu_s: float = 0.0
+    """The step's thread ran."""
+    wait_s: float = 0.0
+    """It could have run and waited for a CPU."""
+    others_s: float = 0.0
+    """The process's other threads ran, together."""
+    throttled_s: float = 0.0
+    """The control group had used up its quota."""
+    faults: int = 0
+    """Pages mapped without reading a disk, by all threads."""
+    major_faults: int = 0
+    """Pages read from a disk."""
+
+
 class Flops(msgspec.Struct, omit_defaults=True, gc=False):
     """FLOPs of one optimizer step over *all* ranks."""
 
@@ -146,6 +163,7 @@ class Step(Event):
     lr: float | None = None
     memory: Memory | None = None
     flops: Flops | None = None
+    host: HostTime | None = None
     mfu: float | None = None
     """0..1: ``flops.model`` / (step_time_s x world x peak_flops). None where the peak is unknown."""
     mfu_palm: float | None = None

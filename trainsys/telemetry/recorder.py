@@ -24,6 +24,7 @@ from trainsys.telemetry.events import (
     DeviceStep,
     Event,
     Flops,
+    HostTime,
     Memory,
     Message,
     Metrics,
@@ -34,6 +35,7 @@ from trainsys.telemetry.events import (
     split_nonfinite,
 )
 from trainsys.telemetry.host_memory import host_memory
+from trainsys.telemetry.host_time import HostTimes
 from trainsys.telemetry.reader import event_file
 from trainsys.telemetry.resolution import Resolution
 from trainsys.telemetry.spans import STALL, Collective, Pause, Phase
@@ -50,8 +52,9 @@ GC_STALL_S = 0.01
 alone."""
 
 
-MEMORY_NS = 100_000_000
-"""Between two readings of memory, which take as long as all else that a short step is charged for."""
+READ_NS = 100_000_000
+"""Between two readings of memory and of the host's counters, which take as long as all else that a short step is charged
+for."""
 
 
 def here(**fields: Any) -> RunStart:
@@ -104,7 +107,9 @@ class Recorder:
         self._now = clock
         self._read_memory = memory or host_memory
         self._memory: Memory | None = None
-        self._memory_due = 0
+        self._host_times = HostTimes()
+        self._host: HostTime | None = None
+        self._read_due = 0
         self._writer = None if run_dir is None else EventWriter(
             event_file(run_dir, info.rank), kept=Resolution(info).kept
         )
@@ -185,10 +190,10 @@ class Recorder:
         None.
         """
         now = self._now()
-        if now >= self._memory_due:
-            self._memory = self._read_memory()
+        if now >= self._read_due:
+            self._memory, self._host = self._read_memory(), self._host_times.read()
             now = self._now()
-            self._memory_due = now + MEMORY_NS
+            self._read_due = now + READ_NS
         times = self._clock.end(now)
         step_time_s = times.step_ns / 1e9
         phases = {name: ns / 1e9 for name, ns in times.phases.items()}
@@ -204,7 +209,7 @@ class Recorder:
         record = Step(
             step, self._time_of(times.began), step_time_s, phases,
             {kind: ns / 1e9 for kind, ns in times.stalls.items()} if times.stalls else {},
-            comm, times.calls_us, tokens, tokens_padded, attn_pairs, loss, grad_norm, lr, self._memory, flops,
+            comm, times.calls_us, tokens, tokens_padded, attn_pairs, loss, grad_norm, lr, self._memory, flops, self._host,
         )  # fmt: skip
         if not finite:
             record.nonfinite = split_nonfinite((("loss", loss), ("grad_norm", grad_norm), ("lr", lr)))
