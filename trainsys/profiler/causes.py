@@ -1,8 +1,8 @@
 """Why a rank is late, by what the kernel counted on its host (``telemetry.events.HostTime``).
 
 Of the seconds per step by which a late rank exceeds its peers, each kind of time it spent without computing is what it
-has more of than they have: throttled by its control group, runnable but waiting for a CPU, or neither running nor
-waiting. A cause is named when it accounts for half of the excess, the more particular one first; throttled time is
+has more of than they have: throttled by its control group, kept from running by its own process's threads, runnable but
+waiting for a CPU, or neither. A cause is named when it accounts for half of the excess, the more particular one first; throttled time is
 counted as waiting by the kernel too.
 """
 
@@ -17,8 +17,10 @@ from trainsys.profiler.steps import Floats, StepTable
 from trainsys.telemetry.vectors import HOST
 
 HALF = 0.5
-MAJOR_S, MINOR_S = 50e-6, 0.3e-6
-"""The least that a page read from a disk, and one just mapped, cost; an SSD's latency, and a fault's own work."""
+MAJOR_S, MINOR_S = 50e-6, 0.5e-6
+"""The least that a page read from a disk, and one just mapped, cost: an SSD's latency, and clearing 4 KiB."""
+FAULTY = 50e3
+"""Pages per second of CPU that a thread maps that does little else; one that allocates maps a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ def explained(more: dict[str, float], excess: float, on_device: bool = False) ->
     enough = HALF * excess
     if more["throttled_s"] >= enough:
         return cause("cpu_quota", f"its control group was out of CPU quota for {_ms(more['throttled_s'])} more per step")
+    if min(more["wait_s"] + more["idle_s"], more["others_s"]) >= enough:
+        # Kept from running, and it was this process that ran meanwhile.
+        ran = f"other threads of its process ran for {_ms(more['others_s'])} more per step"
+        if more["faults"] >= FAULTY * more["others_s"]:
+            return cause("page_faults", f"{ran} and mapped {more['faults']:.0f} pages")
+        return cause("host_lock", f"{ran}, and its own was kept from running")
     if more["wait_s"] >= enough:
         return cause("cpu_contention", f"it waited {_ms(more['wait_s'])} more per step for a CPU that others were using")
     if more["major_faults"] * MAJOR_S >= HALF * enough:
@@ -112,10 +120,7 @@ def explained(more: dict[str, float], excess: float, on_device: bool = False) ->
     if on_device:
         return UNKNOWN
     if more["idle_s"] >= enough:
-        stood = f"its thread stood still for {_ms(more['idle_s'])} more per step, though a CPU was free"
-        if more["others_s"] >= HALF * more["idle_s"]:
-            return cause("host_lock", f"{stood}, while other threads of the process ran")
-        return cause("stopped", stood)
+        return cause("stopped", f"its thread neither ran nor waited for a CPU for {_ms(more['idle_s'])} more per step")
     if more["cpu_s"] >= enough:
         return cause("device", f"its thread computed for {_ms(more['cpu_s'])} more per step")
     return UNKNOWN

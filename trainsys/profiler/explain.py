@@ -310,8 +310,9 @@ def summary_of(e: Explanation) -> dict[str, Any]:
              "estimated": t.estimated, "slowest_rank": t.slowest_rank} for t in terms
         ],
         "verdicts": [
-            {"kind": v.kind, "ranks": list(v.ranks), "phase": v.phase, "cause": v.cause, "since": v.since, "until": v.until, "ms": 1e3 * v.cost_s,
-             "share": v.share, "title": v.title, "evidence": v.evidence, "advice": v.advice} for v in e.verdicts
+            {"kind": v.kind, "ranks": list(v.ranks), "phase": v.phase, "cause": v.cause, "since": v.since,
+             "until": v.until, "ms": 1e3 * v.cost_s, "share": v.share, "title": v.title, "evidence": v.evidence,
+             "advice": v.advice} for v in e.verdicts
         ],
         "goodput": e.goodput_share,
     }  # fmt: skip
