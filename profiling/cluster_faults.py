@@ -244,8 +244,8 @@ def full_disk(s: Study, name: str) -> None:
     try:
         job = s.submit(name, f"checkpoint.folder={disk}/checkpoints")
         s.at(job)
-        # The ranks stand still until it is full, or they could be done before that; and it stays full, though a checkpoint
-        # that was just being deleted makes room for the next.
+        # The ranks stand still until it is full, or they could be done before that; and it stays full, though a
+        # checkpoint that was just being deleted makes room for the next.
         held = job.ranks()
         for pid in held:
             os.kill(pid, signal.SIGSTOP)

@@ -38,13 +38,13 @@ def work(n):
 with Recorder(folder, here(rank=rank, world=2, run_id="r", layout={"dp_replicate": 2})) as rec:
     rec.begin()
     print("ready", flush=True)
-    for step in range(%d):
+    for step in range(STEPS):
         with rec.phase("forward"):
             work(n)
         with rec.phase("backward"):
             work(n)
         rec.end_step(step, tokens=1)
-""" % STEPS
+""".replace("STEPS", str(STEPS))
 HOLDS_THE_LOCK = """
 import ctypes
 held = ctypes.PyDLL(None)
@@ -150,7 +150,7 @@ def _run(folder: Path, fault: str, disturbed) -> StepTable:  # type: ignore[no-u
 
 @pytest.mark.timing
 @pytest.mark.parametrize(
-    "cause, fault, disturbed",
+    ("cause", "fault", "disturbed"),
     [
         ("stopped", "", _stopped),
         ("cpu_contention", "", _hogged),
@@ -160,7 +160,9 @@ def _run(folder: Path, fault: str, disturbed) -> StepTable:  # type: ignore[no-u
         ("device", "n *= 2", _nothing),
     ],
 )
-def test_a_process_that_is_disturbed_is_late_for_that_reason(tmp_path: Path, cause: str, fault: str, disturbed) -> None:  # type: ignore[no-untyped-def]
+def test_a_process_that_is_disturbed_is_late_for_that_reason(
+    tmp_path: Path, cause: str, fault: str, disturbed
+) -> None:  # type: ignore[no-untyped-def]
     table = _run(tmp_path, fault, disturbed)
     found = cause_of(table, work_between(table), np.array([1]), "compute", 8, len(table.steps))
     assert found.name == cause, (found, per_step(table, 8, len(table.steps)))
@@ -183,7 +185,7 @@ def _table(**late: float) -> tuple[StepTable, Floats]:
 
 
 @pytest.mark.parametrize(
-    "cause, more",
+    ("cause", "more"),
     [
         ("cpu_quota", {"throttled_s": 0.009, "wait_s": 0.010}),
         ("cpu_contention", {"wait_s": 0.007, "others_s": 0.001}),
@@ -243,7 +245,7 @@ def test_the_verdict_carries_the_cause_its_evidence_and_its_advice() -> None:
 
 
 @pytest.mark.parametrize(
-    "lines, stat, seconds",
+    ("lines", "stat", "seconds"),
     [
         ("0::/pod/one\n", {"pod/one": "usage_usec 9\nthrottled_usec 2500000\n"}, 2.5),
         ("4:cpu,cpuacct:/job\n0::/\n", {"cpu,cpuacct/job": "throttled_time 1500000000\n"}, 1.5),

@@ -2,8 +2,8 @@
 
 Of the seconds per step by which a late rank exceeds its peers, each kind of time it spent without computing is what it
 has more of than they have: throttled by its control group, kept from running by its own process's threads, runnable but
-waiting for a CPU, or neither. A cause is named when it accounts for half of the excess, the more particular one first; throttled time is
-counted as waiting by the kernel too.
+waiting for a CPU, or neither. A cause is named when it accounts for half of the excess, the more particular one first;
+throttled time is counted as waiting by the kernel too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FAULTY = 50e3
 
 @dataclass(frozen=True)
 class Cause:
-    """``name``: cpu_quota, cpu_contention, page_faults, host_lock, stopped, data, device (it ran all the time), or "" where
-    the counters do not tell. ``words``: what the rank does; ``advice``: "" where it is that for its phase."""
+    """``name``: cpu_quota, cpu_contention, page_faults, host_lock, stopped, data, device (it ran all the time), or ""
+    where the counters do not tell. ``words``: what the rank does; ``advice``: "" where it is that for its phase."""
 
     name: str = ""
     evidence: str = ""
@@ -50,7 +50,8 @@ ADVICE = {
     "page (vmstat 1, perf trace -F all)",
     "host_lock": "find the thread that holds the interpreter or a lock (py-spy dump): loggers, loaders and monitors "
     "belong in a process of their own",
-    "stopped": "see what its thread waits for (py-spy dump), or who stops it (kill -STOP, a debugger, a frozen control group)",
+    "stopped": "see what its thread waits for (py-spy dump), or who stops it (kill -STOP, a debugger, a frozen control "
+    "group)",
 }
 
 
@@ -79,7 +80,9 @@ def cause_of(
         excess = float(np.median(took[columns]) - np.median(took[others]))
         found = explained(more_of(grown, took, columns, others), excess, table.on_device)
     # It is not the step's thread that reads.
-    return Cause("data") if phase == "data" and found.name in ("", "stopped", "host_lock", "device") else found
+    return (
+        Cause("data") if phase == "data" and found.name in ("", "stopped", "host_lock", "device") else found
+    )
 
 
 def more_of(
@@ -104,7 +107,10 @@ def explained(more: dict[str, float], excess: float, on_device: bool = False) ->
         return UNKNOWN
     enough = HALF * excess
     if more["throttled_s"] >= enough:
-        return cause("cpu_quota", f"its control group was out of CPU quota for {_ms(more['throttled_s'])} more per step")
+        return cause(
+            "cpu_quota",
+            f"its control group was out of CPU quota for {_ms(more['throttled_s'])} more per step",
+        )
     if min(more["wait_s"] + more["idle_s"], more["others_s"]) >= enough:
         # Kept from running, and it was this process that ran meanwhile.
         ran = f"other threads of its process ran for {_ms(more['others_s'])} more per step"
@@ -112,7 +118,10 @@ def explained(more: dict[str, float], excess: float, on_device: bool = False) ->
             return cause("page_faults", f"{ran} and mapped {more['faults']:.0f} pages")
         return cause("host_lock", f"{ran}, and its own was kept from running")
     if more["wait_s"] >= enough:
-        return cause("cpu_contention", f"it waited {_ms(more['wait_s'])} more per step for a CPU that others were using")
+        return cause(
+            "cpu_contention",
+            f"it waited {_ms(more['wait_s'])} more per step for a CPU that others were using",
+        )
     if more["major_faults"] * MAJOR_S >= HALF * enough:
         return cause("page_faults", f"it read {more['major_faults']:.0f} more pages per step from a disk")
     if more["faults"] * MINOR_S >= HALF * enough:
@@ -120,7 +129,9 @@ def explained(more: dict[str, float], excess: float, on_device: bool = False) ->
     if on_device:
         return UNKNOWN
     if more["idle_s"] >= enough:
-        return cause("stopped", f"its thread neither ran nor waited for a CPU for {_ms(more['idle_s'])} more per step")
+        return cause(
+            "stopped", f"its thread neither ran nor waited for a CPU for {_ms(more['idle_s'])} more per step"
+        )
     if more["cpu_s"] >= enough:
         return cause("device", f"its thread computed for {_ms(more['cpu_s'])} more per step")
     return UNKNOWN

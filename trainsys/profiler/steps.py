@@ -139,8 +139,8 @@ class StepTable:
         return StepTable(
             self.ranks, self.steps[rows], self.time[rows], cut(self.phases), cut(self.stalls), cut(self.nbytes),
             self.tokens[rows], self.padded[rows], self.flops_model[rows], self.flops_hardware[rows],
-            self.work[rows], self.layout, self.micro, self.calls, self.captures, cut(self.memory), cut(self.host), self.hosts,
-            self.switches, self.on_device, None if self.apart_s is None else self.apart_s[rows], self.of_run,
+            self.work[rows], self.layout, self.micro, self.calls, self.captures, cut(self.memory), cut(self.host),
+            self.hosts, self.switches, self.on_device, None if self.apart_s is None else self.apart_s[rows], self.of_run,
         )  # fmt: skip
 
 

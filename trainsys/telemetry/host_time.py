@@ -64,7 +64,9 @@ def cpu_stat(proc: Path, groups: Path) -> Path | None:
         return None
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        for mount in (controllers, "cpu") if "cpu" in controllers.split(",") else ("",) if not controllers else ():
+        for mount in (
+            (controllers, "cpu") if "cpu" in controllers.split(",") else ("",) if not controllers else ()
+        ):
             found = groups / mount / path.lstrip("/") / "cpu.stat"
             if found.exists():
                 return found
