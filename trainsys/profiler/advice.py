@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from trainsys.config.run import RunConfig
 from trainsys.profiler.memory import MemoryReport
 from trainsys.profiler.settings import Settings
-from trainsys.profiler.verdict import Verdict
+from trainsys.profiler.verdict import OF_NO_RANK, Verdict
 from trainsys.profiler.waterfall import STALL, Waterfall
 from trainsys.telemetry.events import COMM
 from trainsys.telemetry.text import size
@@ -70,7 +70,7 @@ def _for(
         axis = term[len(COMM) :]
         return _communication(axis, settings), 1.0, f"all exposed communication of {axis}, without waiting for late ranks"
     if term == "straggler":
-        named = [v for v in verdicts if v.kind != "gc"]
+        named = [v for v in verdicts if v.kind not in OF_NO_RANK]
         if named:
             return f"the straggler: {named[0].title}", 1.0, "all waiting for late ranks"
         return f"jitter, now one rank is late and now another: {_JITTER}", 1.0, "all waiting; no rank is late for good"

@@ -16,6 +16,7 @@ from trainsys.profiler.late_phase import COMPUTE, DATA, PHASE_ADVICE, late_phase
 from trainsys.profiler.links import slow_links
 from trainsys.profiler.places import slow_places
 from trainsys.profiler.shape import sequence_imbalance, stage_imbalance
+from trainsys.profiler.slowdown import Slowdown
 from trainsys.profiler.steps import Floats, StepTable, window_count
 from trainsys.profiler.straggler import LEAST_STEPS, Straggler, find_stragglers, row_medians
 from trainsys.profiler.verdict import ALPHA, LEAST_SHARE, TESTS, Verdict, ended
@@ -43,12 +44,16 @@ class Blame:
         self._alpha = ALPHA / window_count(steps)
         self._found: dict[tuple[object, ...], list[Verdict]] = {}
         """Episodes of each finding, in order."""
+        self._slowdown = Slowdown()
         self._end: int | None = None
         """The last step of the window before."""
 
     def add(self, table: StepTable) -> None:
         """``table``: judged steps alone."""
-        if not len(table.steps) or not self._left or len(table.ranks) < 2:
+        if not len(table.steps) or not self._left:
+            return
+        self._slowdown.add(table, work_between(table))
+        if len(table.ranks) < 2:
             return
         self._left -= len(table.steps)
         # What still is so at the run's end has no end.
@@ -67,7 +72,8 @@ class Blame:
 
     def verdicts(self) -> list[Verdict]:
         """The costliest first."""
-        return sorted((v for episodes in self._found.values() for v in episodes), key=lambda v: -v.share)
+        found = [v for episodes in self._found.values() for v in episodes]
+        return sorted(found + self._slowdown.verdicts(), key=lambda v: -v.share)
 
 
 def judge_window(table: StepTable, alpha: float = ALPHA) -> list[Verdict]:

@@ -23,7 +23,7 @@ from trainsys.profiler.run_timeline import run_timelines
 from trainsys.profiler.steps import MEMORY, Floats, StepTable
 from trainsys.profiler.straggler import peer_log_ratio
 from trainsys.profiler.timeline import Timeline
-from trainsys.profiler.verdict import Verdict
+from trainsys.profiler.verdict import OF_NO_RANK, Verdict
 from trainsys.profiler.waits import LateForGood, work_between
 from trainsys.profiler.waterfall import JITTER, Ledger, Waterfall, label
 from trainsys.profiler.what_if_run import Saved, WhatIf, what_if
@@ -111,7 +111,7 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
     fall = ledger.waterfall()
     verdicts = seen.blame.verdicts()
     series = over_time.result(ledger.peak())
-    if all(v.kind == "gc" for v in verdicts):  # nobody is late for good
+    if all(v.kind in OF_NO_RANK for v in verdicts):  # nobody is late for good
         if series is not None and "straggler" in series.labels:
             series.labels["straggler"] = JITTER
         if fall is not None:

@@ -15,8 +15,10 @@ import numpy as np
 from trainsys.layout import Layout
 from trainsys.profiler.blame import judge_window
 from trainsys.profiler.findings import Findings
+from trainsys.profiler.slowdown import Slowdown
 from trainsys.profiler.steps import Capture, Floats, table_of_windows
 from trainsys.profiler.verdict import ALPHA, Verdict
+from trainsys.profiler.waits import work_between
 from trainsys.profiler.waterfall import Work, waterfall
 from trainsys.telemetry.events import Flops
 from trainsys.telemetry.vectors import PLACE
@@ -58,7 +60,7 @@ class LiveWatch:
         self._hosts = dict(enumerate(hosts))
         self._found, self._show = found, show
         self._windows: deque[tuple[Floats, Flops | None]] = deque(maxlen=KEEP)
-        self._findings = Findings()
+        self._findings, self._slowdown = Findings(), Slowdown()
         self._looks = 0
         self._first: int | None = None
         """The step of the first window."""
@@ -109,10 +111,13 @@ class LiveWatch:
         fall = waterfall(newest, self._peak, work, self._measured)
         if fall is not None:
             self._show(last, {f"waterfall/{t.name.replace('/', '_')}_ms": 1e3 * t.seconds for t in fall.terms})
-        warm = table.select(np.flatnonzero(table.steps >= (self._first or 0) + WARM_UP))
-        if len(warm.steps) < LEAST or len(table.ranks) < 2 or not warm.work.all():
-            return
-        self._looks += 1
-        verdicts = judge_window(warm, ALPHA * 6 / (math.pi * self._looks) ** 2)
+        begin = (self._first or 0) + WARM_UP
+        fresh = newest.select(newest.work & (newest.steps >= begin))
+        self._slowdown.add(fresh, work_between(fresh))
+        warm = table.select(np.flatnonzero(table.steps >= begin))
+        verdicts = self._slowdown.verdicts()
+        if len(warm.steps) >= LEAST and len(table.ranks) > 1 and warm.work.all():
+            self._looks += 1
+            verdicts += judge_window(warm, ALPHA * 6 / (math.pi * self._looks) ** 2)
         for verdict in self._findings.look(verdicts, self._count, last):
             self._found(verdict)

@@ -32,9 +32,11 @@ def forward_backward(table: StepTable) -> tuple[float, float, int]:
     some = range(0, len(table.ranks), max(1, len(table.ranks) // ENOUGH))
     pairs = [table.micro[table.ranks[i]] for i in some if table.ranks[i] in table.micro]
     if not pairs and {"forward", "backward"} <= table.phases.keys():
+        # Beside the step's median over ranks: a machine that is slow for all for a while is no row's length.
+        forward, backward = (_beside_median(table.phases[name]) for name in ("forward", "backward"))
         for i in some:
             pairs.append(Pairs())
-            pairs[-1].add(table.phases["forward"][:, i], table.phases["backward"][:, i])
+            pairs[-1].add(forward[:, i], backward[:, i])
     pairs = [p for p in pairs if p.count >= 3 and p.forward > 0 and p.backward > 0]
     count = sum(p.count for p in pairs)
     if not count:
@@ -47,6 +49,12 @@ def forward_backward(table: StepTable) -> tuple[float, float, int]:
     if min(forward, backward) < LEAST_VARIANCE:
         return 0.0, spread, count
     return float(both / np.sqrt(forward * backward)), spread, count
+
+
+def _beside_median(seconds: Floats) -> Floats:
+    """[T, R], each step relative to its median; that is the usual one's."""
+    middle = np.median(seconds, axis=1, keepdims=True)
+    return np.asarray(seconds / np.maximum(middle, 1e-9) * np.median(middle))
 
 
 def sequence_imbalance(table: StepTable, work: Floats, step_s: float) -> list[Verdict]:

@@ -15,13 +15,16 @@ TESTS = 4
 LEAST_SHARE = 0.01
 """What costs less of a step is not worth a name."""
 
+OF_NO_RANK = ("gc", "run")
+"""Kinds for which nobody is late for good."""
+
 
 @dataclass(frozen=True)
 class Verdict:
     """What it is, what shows it, what to do; who, in which phase, since when, and what all ranks lose by it."""
 
     kind: str
-    """rank, node, link, gc, sequence, stage."""
+    """rank, node, switch, link, gc, sequence, stage, run."""
     title: str
     evidence: str
     advice: str
