@@ -33,10 +33,10 @@ def forward_backward(table: StepTable) -> tuple[float, float, int]:
     pairs = [table.micro[table.ranks[i]] for i in some if table.ranks[i] in table.micro]
     if not pairs and {"forward", "backward"} <= table.phases.keys():
         # Beside the step's median over ranks: a machine that is slow for all for a while is no row's length.
-        forward, backward = (_beside_median(table.phases[name]) for name in ("forward", "backward"))
+        beside = [_beside_median(table.phases[name]) for name in ("forward", "backward")]
         for i in some:
             pairs.append(Pairs())
-            pairs[-1].add(forward[:, i], backward[:, i])
+            pairs[-1].add(beside[0][:, i], beside[1][:, i])
     pairs = [p for p in pairs if p.count >= 3 and p.forward > 0 and p.backward > 0]
     count = sum(p.count for p in pairs)
     if not count:
@@ -54,7 +54,7 @@ def forward_backward(table: StepTable) -> tuple[float, float, int]:
 def _beside_median(seconds: Floats) -> Floats:
     """[T, R], each step relative to its median; that is the usual one's."""
     middle = np.median(seconds, axis=1, keepdims=True)
-    return np.asarray(seconds / np.maximum(middle, 1e-9) * np.median(middle))
+    return np.asarray(seconds / np.maximum(middle, 1e-9) * float(np.median(middle)))
 
 
 def sequence_imbalance(table: StepTable, work: Floats, step_s: float) -> list[Verdict]:
