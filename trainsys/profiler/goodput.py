@@ -15,13 +15,19 @@ from trainsys.telemetry.records import Floats, Ints, Records
 from trainsys.telemetry.run_data import WARMUP
 from trainsys.telemetry.step_columns import by_attempt
 
+BLOCK = 8
+"""Steps whose median is one measurement."""
+QUICKEST = 0.2
+SLOW = 1.2
+"""Times a healthy step; less is noise."""
+
 
 @dataclass(frozen=True)
 class Goodput:
     """Seconds of one rank's wall time, first start to last sign of life. ``productive_s + sum(lost) == wall_s``.
 
     ``lost``: ``restart`` (no process ran), ``lost steps`` (trained again after a restart), ``warm-up`` (first steps'
-    excess over the median step), stalls by kind, and ``the rest`` (after the loop; what no record claims).
+    excess over the median step), ``slow steps`` (what they took beyond a healthy step of their size), stalls by kind, and ``the rest`` (after the loop; what no record claims).
     """
 
     wall_s: float
@@ -49,6 +55,8 @@ class _Attempt:
     seen: float
     steps: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     seconds: Floats = field(default_factory=lambda: np.zeros(0))
+    flops: Floats = field(default_factory=lambda: np.zeros(0))
+    """0 where a step does not tell."""
     stalls: dict[str, float] = field(default_factory=dict)
 
 
@@ -65,6 +73,7 @@ def account(parts: Iterable[Records]) -> Goodput:
             seconds = steps.of("step_time_s")
             now.steps = np.concatenate((now.steps, steps.step))
             now.seconds = np.concatenate((now.seconds, seconds))
+            now.flops = np.concatenate((now.flops, steps.of("flops", "model")))
             now.seen = max([now.seen, *(steps.of("start_s") + seconds + steps.stalled_s).tolist()])
             for event in others:
                 if isinstance(event, Stall):
@@ -78,6 +87,26 @@ def account(parts: Iterable[Records]) -> Goodput:
     return _sum_up(attempts)
 
 
+def healthy(seconds: Floats, flops: Floats) -> Floats:
+    """[T] -> [T]: what each step would take on a healthy machine; infinite where that cannot be told.
+
+    Blocks of steps have their medians, and healthy is what the quickest fifth of them stay below: a run that is slow for
+    most of its time is still seen. It goes with a step's FLOPs where all tell them, but a step smaller than the median one
+    may take as long as that: small steps are less efficient.
+    """
+    if seconds.size < 2 * BLOCK:
+        return np.full(seconds.size, np.inf)
+    size = np.ones(seconds.size)
+    if (flops > 0).all():
+        size = np.maximum(1.0, flops / np.median(flops))
+        usual = flops >= 0.9 * np.median(flops)
+    else:
+        usual = np.full(seconds.size, True)
+    each = (seconds / size)[usual]
+    blocks = np.array_split(each, max(1, each.size // BLOCK))
+    return np.asarray(size * np.quantile([np.median(b) for b in blocks], QUICKEST))
+
+
 def _sum_up(attempts: list[_Attempt]) -> Goodput:
     lost: dict[str, float] = {}
     productive, kept, again = 0.0, 0, 0
@@ -88,6 +117,8 @@ def _sum_up(attempts: list[_Attempt]) -> Goodput:
 
     times = np.concatenate([a.seconds for a in attempts])
     typical = float(np.median(times)) if times.size else 0.0
+    expected = healthy(times, np.concatenate([a.flops for a in attempts]))
+    ends = np.cumsum([a.seconds.size for a in attempts])
     for i, attempt in enumerate(attempts):
         next_first = min((int(a.steps[0]) for a in attempts[i + 1 :] if a.steps.size), default=None)
         stays = np.full(attempt.steps.size, True) if next_first is None else attempt.steps < next_first
@@ -95,7 +126,11 @@ def _sum_up(attempts: list[_Attempt]) -> Goodput:
         warm = np.where(stays & first, np.maximum(0.0, attempt.seconds - typical), 0.0)
         lose("lost steps", float(attempt.seconds[~stays].sum()))
         lose("warm-up", float(warm.sum()))
-        productive += float((attempt.seconds - warm)[stays].sum())
+        took = attempt.seconds - warm
+        usual = expected[ends[i] - took.size : ends[i]]
+        slow = np.where(stays & (took > SLOW * usual), took - usual, 0.0)
+        lose("slow steps", float(slow.sum()))
+        productive += float((took - slow)[stays].sum())
         kept += int(stays.sum())
         again += int((~stays).sum())
         for kind, seconds in attempt.stalls.items():

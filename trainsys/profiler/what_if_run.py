@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from trainsys.profiler.pipeline import PipelineStep
 from trainsys.profiler.steps import Floats, StepTable
-from trainsys.profiler.straggler import peer_log_ratio
+from trainsys.profiler.straggler import median_of_others, peer_log_ratio
 from trainsys.profiler.waits import work_between
 from trainsys.profiler.waterfall import Waterfall
 from trainsys.telemetry.events import COMM
 
 LEAST = 0.01
 MOST_RANKS = 3
+CHANCE = 0.005
+"""That equal ranks show any."""
+BLOCKS, SHORTEST, LEAST_BLOCKS = 8, 2, 4
+"""Blocks that a window is cut into, steps of one, and blocks that tell a spread."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,17 @@ class WhatIf:
 
 
 class Saved:
-    """Seconds that all ranks would save had one been no later than its peers, over any number of windows."""
+    """Seconds that all ranks would save had one been no later than its peers, over any number of windows.
+
+    Somebody is the latest in every step. What a rank saves counts as far as it is beyond what the others save (of equal
+    ranks each saves the same), and only where that is so throughout: its mean over blocks of steps must be clear of their
+    spread, which knows of slow drift what single steps do not.
+    """
 
     def __init__(self) -> None:
-        self._steps = 0
-        self._seconds: Floats | None = None
+        self._steps = self._blocks = 0
+        self._beyond: Floats | None = None
+        """Of all steps, [R]; then sums over blocks of its mean per step, and of that squared."""
 
     def add(self, table: StepTable) -> None:
         """The steps of ``table.work``."""
@@ -49,18 +60,31 @@ class Saved:
         lateness = work * -np.expm1(-peer_log_ratio(work, table.peers()))  # over the peers' median
         at = np.arange(len(rows))
         last = lateness.argmax(axis=1)
-        saved = np.zeros(work.shape[1]) if self._seconds is None else self._seconds
         before = np.maximum(0.0, lateness[at, last])
         lateness[at, last] = -np.inf
-        np.add.at(saved, last, before - np.maximum(0.0, lateness.max(axis=1)))
-        self._seconds, self._steps = saved, self._steps + rows.size
+        saved = np.zeros(work.shape)
+        saved[at, last] = before - np.maximum(0.0, lateness.max(axis=1))
+        means = np.array([b.mean(axis=0) for b in np.array_split(saved, max(1, min(BLOCKS, rows.size // SHORTEST)))])
+        means -= median_of_others(means)
+        total = saved.sum(axis=0)
+        new = np.stack([total - median_of_others(total[None])[0], means.sum(axis=0), (means**2).sum(axis=0)])
+        self._beyond = new if self._beyond is None else self._beyond + new
+        self._steps, self._blocks = self._steps + rows.size, self._blocks + len(means)
 
     def most(self, ranks: Sequence[int]) -> list[tuple[int, float]]:
-        """(rank, seconds a step) of those that are latest in most steps."""
-        if self._seconds is None:
+        """(rank, seconds per step) of those that would save most, if it is not by chance."""
+        if self._beyond is None or self._blocks < LEAST_BLOCKS:
             return []
-        order = np.argsort(-self._seconds)[:MOST_RANKS]
-        return [(ranks[c], float(self._seconds[c]) / self._steps) for c in order]
+        n = self._blocks
+        total, sums, squares = self._beyond
+        mean = sums / n
+        variance = np.maximum(squares / n - mean**2, 0.0) / (n - 1)
+        # A spread that few blocks tell is less certain itself (the tail of Student's t, nearly), and blocks resemble each
+        # other where noise is slow (by simulation, to a correlation of 0.95 between steps).
+        sure = 1.3 * NormalDist().inv_cdf(1 - CHANCE / len(ranks)) * (1 + 8 / n)
+        order = np.argsort(-total)[:MOST_RANKS]
+        beyond = [c for c in order.tolist() if mean[c] > sure * np.sqrt(variance[c])]
+        return [(ranks[c], float(total[c]) / self._steps) for c in beyond]
 
 
 def what_if(fall: Waterfall, pipe: PipelineStep | None, late: list[tuple[int, float]]) -> list[WhatIf]:
