@@ -15,6 +15,7 @@ import pytest
 
 from trainsys.config.run import TelemetryConfig, WandbConfig
 from trainsys.errors import UserError
+from trainsys.telemetry.events import Finding
 from trainsys.telemetry.sinks import prometheus
 from trainsys.telemetry.sinks.base import RunInfo, Sinks
 from trainsys.telemetry.sinks.build import build_sinks, refuse_missing
@@ -45,11 +46,20 @@ class Notebook:
             self._gate.wait()
         self._note("step", step)
 
+    def finding(self, finding: Finding) -> None:
+        self._note("finding", finding.title)
+
     def message(self, level: str, text: str) -> None:
         self._note("message", text)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._note("finish", summary)
+
+
+def found(news: Any, until: int | None = None, rank: int = 3) -> Finding:
+    return Finding(step=2, kind="rank", news=news, title=f"rank {rank} computes slowly", evidence="z = 9", advice="look",
+                   cause="device", phase="compute", ranks=[rank], hosts=["n1"], since=1, until=until, cost_s=0.004,
+                   share=0.1)  # fmt: skip
 
 
 def info(run_dir: Path) -> RunInfo:
@@ -60,6 +70,7 @@ def run(sinks: Sinks, run_dir: Path, steps: int = 3) -> None:
     sinks.start(info(run_dir))
     for i in range(steps):
         sinks.step(i, {"train/loss": 3.0 - i, "perf/mfu": 0.5})
+    sinks.finding(found("new"))
     sinks.message("info", "hello")
     sinks.finish({"loss": 1.0})
 
@@ -73,6 +84,7 @@ def test_calls_come_in_order(tmp_path: Path) -> None:
         ("step", 0),
         ("step", 1),
         ("step", 2),
+        ("finding", "rank 3 computes slowly"),
         ("message", "hello"),
         ("finish", {"loss": 1.0}),
     ]
@@ -80,12 +92,12 @@ def test_calls_come_in_order(tmp_path: Path) -> None:
     assert warnings == []
 
 
-@pytest.mark.parametrize("method", ["start", "step", "message", "finish"])
+@pytest.mark.parametrize("method", ["start", "step", "finding", "message", "finish"])
 def test_a_sink_that_raises_is_off_with_one_warning(tmp_path: Path, method: str) -> None:
     bad, good = Notebook("bad", fail=method), Notebook()
     warnings: list[str] = []
     run(Sinks([bad, good], warnings.append), tmp_path)
-    assert len(good.calls) == 6
+    assert len(good.calls) == 7
     assert bad.calls[-1][0] == method
     assert [m for m, _ in bad.calls].count(method) == 1
     assert warnings == [
@@ -147,7 +159,10 @@ def test_tensorboard(tmp_path: Path) -> None:
     run(Sinks([TensorBoardSink()], pytest.fail), tmp_path / "run")
     board = EventAccumulator(str(next(tmp_path.glob("tensorboard/*"))))
     board.Reload()
-    assert sorted(board.Tags()["scalars"]) == ["perf/mfu", "train/loss"]
+    assert sorted(board.Tags()["scalars"]) == ["blame/rank_3_compute_ms", "perf/mfu", "train/loss"]
+    assert [(e.step, e.value) for e in board.Scalars("blame/rank_3_compute_ms")] == [(2, 4.0)]
+    (said,) = board.Tensors("blame")
+    assert said.tensor_proto.string_val == [b"new: rank 3 computes slowly; 4.0 ms per step. z = 9. look"]
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(0, 3.0), (1, 2.0), (2, 1.0)]
 
 
@@ -172,10 +187,12 @@ def test_tensorboard_needs_no_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
+from trainsys.telemetry.events import Finding
 from trainsys.telemetry.sinks.base import RunInfo
 from trainsys.telemetry.sinks.tensorboard import TensorBoardSink
 s = TensorBoardSink()
-s.start(RunInfo("n", "i", Path({str(tmp_path)!r}), 1)); s.step(0, {{"a": 1.0}}); s.finish({{}})
+s.start(RunInfo("n", "i", Path({str(tmp_path)!r}), 1)); s.step(0, {{"a": 1.0}})
+s.finding(Finding(step=0, kind="run", news="new", title="t")); s.finish({{}})
 print([m for m in ("torch", "tensorflow") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -206,6 +223,30 @@ def test_prometheus(tmp_path: Path) -> None:
     ]
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_prometheus_shows_open_findings_and_no_more_of_them_than_it_may(tmp_path: Path) -> None:
+    sink = PrometheusSink(0, host="127.0.0.1")
+    sink.start(info(tmp_path))
+    sink.step(1, {"train/loss": 2.5})
+
+    def shown() -> list[str]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{sink.port}/metrics", timeout=5) as answer:
+            return [line for line in answer.read().decode().splitlines() if "finding_cost" in line]
+
+    assert shown() == []
+    sink.finding(found("new"))
+    sink.finding(found("worse"))
+    assert shown() == [
+        "# TYPE trainsys_finding_cost_seconds gauge",
+        'trainsys_finding_cost_seconds{run="r\\"1",name="demo",kind="rank",ranks="3",phase="compute"} 0.004',
+    ]
+    sink.finding(found("over", until=9))
+    assert shown() == []
+    for rank in range(2 * prometheus.MOST_OPEN):
+        sink.finding(found("new", rank=rank))
+    assert len(shown()) == 1 + prometheus.MOST_OPEN
+    sink.finish({})
 
 
 @pytest.mark.parametrize(("asked", "listens"), [({}, "127.0.0.1"), ({"prometheus_address": "0.0.0.0"}, "0.0.0.0")])

@@ -31,6 +31,11 @@ class Heard:
     def __init__(self) -> None:
         self.messages: list[tuple[str, str]] = []
         self.verdicts: list[Verdict] = []
+        self.at: list[int] = []
+
+    def verdict(self, verdict: Verdict, step: int) -> None:
+        self.verdicts.append(verdict)
+        self.at.append(step)
 
     def message(self, level: str, text: str) -> None:
         self.messages.append((level, text))
@@ -54,7 +59,7 @@ def open_desk(tmp_path: Path, heard: Heard) -> Iterator[Callable[[], DeskLink]]:
             1e9,
             0.0,
         )
-        links.append(DeskLink(brief, heard.message, heard.verdicts.append))
+        links.append(DeskLink(brief, heard.message, heard.verdict))
         return links[-1]
 
     yield make
@@ -96,6 +101,7 @@ def test_it_shows_judges_and_ends(
     desk.message("info", "said by the rank")
     desk.settle()
     assert [(v.kind, v.ranks) for v in heard.verdicts] == [("rank", (2,))]
+    assert heard.at == [3 * EVERY - 1]
     assert [level for level, text in heard.messages if "rank 2" in text] == ["warning"]
     desk.finish({"status": "done"}, timeout_s=20.0)
     assert [line["step"] for line in lines(tmp_path)] == list(range(3 * EVERY))

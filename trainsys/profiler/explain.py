@@ -20,6 +20,7 @@ from trainsys.profiler.peak import at_peak
 from trainsys.profiler.pipeline import PipelineStep, pipeline_step
 from trainsys.profiler.run_steps import Ints, RunSteps, read_run
 from trainsys.profiler.run_timeline import run_timelines
+from trainsys.profiler.said_live import SaidLive, said_live
 from trainsys.profiler.steps import MEMORY, Floats, StepTable
 from trainsys.profiler.straggler import peer_log_ratio
 from trainsys.profiler.timeline import Timeline
@@ -71,6 +72,8 @@ class Explanation:
     waterfall: Waterfall | None
     over_time: OverTime | None
     verdicts: list[Verdict]
+    said_live: list[SaidLive]
+    """What was said of them while it trained."""
     advice: list[Advice]
     goodput: Goodput
     goodput_share: float
@@ -137,6 +140,7 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
             "parameters": start.parameters, "hosts": len(set(steps.hosts.values()) - {""}),
         },
         use=use, waterfall=fall, over_time=series, verdicts=verdicts,
+        said_live=said_live(steps.findings, verdicts),
         advice=advise(fall, cfg, memory, verdicts) if fall is not None else [], goodput=good, goodput_share=good.share,
         memory=memory, fit=fit, heat=seen.heat.result(), pipeline=pipe,
         what_if=[] if fall is None else what_if(fall, pipe, seen.saved.most(steps.ranks)),

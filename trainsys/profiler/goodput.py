@@ -27,7 +27,8 @@ class Goodput:
     """Seconds of one rank's wall time, first start to last sign of life. ``productive_s + sum(lost) == wall_s``.
 
     ``lost``: ``restart`` (no process ran), ``lost steps`` (trained again after a restart), ``warm-up`` (first steps'
-    excess over the median step), ``slow steps`` (what they took beyond a healthy step of their size), stalls by kind, and ``the rest`` (after the loop; what no record claims).
+    excess over the median step), ``slow steps`` (what they took beyond a healthy step of their size), stalls by kind, and
+    ``the rest`` (after the loop; what no record claims).
     """
 
     wall_s: float
@@ -91,8 +92,8 @@ def healthy(seconds: Floats, flops: Floats) -> Floats:
     """[T] -> [T]: what each step would take on a healthy machine; infinite where that cannot be told.
 
     Blocks of steps have their medians, and healthy is what the quickest fifth of them stay below: a run that is slow for
-    most of its time is still seen. It goes with a step's FLOPs where all tell them, but a step smaller than the median one
-    may take as long as that: small steps are less efficient.
+    most of its time is still seen. It goes with a step's FLOPs where all tell them, but a step smaller than the median
+    one may take as long as that: small steps are less efficient.
     """
     if seconds.size < 2 * BLOCK:
         return np.full(seconds.size, np.inf)

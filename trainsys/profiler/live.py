@@ -64,6 +64,8 @@ class LiveWatch:
         self._looks = 0
         self._first: int | None = None
         """The step of the first window."""
+        self.last_step = -1
+        """The last step that was looked at."""
         self._count = 0
         self._captures: list[Capture] = []
         self._calls: queue.SimpleQueue[tuple[Floats, Flops | None] | None] = queue.SimpleQueue()
@@ -103,7 +105,7 @@ class LiveWatch:
         recent = list(self._windows)
         table = table_of_windows([w for w, _ in recent], [f for _, f in recent], self._layout)
         table.captures, table.hosts = self._captures, self._hosts
-        last = int(table.steps[-1])
+        last = self.last_step = int(table.steps[-1])
         model, hardware = table.flops_model, table.flops_hardware
         padding = np.maximum(0.0, hardware - self._share * hardware / (3 + self._share) - model)
         newest = table.select(np.arange(max(0, len(table.steps) - EVERY), len(table.steps)))

@@ -29,7 +29,7 @@ from trainsys.profiler.steps import (
     layout_of,
     window_count,
 )
-from trainsys.telemetry.events import Metrics
+from trainsys.telemetry.events import Finding, Metrics
 from trainsys.telemetry.reader import Place
 from trainsys.telemetry.records import Records
 from trainsys.telemetry.run_data import WARMUP, RunData, load_run
@@ -59,6 +59,7 @@ class _Rank:
     count: int = 0
     parts: list[_Part] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     # Only while it is read:
     begins: list[int] = field(default_factory=list)
     """How many steps came before each attempt."""
@@ -112,6 +113,7 @@ class RunSteps:
                 of.begins.append(of.count)
                 of.host, of.switch, of.pp = start.hostname, start.switch, start.layout.get("pp", 1)
             of.count += len(steps)
+            of.findings += [event for event in others if isinstance(event, Finding)]
             for event in others:
                 if isinstance(event, Metrics) and any(name.startswith(CAPTURE) for name in event.values):
                     matmul, idle = (float(event.values.get(CAPTURE + name) or 0.0) for name in ("matmul", "idle"))
@@ -177,6 +179,7 @@ class RunSteps:
         self.hosts = {rank: of.host for rank, of in sorted(self._of.items())}
         self.switches = {of.host: of.switch for of in self._of.values() if of.switch}
         self.captures = [c for _, of in sorted(self._of.items()) for c in of.captures]
+        self.findings = [f for of in self._of.values() for f in of.findings]
         # A captured step is slow, and ranks are not in step again before the one after it.
         out = self._warm | {c.step + late for c in self.captures for late in (0, 1)}
         self.work: Mask = self.whole & ~np.isin(self.steps, sorted(out))

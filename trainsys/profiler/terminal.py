@@ -91,6 +91,8 @@ class _Page:
             self.line(f"{1e3 * v.cost_s:,.1f} ms per step ({100 * v.share:.1f}%)  {v.title}", "bold red", hang=6)
             self.line(f"since step {v.since}{until}: {v.evidence}", "", 6, 8)
             self.line(f"-> {v.advice}", "green", 6, 9)
+        for said in e.said_live:
+            self.line(f"step {said.at_step}, while it trained: {said}", "" if said.confirmed else "dim", hang=6)
 
     def what_if(self, e: Explanation) -> None:
         if not e.what_if:

@@ -222,6 +222,30 @@ class Metrics(Event):
             self.values[name] = _float(value)
 
 
+class Finding(Event):
+    """What live blame found: who or what holds all ranks up (``profiler.verdict``); again when there is news of it."""
+
+    step: int
+    """The last one looked at."""
+    kind: str
+    """rank, node, switch, link, gc, sequence, stage, run."""
+    news: Literal["new", "worse", "lasting", "over"]
+    title: str
+    evidence: str = ""
+    advice: str = ""
+    cause: str = ""
+    phase: str = ""
+    ranks: list[int] = []
+    hosts: list[str] = []
+    since: int = 0
+    until: int | None = None
+    """Last step that showed it; None: it still is so."""
+    cost_s: float = 0.0
+    """Seconds per step that all ranks would save without it."""
+    share: float = 0.0
+    """Of the step."""
+
+
 class Message(Event):
     """Something said to the user."""
 
@@ -243,7 +267,7 @@ class RunEnd(Event):
     """Records that could not be written (full or stuck disk)."""
 
 
-AnyEvent = RunStart | Step | DeviceStep | Stall | Metrics | Message | RunEnd
+AnyEvent = RunStart | Step | DeviceStep | Stall | Metrics | Finding | Message | RunEnd
 
 
 def split_nonfinite(values: Iterable[tuple[str, float | None]]) -> dict[str, str]:

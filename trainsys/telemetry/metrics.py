@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainsys.telemetry.aggregate import Aggregate
-from trainsys.telemetry.events import COMM, Step
+from trainsys.telemetry.events import COMM, Finding, Step
 
 GIB = 1 << 30
 
@@ -12,6 +12,7 @@ SECTIONS = {
     "perf": "how fast: step_time_s, tokens_per_s, flops_per_s, mfu, mfu_palm, hfu (0..1)",
     "time": "seconds per step by phase, mean over ranks, and max_ over ranks",
     "comm": "by axis: seconds of exposed communication (mean and max_ over ranks), GB moved by all ranks",
+    "blame": "ms per step that an open finding costs all ranks, by kind, ranks and phase; 0 once it is over",
     "memory": "GiB of the rank that has most: allocated, reserved, peak, rss",
 }
 
@@ -67,6 +68,12 @@ def step_metrics(
         if held_by.max:
             out[f"memory/{name}_gib"] = held_by.max / GIB
     return out
+
+
+def finding_metric(finding: Finding) -> str:
+    """The name of the curve of what a finding costs, in ms per step: ``blame/rank_3_compute_ms``."""
+    who = "_".join(map(str, finding.ranks[:2])) + ("_and_more" if len(finding.ranks) > 2 else "")
+    return "blame/" + "_".join(filter(None, (finding.kind, who, finding.phase.replace(" ", "_")))) + "_ms"
 
 
 def _name(phase: str, prefix: str = "") -> str:

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from trainsys.profiler.live import LiveWatch
+from trainsys.profiler.said_live import finding_of
 from trainsys.profiler.steps import Capture
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.aggregate import Floats, aggregate
@@ -38,7 +39,7 @@ class Desk:
 
     def __init__(self, brief: Brief, line: Connection) -> None:
         self._line, self._sending = line, threading.Lock()
-        self._replicas = brief.replicas
+        self._replicas, self._hosts = brief.replicas, brief.hosts
         self._sinks = build_sinks(brief.telemetry, self._warn, lambda text: self._tell("info", text))
         self._sinks.start(brief.info)
         self._watch = LiveWatch(
@@ -86,7 +87,8 @@ class Desk:
             worse = "now worse: " if verdict.news == "worse" else ""
             ended = "" if verdict.until is None else f" in steps {verdict.since} to {verdict.until}"
             self._warn(f"{worse}{verdict.title}; {1e3 * verdict.cost_s:.1f} ms per step{ended}; {verdict.advice}")
-        self._reply("verdict", verdict)
+        self._sinks.finding(finding_of(verdict, self._watch.last_step, self._hosts))
+        self._reply("verdict", verdict, self._watch.last_step)
 
     def _reply(self, kind: str, *args: Any) -> None:
         """From any thread. Without a rank at the other end nobody wants to know."""

@@ -52,14 +52,14 @@ class DeskLink:
 
     Arguments:
         message: (level, text) that the desk has shown, for the record.
-        verdict: each that it finds. Both are called from a thread of the link's.
+        verdict: each that it finds, and the last step that it had looked at. Both are called from a thread of the link's.
     """
 
     def __init__(
         self,
         brief: Brief,
         message: Callable[[Literal["info", "warning"], str], None],
-        verdict: Callable[[Verdict], None],
+        verdict: Callable[[Verdict, int], None],
     ) -> None:
         self._replies: dict[str, Callable[..., None]] = {
             "message": message,

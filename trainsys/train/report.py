@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from trainsys.profiler.capture import StepCapture
 from trainsys.profiler.explain import explain_run, summary_of
 from trainsys.profiler.flops_split import recomputed_share
 from trainsys.profiler.run_steps import read_run
+from trainsys.profiler.said_live import finding_of
 from trainsys.profiler.terminal import print_explanation
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.aggregate import Floats
@@ -150,7 +152,12 @@ class Reporter:
                 cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg),
                 self.info.peak_source == "measured", tuple(hosts),
             )  # fmt: skip
-            self._desk = DeskLink(brief, self.recorder.message, blame)
+            self._desk = DeskLink(brief, self.recorder.message, partial(self._found, blame, tuple(hosts)))
+
+    def _found(self, blame: Callable[[Verdict], None], hosts: Sequence[str], verdict: Verdict, step: int) -> None:
+        """News of the desk's: for the record, and for who acts on it."""
+        self.recorder.put(finding_of(verdict, step, hosts))
+        blame(verdict)
 
     def warn(self, text: str) -> None:
         """A line for the user and the record; from any thread, shown once (rank 0)."""

@@ -119,6 +119,9 @@ pair.append(h("div", {}, h("h2", {}, "Stragglers"), h("p", { class: "sub" }, "Wo
   E.verdicts.length ? E.verdicts.map((v) => h("div", { class: "verdict" }, h("div", { class: "share" }, share(v.share, v.share < 0.0995 ? 1 : 0)), h("div", { class: "title" }, v.title),
     h("div", { class: "why" }, `${millis(v.cost_s)} ms of each step, since step ${v.since}${v.until === null ? "" : " to " + v.until}. ${v.evidence}`), h("div", { class: "try" }, v.advice)))
     : h("div", { class: "verdict calm" }, E.ranks.length > 1 ? "No rank, node or link stands out." : "One rank: nobody to compare with."),
+  E.said_live.length ? [h("h2", { class: "again" }, "While it trained"), h("p", { class: "sub" }, "What the watch beside rank 0 said, and whether the whole record shows it"),
+    E.said_live.map((s) => h("div", { class: "verdict" + (s.confirmed ? "" : " calm") }, s.confirmed ? h("div", { class: "share" }, "step " + s.at_step) : null, h("div", { class: "title" }, (s.confirmed ? "" : `step ${s.at_step}: `) + s.title),
+      h("div", { class: "why" }, `${millis(s.cost_s)} ms of each step, since step ${s.since}${s.until === null ? "" : " to " + s.until}; ${s.confirmed ? "the whole record shows it too" : "withdrawn: the whole record does not show it"}`)))] : null,
   E.what_if.length ? [h("h2", { class: "again" }, "What if"), h("p", { class: "sub" }, "The step, replayed with one thing ideal"),
     h("div", { class: "ifs" }, E.what_if.slice(0, 7).map((w) => [h("span", {}, w.what), h("div", { class: "lane" }, h("i", { class: "ghost", style: `left:0;width:100%;${fill("unattributed")}` }),
       h("i", { style: `left:0;width:${100 * (1 - w.gain)}%;${fill("optimizer")}`, tip: `${millis(w.step_s)} ms per step instead of ${millis(W.wall_s)} ms` })), h("span", { class: "num" }, millis(w.step_s) + " ms"), h("span", { class: "num good" }, "−" + share(w.gain))]))] : null));

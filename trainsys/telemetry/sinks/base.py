@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainsys.telemetry.events import Finding
+
 QUEUE = 512
 """Steps a sink may lag before it loses some."""
 
@@ -52,6 +54,10 @@ class Sink(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """``metrics`` as ``telemetry.metrics.step_metrics`` names them."""
+        ...
+
+    def finding(self, finding: Finding) -> None:
+        """News of who or what holds all ranks up."""
         ...
 
     def message(self, level: str, text: str) -> None: ...
@@ -128,6 +134,10 @@ class Sinks:
         for lane in self._lanes:
             if lane.sink.name not in ("console", "metrics.jsonl"):
                 lane.send("step", step, metrics)
+
+    def finding(self, finding: Finding) -> None:
+        for lane in self._lanes:
+            lane.send("finding", finding, always=True)
 
     def message(self, level: str, text: str) -> None:
         for lane in self._lanes:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainsys.telemetry import text as say
+from trainsys.telemetry.events import Finding
 from trainsys.telemetry.metrics import GIB
 from trainsys.telemetry.sinks.base import RunInfo
 
@@ -94,6 +95,9 @@ class ConsoleSink:
             due = step // self._milestone > self._printed // self._milestone
         if first or last or due:
             self._print_line(now)
+
+    def finding(self, finding: Finding) -> None:
+        """It is said in a message."""
 
     def message(self, level: str, text: str) -> None:
         style = {"warning": "yellow", "error": "bold red"}.get(level, "dim")

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import msgspec
 
+from trainsys.telemetry.events import Finding
 from trainsys.telemetry.sinks.base import RunInfo
 
 
@@ -30,6 +31,9 @@ class JsonlSink:
         assert self._file is not None
         values = {name: v if math.isfinite(v) else str(v) for name, v in metrics.items()}
         self._file.write(msgspec.json.encode({"step": step, **values}) + b"\n")
+
+    def finding(self, finding: Finding) -> None:
+        """Findings are in the event file."""
 
     def message(self, level: str, text: str) -> None:
         """Messages are in the event file."""

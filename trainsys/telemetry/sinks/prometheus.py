@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from trainsys.rank_lists import rank_numbers
+from trainsys.telemetry.events import Finding
 from trainsys.telemetry.sinks.base import RunInfo
+
+MOST_OPEN = 32
 
 
 class PrometheusSink:
@@ -24,6 +28,8 @@ class PrometheusSink:
         self._host = host
         self._newest: tuple[int, Mapping[str, float]] | None = None
         self._labels = ""
+        self._open: dict[str, float] = {}
+        """Seconds per step of each open finding, by its labels."""
         self._server: ThreadingHTTPServer | None = None
 
     def start(self, info: RunInfo) -> None:
@@ -64,7 +70,20 @@ class PrometheusSink:
         for name, value in (("step", float(step)), *metrics.items()):
             metric = "trainsys_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
             lines.append(f"# TYPE {metric} gauge\n{metric}{self._labels} {_number(value)}\n")
+        if self._open:
+            lines.append("# TYPE trainsys_finding_cost_seconds gauge\n")
+        for labels, cost in self._open.items():
+            lines.append(f"trainsys_finding_cost_seconds{self._labels[:-1]}{labels}}} {_number(cost)}\n")
         return "".join(lines).encode()
+
+    def finding(self, finding: Finding) -> None:
+        """One gauge a finding that is open; at most ``MOST_OPEN``, so that labels stay few."""
+        told = {"kind": finding.kind, "ranks": rank_numbers(finding.ranks), "phase": finding.phase}
+        labels = "".join(f',{name}="{_escape(value)}"' for name, value in told.items())
+        if finding.until is not None:
+            self._open = {known: cost for known, cost in self._open.items() if known != labels}
+        elif labels in self._open or len(self._open) < MOST_OPEN:
+            self._open = {**self._open, labels: finding.cost_s}
 
     def message(self, level: str, text: str) -> None:
         """Prometheus holds numbers only."""

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+import msgspec
+
 from trainsys.config.run import WandbConfig
-from trainsys.telemetry.metrics import SECTIONS
+from trainsys.telemetry.events import Finding
+from trainsys.telemetry.metrics import SECTIONS, finding_metric
 from trainsys.telemetry.sinks.base import RunInfo
 
 SUMMARY = {
@@ -38,6 +41,10 @@ ROWS_A_STEP = 4
 before, which log a row a step and few others, so that sent one after the other none lies over another."""
 
 
+FINDINGS = 100
+"""Rows of the table of findings: the latest."""
+
+
 class WandbSink:
     """One W&B run, for rank 0: over all attempts of ours, which share its id.
 
@@ -53,6 +60,7 @@ class WandbSink:
         self._wandb: Any = None
         self._run: Any = None
         self._row: int | None = None
+        self._findings: list[dict[str, Any]] = []
 
     def start(self, info: RunInfo) -> None:
         # W&B's own error reporting waits for the server when the process ends, offline runs included: 10 s
@@ -120,6 +128,14 @@ class WandbSink:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         row, self._row = self._row, None
         self._run.log({"step": step, **metrics}, step=row, commit=True)
+
+    def finding(self, finding: Finding) -> None:
+        """A curve of what it costs, and a row of the table ``findings``, which is logged whole each time."""
+        cost = 0.0 if finding.until is not None else 1e3 * finding.cost_s
+        self._findings = [*self._findings, msgspec.structs.asdict(finding)][-FINDINGS:]
+        row, self._row = self._row, None
+        news = {finding_metric(finding): cost, "findings": self._table(self._findings)}
+        self._run.log({"step": finding.step, **news}, step=row, commit=True)
 
     def message(self, level: str, text: str) -> None:
         """Messages are in the event file; a W&B alert would send mail."""
