@@ -46,11 +46,8 @@ with Recorder(folder, here(rank=rank, world=2, run_id="r", layout={"dp_replicate
         rec.end_step(step, tokens=1)
 """.replace("STEPS", str(STEPS))
 HOLDS_THE_LOCK = """
-import ctypes
-held = ctypes.PyDLL(None)
 def hold():
     while True:
-        end = time.thread_time() + 0.01
         sum(range(300000))
         time.sleep(0.001)
 threading.Thread(target=hold, daemon=True).start()

@@ -67,6 +67,15 @@ def test_all_ranks_slow_alike_is_a_finding_with_its_cause(
     )
 
 
+def test_a_run_whose_hosts_counted_nothing_is_slow_for_no_known_reason() -> None:
+    """As one of an older version is."""
+    table = _table(_steps((120, 0.020), (180, 0.036)))
+    table.host = {name: np.zeros_like(values) for name, values in table.host.items()}
+    (found,) = (v for v in find_blame(table) if v.kind == "run")
+    assert (found.cause, found.since) == ("", 120)
+    assert found.evidence.endswith("in steps 0 to 119")
+
+
 def test_several_slow_spells_are_findings_each() -> None:
     level = _steps((60, 0.020), (40, 0.036), (60, 0.020), (40, 0.030), (60, 0.020))
     found = [v for v in find_blame(_table(level)) if v.kind == "run"]

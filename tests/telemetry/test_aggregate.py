@@ -106,7 +106,7 @@ def test_metrics_of_one_rank() -> None:
     assert m["time/stalls_s"] == 5.0
     assert m["memory/peak_gib"] == 1.0
     assert "train/lr" not in m
-    assert {name.partition("/")[0] for name in m} == set(SECTIONS) - {"blame"}
+    assert {name.partition("/")[0] for name in m} == set(SECTIONS)
 
 
 def test_metrics_of_all_ranks() -> None:

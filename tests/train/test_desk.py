@@ -18,7 +18,7 @@ from trainsys.config.run import TelemetryConfig
 from trainsys.layout import Layout
 from trainsys.profiler.live import EVERY
 from trainsys.profiler.verdict import Verdict
-from trainsys.telemetry.events import Flops, Step
+from trainsys.telemetry.events import Finding, Flops, Step
 from trainsys.telemetry.sinks.base import RunInfo
 from trainsys.telemetry.vectors import to_vector
 from trainsys.train import desk_link
@@ -33,9 +33,9 @@ class Heard:
         self.verdicts: list[Verdict] = []
         self.at: list[int] = []
 
-    def verdict(self, verdict: Verdict, step: int) -> None:
+    def verdict(self, verdict: Verdict, finding: Finding) -> None:
         self.verdicts.append(verdict)
-        self.at.append(step)
+        self.at.append(finding.step)
 
     def message(self, level: str, text: str) -> None:
         self.messages.append((level, text))

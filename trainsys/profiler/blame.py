@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from trainsys.profiler.causes import cause_of
-from trainsys.profiler.late_phase import COMPUTE, DATA, PHASE_ADVICE, late_phase
+from trainsys.profiler.late_phase import COMPUTE, DATA, late_phase
 from trainsys.profiler.links import slow_links
 from trainsys.profiler.places import slow_places
 from trainsys.profiler.shape import sequence_imbalance, stage_imbalance
@@ -52,13 +52,14 @@ class Blame:
         """``table``: judged steps alone."""
         if not len(table.steps) or not self._left:
             return
-        self._slowdown.add(table, work_between(table))
+        work = work_between(table)
+        self._slowdown.add(table, work)
         if len(table.ranks) < 2:
             return
         self._left -= len(table.steps)
         # What still is so at the run's end has no end.
         until = int(table.steps[-1]) if self._left > 0 else None
-        for v in judge_window(table, self._alpha):
+        for v in _judge(table, work, self._alpha):
             v = v if v.until is not None else replace(v, until=until)
             episodes = self._found.setdefault(v.key, [])
             before = episodes[-1] if episodes else None
@@ -78,8 +79,11 @@ class Blame:
 
 def judge_window(table: StepTable, alpha: float = ALPHA) -> list[Verdict]:
     """Verdicts over all steps of ``table``, none of which may have a hole."""
+    return _judge(table, work_between(table), alpha)
+
+
+def _judge(table: StepTable, work: Floats, alpha: float) -> list[Verdict]:
     step_s = float(np.median(row_medians(table.time)))
-    work = work_between(table)
     peers = table.peers()
     own = alpha / TESTS
     slow = [
@@ -109,9 +113,8 @@ def _rank(table: StepTable, work: Floats, s: Straggler, step_s: float) -> Verdic
     phase, ratio = late_phase(table.select(np.sort(rows)), np.array([s.index]))
     where = f" on {table.hosts[rank]}" if table.hosts.get(rank) else ""
     cause = cause_of(table, work, np.array([s.index]), phase, s.since, s.until)
-    words = {"data": "waits for its data", "compute": "computes slowly"}.get(phase, f"is slow in {phase}")
-    words = cause.words or words
-    why = f"; {cause.evidence}" if cause.evidence else ""
+    late = {"data": "waits for its data", "compute": "computes slowly"}.get(phase, f"is slow in {phase}")
+    words = cause.words or late
     gap = _gap(work, s)
     cost = s.cost_s if s.cost_s > 0 else gap
     how = f"{100 * s.slowdown:.0f}% more work time than its peers"
@@ -123,8 +126,8 @@ def _rank(table: StepTable, work: Floats, s: Straggler, step_s: float) -> Verdic
     told = ", ".join(f"{n} {100 * r:+.0f}%" for n, r in sorted(ratio.items(), key=lambda kv: -abs(kv[1]))
                      if n in (*COMPUTE, *DATA))  # fmt: skip
     return Verdict(
-        "rank", f"rank {rank}{where} {words}: {how}", f"{told_when}, z = {min(s.z, 999):.1f}; {told}{why}",
-        cause.advice or f"look at {PHASE_ADVICE.get(phase, PHASE_ADVICE['compute'])}",
+        "rank", f"rank {rank}{where} {words}: {how}", f"{told_when}, z = {min(s.z, 999):.1f}; {told}{cause.why}",
+        cause.look(phase),
         cost, cost / step_s, (rank,), phase, int(table.steps[s.since]), ended(table, s), cause.name,
     )  # fmt: skip
 

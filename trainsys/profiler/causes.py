@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trainsys.profiler.late_phase import PHASE_ADVICE
 from trainsys.profiler.steps import Floats, StepTable
 from trainsys.telemetry.vectors import HOST
 
@@ -32,6 +33,15 @@ class Cause:
     evidence: str = ""
     words: str = ""
     advice: str = ""
+
+    @property
+    def why(self) -> str:
+        """What follows other evidence; "" where there is none."""
+        return f"; {self.evidence}" if self.evidence else ""
+
+    def look(self, phase: str) -> str:
+        """What to do about a rank or node that is late in ``phase``."""
+        return self.advice or f"look at {PHASE_ADVICE.get(phase, PHASE_ADVICE['compute'])}"
 
 
 UNKNOWN = Cause()

@@ -119,8 +119,8 @@ def _sum_up(attempts: list[_Attempt]) -> Goodput:
     times = np.concatenate([a.seconds for a in attempts])
     typical = float(np.median(times)) if times.size else 0.0
     expected = healthy(times, np.concatenate([a.flops for a in attempts]))
-    ends = np.cumsum([a.seconds.size for a in attempts])
-    for i, attempt in enumerate(attempts):
+    usual_of = np.split(expected, np.cumsum([a.seconds.size for a in attempts])[:-1])
+    for i, (attempt, usual) in enumerate(zip(attempts, usual_of, strict=True)):
         next_first = min((int(a.steps[0]) for a in attempts[i + 1 :] if a.steps.size), default=None)
         stays = np.full(attempt.steps.size, True) if next_first is None else attempt.steps < next_first
         first = np.arange(attempt.steps.size) < min(WARMUP, attempt.steps.size // 4)
@@ -128,7 +128,6 @@ def _sum_up(attempts: list[_Attempt]) -> Goodput:
         lose("lost steps", float(attempt.seconds[~stays].sum()))
         lose("warm-up", float(warm.sum()))
         took = attempt.seconds - warm
-        usual = expected[ends[i] - took.size : ends[i]]
         slow = np.where(stays & (took > SLOW * usual), took - usual, 0.0)
         lose("slow steps", float(slow.sum()))
         productive += float((took - slow)[stays].sum())

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainsys.profiler.causes import cause_of
-from trainsys.profiler.late_phase import PHASE_ADVICE, late_phase
+from trainsys.profiler.late_phase import late_phase
 from trainsys.profiler.steps import Floats, StepTable
 from trainsys.profiler.straggler import Straggler, find_stragglers, row_medians
 from trainsys.profiler.verdict import Verdict, ended
@@ -70,13 +70,12 @@ def _slow(
         phase, _ = late_phase(table.select(np.arange(s.since, s.until)), columns)
         cost = s.slowdown / (1 + s.slowdown) * float(np.median(work[when, columns]))
         cause = cause_of(table, work, columns, phase, s.since, s.until)
-        why = f"; {cause.evidence} (the median of its ranks)" if cause.evidence else ""
-        look = cause.advice or f"look at {PHASE_ADVICE.get(phase, PHASE_ADVICE['compute'])}"
+        why = f"{cause.why} (the median of its ranks)" if cause.why else ""
         out.append(Verdict(
             kind,
             f"{kind} {names[s.index]} is {100 * s.slowdown:.0f}% slower than the others (ranks {ranks[0]}–{ranks[-1]})",
             f"{len(hit)} of its {len(ranks)} ranks are late together; z = {min(s.z, 999):.1f}{why}",
-            f"{look}; take the {kind} out and compare",
+            f"{cause.look(phase)}; take the {kind} out and compare",
             cost, cost / step_s, ranks, phase, int(table.steps[s.since]), ended(table, s), cause.name,
         ))  # fmt: skip
         slow = [x for x in slow if x.index not in hit]

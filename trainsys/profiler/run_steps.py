@@ -113,9 +113,10 @@ class RunSteps:
                 of.begins.append(of.count)
                 of.host, of.switch, of.pp = start.hostname, start.switch, start.layout.get("pp", 1)
             of.count += len(steps)
-            of.findings += [event for event in others if isinstance(event, Finding)]
             for event in others:
-                if isinstance(event, Metrics) and any(name.startswith(CAPTURE) for name in event.values):
+                if isinstance(event, Finding):
+                    of.findings.append(event)
+                elif isinstance(event, Metrics) and any(name.startswith(CAPTURE) for name in event.values):
                     matmul, idle = (float(event.values.get(CAPTURE + name) or 0.0) for name in ("matmul", "idle"))
                     of.captures.append(Capture(event.step, rank, matmul, idle))
         steps, device = StepColumns(records), StepColumns(records, DEVICE)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainsys.profiler.causes import explained
+from trainsys.profiler.causes import UNKNOWN, explained, more_of
 from trainsys.profiler.steps import Floats, StepTable
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.vectors import HOST
@@ -123,16 +123,17 @@ class Slowdown:
         took, usual = slow.work_s / slow.count, best.work_s / best.count
         growth = math.exp(slow.level - best.level)
         cost = took * (1 - 1 / growth)
-        more = dict(zip(HOST, np.maximum(slow.grown / slow.count - best.grown / best.count, 0.0).tolist(), strict=True))
-        idle = [max(0.0, w - s.grown[0] / s.count - s.grown[1] / s.count) for s, w in ((slow, took), (best, usual))]
-        counted = bool(slow.grown[0] and best.grown[0])
-        cause = explained({**more, "idle_s": max(0.0, idle[0] - idle[1])} if counted else {}, cost, self._on_device)
-        why = f"; on the median rank, {cause.evidence}"
+        grown = dict(zip(HOST, np.stack([best.grown / best.count, slow.grown / slow.count], axis=1), strict=True))
+        cause = UNKNOWN
+        if grown["cpu_s"].all():
+            more = more_of(grown, np.array([usual, took]), np.array([1]), np.array([0]))
+            cause = explained(more, cost, self._on_device)
+        why = f"; on the median rank, {cause.evidence}" if cause.evidence else ""
         when = f"from step {slow.first}" + (" on" if until is None else f" to {until}")
         return Verdict(
             "run", f"the whole run is {100 * (growth - 1):.0f}% slower {when}: all ranks alike",
             f"{1e3 * took:.1f} ms of work per step on the quickest rank, {1e3 * usual:.1f} ms in steps {best.first} to "
-            f"{best.last}" + (why if cause.evidence else ""),
+            f"{best.last}{why}",
             cause.advice or "look at what the ranks share: clocks and power limits, other jobs on the nodes, storage",
             cost, cost / max(slow.step_s / slow.count, 1e-9), (), "compute", slow.first, until, cause.name,
         )  # fmt: skip

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import time
 from pathlib import Path
 
 from trainsys.telemetry.events import HostTime
-
-try:
-    import resource
-except ImportError:  # pragma: no cover - not on Linux or macOS
-    resource = None  # type: ignore[assignment]
 
 GROUP_EVERY = 10
 """Readings between two looks for the process's control group, which another process may change."""
@@ -42,17 +38,17 @@ class HostTimes:
             self._stat = _open(cpu_stat(self._proc, self._groups))
         self._reads += 1
         cpu = time.thread_time()
-        used = resource.getrusage(resource.RUSAGE_SELF) if resource else None
+        used = resource.getrusage(resource.RUSAGE_SELF)
         waited = _read(self._delay).split()
         throttled = re.search(rb"^throttled_(usec|time) (\d+)", _read(self._stat), re.M)
         scale = {b"usec": 1e6, b"time": 1e9}
         return HostTime(
             cpu_s=round(cpu, 3),
             wait_s=round(int(waited[1]) / 1e9, 3) if len(waited) > 1 else 0.0,
-            others_s=round(max(0.0, used.ru_utime + used.ru_stime - cpu), 3) if used else 0.0,
+            others_s=round(max(0.0, used.ru_utime + used.ru_stime - cpu), 3),
             throttled_s=round(int(throttled[2]) / scale[throttled[1]], 3) if throttled else 0.0,
-            faults=used.ru_minflt if used else 0,
-            major_faults=used.ru_majflt if used else 0,
+            faults=used.ru_minflt,
+            major_faults=used.ru_majflt,
         )
 
 
@@ -64,9 +60,11 @@ def cpu_stat(proc: Path, groups: Path) -> Path | None:
         return None
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        for mount in (
-            (controllers, "cpu") if "cpu" in controllers.split(",") else ("",) if not controllers else ()
-        ):
+        if "cpu" in controllers.split(","):
+            mounts = [controllers, "cpu"]
+        else:
+            mounts = [] if controllers else [""]  # version 2 names none
+        for mount in mounts:
             found = groups / mount / path.lstrip("/") / "cpu.stat"
             if found.exists():
                 return found

@@ -12,7 +12,6 @@ SECTIONS = {
     "perf": "how fast: step_time_s, tokens_per_s, flops_per_s, mfu, mfu_palm, hfu (0..1)",
     "time": "seconds per step by phase, mean over ranks, and max_ over ranks",
     "comm": "by axis: seconds of exposed communication (mean and max_ over ranks), GB moved by all ranks",
-    "blame": "ms per step that an open finding costs all ranks, by kind, ranks and phase; 0 once it is over",
     "memory": "GiB of the rank that has most: allocated, reserved, peak, rss",
 }
 
@@ -70,10 +69,11 @@ def step_metrics(
     return out
 
 
-def finding_metric(finding: Finding) -> str:
-    """The name of the curve of what a finding costs, in ms per step: ``blame/rank_3_compute_ms``."""
+def finding_metrics(finding: Finding) -> dict[str, float]:
+    """What a finding costs, in ms per step, as ``blame/rank_3_compute_ms``; 0 once it is over."""
     who = "_".join(map(str, finding.ranks[:2])) + ("_and_more" if len(finding.ranks) > 2 else "")
-    return "blame/" + "_".join(filter(None, (finding.kind, who, finding.phase.replace(" ", "_")))) + "_ms"
+    name = "_".join(filter(None, (finding.kind, who, finding.phase.replace(" ", "_"))))
+    return {f"blame/{name}_ms": 0.0 if finding.until is not None else 1e3 * finding.cost_s}
 
 
 def _name(phase: str, prefix: str = "") -> str:

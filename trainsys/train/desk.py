@@ -87,8 +87,9 @@ class Desk:
             worse = "now worse: " if verdict.news == "worse" else ""
             ended = "" if verdict.until is None else f" in steps {verdict.since} to {verdict.until}"
             self._warn(f"{worse}{verdict.title}; {1e3 * verdict.cost_s:.1f} ms per step{ended}; {verdict.advice}")
-        self._sinks.finding(finding_of(verdict, self._watch.last_step, self._hosts))
-        self._reply("verdict", verdict, self._watch.last_step)
+        finding = finding_of(verdict, self._watch.last_step, self._hosts)
+        self._sinks.finding(finding)
+        self._reply("verdict", verdict, finding)
 
     def _reply(self, kind: str, *args: Any) -> None:
         """From any thread. Without a rank at the other end nobody wants to know."""

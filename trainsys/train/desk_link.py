@@ -19,6 +19,7 @@ from trainsys.failure import FAILURE_FILE
 from trainsys.layout import Layout
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.batches import Batches
+from trainsys.telemetry.events import Finding
 from trainsys.telemetry.sinks.base import RunInfo
 from trainsys.threads import helper
 
@@ -52,14 +53,14 @@ class DeskLink:
 
     Arguments:
         message: (level, text) that the desk has shown, for the record.
-        verdict: each that it finds, and the last step that it had looked at. Both are called from a thread of the link's.
+        verdict: each that it finds, and its record. Both are called from a thread of the link's.
     """
 
     def __init__(
         self,
         brief: Brief,
         message: Callable[[Literal["info", "warning"], str], None],
-        verdict: Callable[[Verdict, int], None],
+        verdict: Callable[[Verdict, Finding], None],
     ) -> None:
         self._replies: dict[str, Callable[..., None]] = {
             "message": message,

@@ -21,12 +21,11 @@ from trainsys.profiler.capture import StepCapture
 from trainsys.profiler.explain import explain_run, summary_of
 from trainsys.profiler.flops_split import recomputed_share
 from trainsys.profiler.run_steps import read_run
-from trainsys.profiler.said_live import finding_of
 from trainsys.profiler.terminal import print_explanation
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.aggregate import Floats
 from trainsys.telemetry.attempts import Origin
-from trainsys.telemetry.events import RunStart, Step
+from trainsys.telemetry.events import Finding, RunStart, Step
 from trainsys.telemetry.flops_meter import FlopsMeter
 from trainsys.telemetry.recorder import Recorder
 from trainsys.telemetry.report import final_report, summarize
@@ -152,11 +151,11 @@ class Reporter:
                 cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg),
                 self.info.peak_source == "measured", tuple(hosts),
             )  # fmt: skip
-            self._desk = DeskLink(brief, self.recorder.message, partial(self._found, blame, tuple(hosts)))
+            self._desk = DeskLink(brief, self.recorder.message, partial(self._found, blame))
 
-    def _found(self, blame: Callable[[Verdict], None], hosts: Sequence[str], verdict: Verdict, step: int) -> None:
+    def _found(self, blame: Callable[[Verdict], None], verdict: Verdict, finding: Finding) -> None:
         """News of the desk's: for the record, and for who acts on it."""
-        self.recorder.put(finding_of(verdict, step, hosts))
+        self.recorder.put(finding)
         blame(verdict)
 
     def warn(self, text: str) -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from trainsys.telemetry.events import Finding
-from trainsys.telemetry.metrics import finding_metric
+from trainsys.telemetry.metrics import finding_metrics
 from trainsys.telemetry.sinks.base import RunInfo
 
 
@@ -40,14 +40,12 @@ class TensorBoardSink:
 
     def finding(self, finding: Finding) -> None:
         """A text, and a curve of what it costs, which ends at 0."""
-        value, cost = self._summary.Value, 0.0 if finding.until is not None else 1e3 * finding.cost_s
         text = import_module("tensorboard.plugins.text.summary_v2").text_pb(
             "blame", f"{finding.news}: {finding.title}; {1e3 * finding.cost_s:.1f} ms per step. {finding.evidence}."
             f" {finding.advice}"
         )  # fmt: skip
-        curve = self._summary(value=[value(tag=finding_metric(finding), simple_value=cost)])
-        for summary in (text, curve):
-            self._writer.add_event(self._event(wall_time=time.time(), step=finding.step, summary=summary))
+        self._writer.add_event(self._event(wall_time=time.time(), step=finding.step, summary=text))
+        self.step(finding.step, finding_metrics(finding))
 
     def message(self, level: str, text: str) -> None:
         """Messages are in the event file."""

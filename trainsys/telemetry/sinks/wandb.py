@@ -14,7 +14,7 @@ import msgspec
 
 from trainsys.config.run import WandbConfig
 from trainsys.telemetry.events import Finding
-from trainsys.telemetry.metrics import SECTIONS, finding_metric
+from trainsys.telemetry.metrics import SECTIONS, finding_metrics
 from trainsys.telemetry.sinks.base import RunInfo
 
 SUMMARY = {
@@ -81,7 +81,7 @@ class WandbSink:
             self._row = ROWS_A_STEP * info.first_step
             self._say(f"wandb: offline run; send it later with: wandb sync {os.path.dirname(self._run.dir)}")
         self._run.define_metric("step", hidden=True)
-        for section in (*SECTIONS, "waterfall"):
+        for section in (*SECTIONS, "waterfall", "blame"):
             self._run.define_metric(f"{section}/*", step_metric="step")
         for metric, how in SUMMARY.items():
             self._run.define_metric(metric, step_metric="step", summary=how)
@@ -131,11 +131,8 @@ class WandbSink:
 
     def finding(self, finding: Finding) -> None:
         """A curve of what it costs, and a row of the table ``findings``, which is logged whole each time."""
-        cost = 0.0 if finding.until is not None else 1e3 * finding.cost_s
         self._findings = [*self._findings, msgspec.structs.asdict(finding)][-FINDINGS:]
-        row, self._row = self._row, None
-        news = {finding_metric(finding): cost, "findings": self._table(self._findings)}
-        self._run.log({"step": finding.step, **news}, step=row, commit=True)
+        self.step(finding.step, {**finding_metrics(finding), "findings": self._table(self._findings)})
 
     def message(self, level: str, text: str) -> None:
         """Messages are in the event file; a W&B alert would send mail."""
