@@ -55,6 +55,8 @@ def test_it_is_confirmed_by_the_same_ranks_or_their_node_only() -> None:
     said = [finding_of(verdict(), 55, [])]
     assert said_live(said, [verdict(kind="node", ranks=(0, 1))])[0].confirmed
     assert not said_live(said, [verdict(ranks=(0,))])[0].confirmed
+    for kind in ("link", "sequence", "stage", "gc"):  # which are something else
+        assert not said_live(said, [verdict(kind=kind, ranks=(0, 1))])[0].confirmed
     assert not said_live(said, [])[0].confirmed
     assert not said_live([finding_of(verdict(kind="run", ranks=()), 55, [])], [verdict()])[0].confirmed
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.events import Finding
 
+PLACES = ("node", "switch")
+"""Kinds of verdicts on several ranks that stand for each of them."""
+
 
 @dataclass(frozen=True)
 class SaidLive:
@@ -56,9 +59,9 @@ def said_live(findings: Iterable[Finding], verdicts: Sequence[Verdict]) -> list[
 
 
 def _confirmed(f: Finding, verdicts: Sequence[Verdict]) -> bool:
-    """By a verdict on the same ranks, or on a place that has them, in steps that overlap."""
+    """By a verdict of its kind on the same ranks, or on a place that has them, in steps that overlap."""
     return any(
-        set(v.ranks) >= set(f.ranks) and (v.kind == f.kind or bool(f.ranks))
+        set(v.ranks) >= set(f.ranks) and v.kind in (f.kind, *(PLACES if f.kind == "rank" else ()))
         and v.since <= (f.until if f.until is not None else v.since) and (v.until is None or v.until >= f.since)
         for v in verdicts
     )  # fmt: skip
