@@ -118,7 +118,7 @@ def measure(reporter: Reporter, args: argparse.Namespace) -> npt.NDArray[np.floa
 
 def summary(seconds: npt.NDArray[np.float64], collectives: int) -> dict[str, Any]:
     def slower(how: Callable[..., Any], what: int = 0) -> npt.NDArray[np.float64]:
-        """Of each block, in percent."""
+        """Slowdown of each block, in percent."""
         taken = how(seconds[..., what], axis=2)
         found: npt.NDArray[np.float64] = 100 * (taken[:, 1] / taken[:, 0] - 1)
         return found

@@ -56,7 +56,7 @@ def one(spec: Standin) -> tuple[StepTable, list[dict[str, list[float]]]]:
 
 
 def quick(table: StepTable, rows: Any) -> Any:
-    """Of ``rows``, those whose step took less than their median."""
+    """Those of ``rows`` whose step took less than their median."""
     took = table.time.mean(axis=1)[rows] + sum(stall.mean(axis=1)[rows] for stall in table.stalls.values())
     return np.flatnonzero(rows)[took <= np.median(took)]
 

@@ -27,7 +27,7 @@ class Blame:
     sure: bool
     attempt: int
     task: int = 0
-    """Of an array, whose tasks share the file."""
+    """Index in a job array, whose tasks share the file."""
 
 
 def this_node() -> str:

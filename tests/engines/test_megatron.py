@@ -259,7 +259,7 @@ PAIRS: dict[str, tuple[EngineName, str, EngineName, str]] = {
 
 
 def config_of(engine: EngineName, name: str) -> RunConfig:
-    """Of one model of two layers a pair: a checkpoint is of its model."""
+    """One model with two layers for each pair: a checkpoint belongs to its model."""
     case = CASES[name]
     model = case.model if "moe" in case.model else TWO
     return Case(

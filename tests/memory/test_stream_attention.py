@@ -52,7 +52,7 @@ def test_same_logits_and_gradients(queries: int, window: int | None, docs: bool)
 
 
 def _saved_elements(model: Decoder) -> int:
-    """Of distinct storages that forward keeps, parameters left out."""
+    """Elements in the distinct storages that forward saves, parameters excluded."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []

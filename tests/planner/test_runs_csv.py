@@ -104,7 +104,7 @@ def test_defaults_for_what_a_row_leaves_out() -> None:
 
 
 def test_a_hybrid_of_unsaid_groups_shards_as_far_as_memory_asks() -> None:
-    """Of the groups that fit the fastest, which is faster than sharding over all; never one that does not fit."""
+    """The fastest group size that fits, which beats sharding over all ranks; never one that does not fit."""
     hybrid = {"zero_stage": "3", "fsdp": "1", "tp": "1", "dp": "512", "n_gpus": "512", "global_batch": "1024"}
     hybrid["recompute"] = "full"
     big = {"n_layers": "80", "d_model": "8192", "n_heads": "64", "d_ff": "28672", "n_params": "70e9"}

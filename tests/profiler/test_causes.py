@@ -26,7 +26,7 @@ from trainsys.telemetry.host_time import HostTimes, cpu_stat
 
 STEPS = 60
 CALL_S = 0.01
-"""Of a forward or backward, about."""
+"""Approximate time of a forward or backward."""
 RANK = """
 import sys, threading, time
 from trainsys.telemetry.recorder import Recorder, here

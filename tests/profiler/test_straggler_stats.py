@@ -96,7 +96,7 @@ def test_one_step_of_few_ranks_says_nothing():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_large_group_is_judged_as_its_parts_would_be(seed):
-    """Of many ranks only those that can be late are looked at; the answer is the same as of looking at all."""
+    """Among many ranks only those that can be late are examined; the answer is the same as when all are."""
     rng = np.random.default_rng(seed)
     work = healthy(rng, 31 + seed % 2, 3 * group.SAMPLE)
     slow = rng.choice(work.shape[1], 6, replace=False)

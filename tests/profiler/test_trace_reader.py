@@ -317,7 +317,7 @@ def test_shared_traces_read_without_loss(shared):
 
 
 def test_a_huge_name_costs_little_more_than_its_bytes_and_is_cut(tmp_path):
-    """Of a string cut at a chunk's end each escaped quote once was tried as a string of its own, which was quadratic."""
+    """Each escaped quote in a string cut at a chunk's end used to be tried as a string of its own: quadratic."""
     name = '\\"' * 2_000_000
     plain = json.dumps({"traceEvents": [kernel(i, 1, i) for i in range(3)]})
     path = write(tmp_path / "rank0.json", plain.replace("k1", name, 1))

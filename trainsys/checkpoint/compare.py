@@ -18,7 +18,7 @@ from trainsys.config.text import flat
 from trainsys.optim.schedule import learning_rate
 
 _FREE = {"name", "max_seq_len", "init_std", "moe.aux_loss_coef", "moe.bias_update_rate"}
-"""Of a model: what no weight depends on, and no forward."""
+"""Model settings that neither the weights nor the forward depend on."""
 _ROPE = {
     "none": set[str](),
     "linear": {"factor"},
@@ -29,13 +29,13 @@ _SAME_SHAPES = (
     "norm_eps", "sliding_window", "rope.", "moe.top_k", "moe.score", "moe.norm_topk", "moe.route_scale", "moe.n_groups",
     "moe.top_groups", "moe.capacity_factor",
 )  # fmt: skip
-"""Of a model: what weights may be used with another value of, for a new run."""
+"""Model settings that a new run may change and still load the weights."""
 _COMPARED = ("model", "optim", "train", "recompute", "data")
 _QUIET = {
     "model.name", "train.micro_batch", "train.threads", "train.device", "train.init_from", "data.cache_dir",
     "data.prefetch",
 }  # fmt: skip
-"""Of a run: what its result does not depend on."""
+"""Run settings that the result does not depend on."""
 
 
 def resolved(model: ModelConfig) -> dict[str, Any]:

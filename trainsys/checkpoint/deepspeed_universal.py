@@ -31,7 +31,7 @@ from trainsys.errors import UserError
 from trainsys.models.boxes import whole
 
 VERSION = 0.4
-"""Of their format, as DeepSpeed 0.19 writes it."""
+"""Version of the universal checkpoint format that DeepSpeed 0.19 writes."""
 DS_VERSION = "0.19.8"
 _STATES = {"": "fp32", "@exp_avg": "exp_avg", "@exp_avg_sq": "exp_avg_sq"}
 """What follows a parameter's name in ours -> the file's name in theirs."""

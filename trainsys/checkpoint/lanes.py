@@ -32,7 +32,7 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _START = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
 # With fewer files than this in the lanes one hashlib is as fast.
 _FEWEST = 6
-# A node has as many ranks as devices: more threads of each would be in the way of those that bring the data.
+# A node runs one rank per device; more threads per rank would compete with those that feed the data.
 _THREADS = 4
 
 Pieces = Sequence[memoryview]

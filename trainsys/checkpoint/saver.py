@@ -80,7 +80,7 @@ class _Part:
     """(piece, number of the file within this rank, offset)."""
     error: str = ""
     host: str | None = None
-    """Of the rank whose machine is at fault; empty: the shared disk's; None: no machine's fault."""
+    """Host name of the rank whose machine is at fault; empty: the shared disk is; None: no machine is."""
 
     def fail(self, error: OSError | UserError | MemoryError, *, own_disk: bool = False) -> None:
         self.error = _tell(error)

@@ -26,7 +26,7 @@ class Storage(Strict):
 
 
 Folder = Annotated[str, Field(pattern=r"^/[^\n\r]*[^/\n\r]$")]
-"""Of a machine that is rented: absolute, without a slash at its end."""
+"""A folder on a rented machine: an absolute path without a trailing slash."""
 
 
 class SkyPilotConfig(Strict):

@@ -84,7 +84,7 @@ def open_megatron(prefix: str) -> Corpus:
 
 
 def _fingerprint(index: bytes, tokens: Path, size: int) -> str:
-    """Of the whole index and of 256 blocks of 4 KiB spread over the tokens, which may be terabytes."""
+    """Hash of the whole index and of 256 blocks of 4 KiB spread over the tokens, which may be terabytes."""
     digest = hashlib.sha256(index)
     with open(tokens, "rb") as file:
         for at in sorted({max(0, size - _BLOCK) * i // 255 for i in range(256)}):

@@ -133,7 +133,7 @@ class Observer:
         self._axis_of = {mesh.ranks(a): a for a in reversed(_PRIORITY) if mesh.layout.size(a) > 1}
         self._known: dict[str, tuple[str, int, int]] = {}
         self._open: dict[str, list[tuple[str, int]]] = {}
-        """Of groups that are collecting calls into one: what those were."""
+        """The calls that each group is coalescing into one."""
         self._real: dict[str, Any] = {}
         for name, (op, sent) in _METHODS.items():
             if hasattr(dist.ProcessGroup, name):

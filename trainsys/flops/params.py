@@ -21,7 +21,7 @@ class ParamCounts:
     norms: int = 0
     head: int = 0
     inactive: int = 0
-    """Of ``experts``, those that one token does not visit."""
+    """Parameters among ``experts`` that a token does not visit."""
 
     @property
     def total(self) -> int:

@@ -16,8 +16,8 @@ from trainsys.planner.constants import shipped
 from trainsys.rank_lists import ranks_named
 
 SHARE = 0.5
-"""Of what is expected, or of the axis's median group. Published all-reduces of 64 MiB and more reach 67% and more of it
-on healthy clusters, of 256 MiB 76% (``tests/launch/test_bandwidth_published.py``)."""
+"""Least share of the expected bandwidth, or of the axis's median group. Published all-reduces of 64 MiB and
+more reach at least 67% of it on healthy clusters, of 256 MiB 76% (``tests/launch/test_bandwidth_published.py``)."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _of_run(run: RunConfig) -> Iterator[Path]:
 
 
 def _there(path: Path) -> Path:
-    """Of a file, a glob or a prefix, the folder it is in; a folder itself."""
+    """The folder that a file, glob or prefix is in; a folder itself."""
     while not path.is_dir() and path != path.parent:
         path = path.parent
     return path

@@ -13,7 +13,7 @@ from trainsys.launch.manifest import config_text
 from trainsys.launch.patch import merge
 
 NODE = "node"
-"""Of the replicated job and of its container: the names that Kubeflow Trainer expects."""
+"""Name of the replicated job and of its container, as Kubeflow Trainer expects them."""
 _TOPOLOGY = "kueue.x-k8s.io/podset-{}-topology"
 _UNITS = {"": "Mi", "K": "Ki", "M": "Mi", "G": "Gi", "T": "Ti"}
 _SAVE_S = 30

@@ -57,7 +57,7 @@ class _Pieces:
         return k, v
 
     def blocks(self, at: slice) -> Iterator[tuple[slice, slice, Visible]]:
-        """Of the queries at ``at``, by their index in the piece, against the keys that they see: those before the
+        """Blocks of the queries at ``at``, by their index in the piece, against the keys that they see: those before the
         piece, and its own."""
         mine = range(at.start, at.stop)
         for keys in (range(at.start), mine):

@@ -41,5 +41,5 @@ class Owned:
 
     @property
     def grad(self) -> Tensor | None:
-        """Of ``weight``'s shape, once gradients are finished; None where there is none."""
+        """The finished gradient, in ``weight``'s shape; None where there is none."""
         return local_grad(self.param)

@@ -55,7 +55,7 @@ class _Stream:
 
 
 def mark_waits(root: FSDPModule, waits: Waits) -> None:
-    """Of all units below ``root``, once FSDP makes its streams in the first forward."""
+    """Mark the waits of all units below ``root``, once FSDP makes its streams in the first forward."""
     context: Any = root._get_fsdp_state()._comm_ctx
     make = context.lazy_init
 

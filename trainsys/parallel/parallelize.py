@@ -50,9 +50,9 @@ class ParallelModel:
     module: Decoder
     mesh: Mesh
     shards: dict[str, ShardSpec]
-    """Of what this rank holds."""
+    """The shards that this rank holds."""
     owned: dict[str, Owned]
-    """Of what it updates."""
+    """The shards that this rank updates."""
     units: list[FSDPModule]
     each: bool
     """the units' gradients are reduced after every micro-batch"""

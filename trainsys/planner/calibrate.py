@@ -88,7 +88,7 @@ def fit(
     known: tuple[Array, Array] | None = None
 
     def predicted(x: Array) -> Array:
-        """Of the last constants asked for again: a derivative by a site's factor does not change them."""
+        """Predictions, cached for the last constants: a derivative by a site's factor does not change them."""
         nonlocal known
         if known is None or not np.array_equal(known[0], x):
             k = replace(base, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})

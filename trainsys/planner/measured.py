@@ -31,7 +31,7 @@ def measured_seconds(cases: Cases, runs: Sequence[Run]) -> Array:
 
 
 def _linear_flops(c: Cases) -> Array:
-    """Of a token, forward and backward: 6 a parameter that it multiplies by."""
+    """FLOPs per token, forward and backward: 6 per parameter that it multiplies by."""
     per_width = np.where(c.glu > 0, 3.0, 2.0) * c.d_model
     sparse = np.where(c.n_experts > 0, c.n_layers - c.dense_layers, 0.0)
     ffn = (c.n_layers - sparse) * c.d_ff + sparse * (c.top_k * c.d_expert + c.d_shared)

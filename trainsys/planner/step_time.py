@@ -58,7 +58,7 @@ def _mix(dense: LayerTime, moe: LayerTime | None, w: Array) -> LayerTime:
 
 
 def _layer_params(c: Cases, p: Parts, w: Array) -> tuple[Array, Array]:
-    """Of that layer, the parameters on one rank before data-parallel sharding: (dense part, experts)."""
+    """The layer's parameters on one rank before data-parallel sharding: (dense part, experts)."""
     dense = ((1.0 - w) * p.dense_layer + w * p.moe_dense) / c.tp
     return dense, w * p.experts / (c.ep * c.etp)
 

@@ -224,7 +224,7 @@ class _OverTime:
         self._whole, self._bins = steps.whole, _Bins(steps)
         self._sums: dict[str, Floats] = {}
         self._flops = np.zeros(self._bins.sizes.size)
-        """Of one rank, over a bin's steps."""
+        """One rank's FLOPs over a bin's steps."""
 
     def add(self, rows: Ints, table: StepTable, parts: dict[str, Floats]) -> None:
         whole = self._whole[rows]

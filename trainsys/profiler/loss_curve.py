@@ -28,7 +28,7 @@ class LossCurve:
 
 
 def loss_curve(steps: RunSteps, rank: int) -> LossCurve | None:
-    """Of the losses that one rank recorded; None where it told none."""
+    """The curve of the losses that one rank recorded; None where it recorded none."""
     if rank not in steps.ranks:
         return None
     # A step without a loss reads as 0, which no cross-entropy is.

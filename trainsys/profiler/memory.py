@@ -58,7 +58,7 @@ class MemoryReport:
     fragmentation: float
     """Bytes reserved beyond the highest use; 0 where no allocator tells."""
     would_have_fitted: str
-    """Of a run that died for want of memory: whether fragmentation was to blame; empty for others."""
+    """For a run that ran out of memory: whether fragmentation was to blame; empty for others."""
     leak_bytes_per_step: float
     """Slope of memory at the ends of steps, 0 unless it grows beyond doubt."""
     by_stage: dict[int, float]

@@ -37,7 +37,7 @@ class PipelineStep:
     schedule: str
     ranks: list[list[tuple[str, int, int, float, float]]]
     step_s: float
-    """Of forwards and backwards, as replayed."""
+    """Step time of the forwards and backwards, as replayed."""
     measured_s: float
     """The same as it was: step time less data, optimizer and what comes between."""
     bubble: float

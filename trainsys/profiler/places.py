@@ -13,7 +13,7 @@ from trainsys.profiler.verdict import Verdict, ended
 
 Ints = npt.NDArray[np.int64]
 LEAST_PLACES = 3
-"""Of two it cannot be told which is the normal one."""
+"""With only two, there is no telling which one is normal."""
 NEAR = 1.015
 """What half of a place's ranks must be above, so that its median can be 3% above the others': half of that."""
 

@@ -234,7 +234,7 @@ class RunSteps:
         return out
 
     def _read(self, rank: int, steps: Ints) -> Iterator[tuple[StepColumns, StepColumns]]:
-        """Of each part of a rank's file, its live records of ``steps``, and its device's."""
+        """For each part of a rank's file, its live records of ``steps``, and its device's."""
         for number, part in enumerate(self._of[rank].parts):
             spans = [s for s in part.steps.values() if s.size and s[0] <= steps[-1] and s[1] >= steps[0]]
             if not spans:

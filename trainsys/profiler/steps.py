@@ -108,7 +108,7 @@ class StepTable:
     apart_s: Floats | None = None
     """[T]: how far apart ranks' clocks put the start of a step; nan where one does not tell."""
     of_run: OfRun | None = None
-    """Of a window of a run: what the window alone does not tell."""
+    """For a window of a run: what the window alone does not tell."""
     begun: Floats | None = None
     """[T, R]: when each step began by the rank's own clock (s since the epoch), stalls before it included."""
 

@@ -31,17 +31,17 @@ class Verdict:
     cost_s: float
     """Seconds per step that all ranks would save without it."""
     share: float
-    """Of the step time."""
+    """``cost_s`` as a share of the step time, 0..1."""
     ranks: tuple[int, ...]
     """Empty: it is nobody's in particular."""
     phase: str
-    """Of a rank or node: data, compute, forward, backward, optimizer, other; of a link: its axis."""
+    """For a rank or node: data, compute, forward, backward, optimizer, other; for a link: its axis."""
     since: int
     """First step that shows it."""
     until: int | None = None
     """Last step that showed it; None: to the end."""
     cause: str = ""
-    """Of a rank or node: why, by its host's counters (``causes``); "data", "gc" or "link" of those; "" where unknown."""
+    """Why a rank or node is late, by its host's counters (``causes``); "gc" and "link" for those kinds; "": unknown."""
     news: Literal["new", "worse", "lasting", "over"] = "new"
     """While a run trains: what is new about it (``findings``)."""
 

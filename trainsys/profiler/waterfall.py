@@ -74,7 +74,7 @@ class Term:
     label: str
     seconds: float
     share: float
-    """Of the wall time per step, 0..1."""
+    """Share of the wall time per step, 0..1."""
     mfu_without: float | None
     """MFU had this term been nothing; None for what is outside steps, which MFU does not count."""
     estimated: bool

@@ -49,7 +49,7 @@ class Saved:
     def __init__(self) -> None:
         self._steps = self._blocks = 0
         self._beyond: Floats | None = None
-        """Of all steps, [R]; then sums over blocks of its mean per step, and of that squared."""
+        """[3, R]: seconds over all steps, then sums over blocks of their mean per step, and of its square."""
 
     def add(self, table: StepTable) -> None:
         """The steps of ``table.work``."""

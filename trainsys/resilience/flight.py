@@ -46,7 +46,7 @@ def dump_flight_recorder(path: Path) -> DeviceState | None:
 
 
 def read_state(path: Path) -> DeviceState | None:
-    """Of one rank's dump; None for one that is not readable."""
+    """Device state from one rank's dump; None if it is unreadable."""
     try:
         dump = parse_dump(path, load_content(path), Counter())
     except (UserError, OSError):

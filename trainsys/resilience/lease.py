@@ -40,7 +40,7 @@ class Owner(msgspec.Struct, frozen=True):
     attempt: int
     host: str
     kernel: str
-    """Of a machine since its last boot, and the namespace of its process numbers."""
+    """Boot ID of the machine, and its PID namespace."""
     pid: int
     started: str
     """When the process started, as its kernel counts: a number that is used again is another process."""

@@ -23,7 +23,7 @@ UNITS = {"1": 1.0, MICROS: 1e6, "ns": 1e9}
 BITS = {"f4": (np.float32, np.int32), "f8": (np.float64, np.int64)}
 SHARES = {"mfu": "model", "mfu_palm": "palm", "hfu": "hardware"}
 MOST_BYTES = 1 << 26
-"""Of a block as it is inflated; what claims more is damage."""
+"""Size limit of an inflated block; what claims more is damage."""
 Possible = tuple[float, int] | None
 """Peak FLOP/s of one rank, and ranks: what shares of it (MFU) follow from."""
 

@@ -243,7 +243,7 @@ class Finding(Event):
     cost_s: float = 0.0
     """Seconds per step that all ranks would save without it."""
     share: float = 0.0
-    """Of the step."""
+    """``cost_s`` as a share of the step time, 0..1."""
 
 
 class Message(Event):

@@ -18,7 +18,8 @@ class FlopsMeter:
         self._token, self._pair = one(1, 0), one(0, 1)
 
     def __call__(self, tokens: int, attn_pairs: int, computed_tokens: int) -> Flops:
-        """Of all ranks: real tokens and the pairs that see each other; tokens computed, padding included."""
+        """FLOPs of a step over all ranks, from their real tokens and the pairs that see
+        each other; ``computed_tokens`` include padding."""
         token, pair = self._token, self._pair
         return Flops(
             model=tokens * token.model + attn_pairs * pair.model,

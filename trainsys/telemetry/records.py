@@ -159,7 +159,7 @@ def at(name: str, place: int) -> str:
 
 
 def gathered(events: Sequence[Any]) -> Records:
-    """Of typed records."""
+    """Typed records as columns."""
     out = Gathering()
     for event in events:
         out.add(msgspec.to_builtins(event))

@@ -15,7 +15,7 @@ from trainsys.telemetry.events import COMM, Comm, DeviceStep, Event, RunStart, S
 FINE = 13
 """Significant bits of a time."""
 COARSE = 9
-"""Of a single call of a phase."""
+"""Significant bits of a single call of a phase."""
 ROUNDED = 2
 """Microseconds between a step's end and the next one's start that are rounding."""
 CALLS = 16

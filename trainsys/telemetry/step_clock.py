@@ -41,7 +41,7 @@ class StepTimes:
     """(axis, operation) -> calls, bytes, nanoseconds."""
     stalls: dict[str, int]
     calls_us: dict[str, list[int]]
-    """Of sampled phases that had more than one call."""
+    """Microseconds of each call, for sampled phases that had more than one."""
 
 
 class StepClock:

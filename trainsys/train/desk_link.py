@@ -150,8 +150,8 @@ class DeskLink:
 
 
 def _environment() -> dict[str, str]:
-    """Of the desk: this very package, no device, no threads of numpy's that would take cores from ranks. It is no rank:
-    its end must not be told as one's failure."""
+    """The desk's environment: this very package, no device, no numpy threads that would take cores from ranks. It
+    is not a rank: its end must not be reported as one's failure."""
     above = str(Path(trainsys.__file__).parents[1])
     path = os.pathsep.join(filter(None, (above, os.environ.get("PYTHONPATH"))))
     ours = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

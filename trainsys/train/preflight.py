@@ -186,8 +186,8 @@ def _all_reduce(mesh: Mesh, axes: Sequence[Axis]) -> tuple[bool, tuple[AxisRate,
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call among several in a row. On a device by its own clock: a host that waits for each adds what a launch
-    takes, which is as long as a small all-reduce."""
+    """Seconds per call, over several in a row. On a device by its own clock: a host that waits for each adds
+    the launch latency, which is as long as a small all-reduce."""
     if device.type == "cuda":
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         work()  # the others have come out of the barrier by its end

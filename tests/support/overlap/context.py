@@ -73,5 +73,5 @@ def measure(on: bool, comm_s: float, compute_s: float) -> list[float]:
 
 
 def predict(on: bool, comm_s: float, compute_s: float) -> float:
-    """Of the n - 1 transfers each hides behind one hop, and zigzag makes all hops equally long."""
+    """Each of the n - 1 transfers hides behind one hop, and zigzag makes all hops equally long."""
     return HOPS * max(0.0, comm_s - (compute_s if on else 0.0))

@@ -66,7 +66,7 @@ class Built:
         masters_to_model(self.ds)
 
     def norm(self) -> Tensor:
-        """Of the gradient, before clipping; infinite where it is no number."""
+        """The gradient norm before clipping; inf where it is not a number."""
         found = self.ds.optimizer._global_grad_norm if self._norm is None else self._norm
         norm = torch.as_tensor(found, dtype=torch.float32, device=self.mesh.device).reshape(())
         return torch.where(norm < 0, float("inf"), norm)  # its sign that there is none

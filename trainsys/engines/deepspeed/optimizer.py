@@ -26,7 +26,7 @@ class AskingAdamW(torch.optim.AdamW):
         """How many updates were made, which is what the moments' bias correction counts."""
         self.keep_gradients = False
         self.gradients: dict[Tensor, Tensor] = {}
-        """Of the last step, by what ZeRO made of the parameters, if ``keep_gradients``."""
+        """Gradients of the last step, keyed by ZeRO's flattened parameters; empty unless ``keep_gradients``."""
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None

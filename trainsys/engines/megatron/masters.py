@@ -43,7 +43,7 @@ class Master:
 
 
 def masters(optimizer: Any) -> Iterator[Master]:
-    """Of a chain of Megatron optimizers: those that hold something on this rank."""
+    """The masters in a chain of Megatron optimizers that hold something on this rank."""
     for one in optimizer.chained_optimizers:
         if one.is_stub_optimizer:
             continue

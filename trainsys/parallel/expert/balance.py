@@ -14,7 +14,7 @@ from trainsys.parallel.mesh import Mesh
 
 
 class ExpertBalance:
-    """Of all mixtures that this rank has a part in, over the ranks that hold different tokens."""
+    """Balance of all MoE layers that this rank has a part in, over the ranks that hold different tokens."""
 
     def __init__(self, models: Iterable[nn.Module], mesh: Mesh) -> None:
         self._routers: dict[str, Router] = {

@@ -43,7 +43,7 @@ class Turn:
 
 
 class Route:
-    """Of one chunk of rows. A :class:`trainsys.models.moe.Part` of it.
+    """Routing of one chunk of rows. A :class:`trainsys.models.moe.Part` of it.
 
     ``legs``: how rows are turned before each all-to-all (None: not), and the all-to-all. ``last``: from the
     order in which they arrive, by source, to expert by expert.

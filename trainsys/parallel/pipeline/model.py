@@ -111,6 +111,6 @@ def schedule_of(cfg: RunConfig, mesh: Mesh) -> Schedule:
 
 
 def _hidden_shape(cfg: RunConfig, mesh: Mesh) -> tuple[int, int, int]:
-    """Of what stages pass on: this rank's part of the sequence, ``[B, S, D]``."""
+    """Shape of the activations that stages pass on: this rank's part of the sequence, ``[B, S, D]``."""
     parts = mesh["cp"].size * (mesh["tp"].size if cfg.parallel.sequence_parallel else 1)
     return cfg.train.micro_batch, cfg.train.seq_len // parts, cfg.model.d_model

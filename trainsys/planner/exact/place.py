@@ -50,7 +50,7 @@ class Place:
 
     @cached_property
     def tokens(self) -> int:
-        """Of a micro-batch, on one cp rank."""
+        """Tokens of a micro-batch on one cp rank."""
         return self.cfg.train.micro_batch * self.cfg.train.seq_len // self.layout.cp
 
     @property
@@ -123,7 +123,7 @@ class Place:
         return before, after
 
     def parameters(self, part: StagePart) -> list[Held]:
-        """Of a stage, in module order."""
+        """A stage's parameters, in module order."""
         before, after = self.ends(part)
         return before + [p for layer in part.layers for p in self.block(layer)] + after
 

@@ -163,7 +163,7 @@ def _root(rank: int, wait: Wait, on: dict[int, list[int]], finished: list[int]) 
 
 
 def _mismatches(dumps: dict[int, Dump], wait: Wait) -> list[Mismatch]:
-    """Of what is not known to have finished everywhere: what has was no obstacle."""
+    """Mismatches among collectives not known to have finished everywhere: those that have were no obstacle."""
     seen: dict[tuple[str, int], dict[int, Operation]] = {}
     for rank, dump in sorted(dumps.items()):
         for o in dump.operations:

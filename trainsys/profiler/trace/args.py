@@ -19,7 +19,7 @@ _NO_ARGS = Args()
 
 
 def args_of(bucket: list[AnyEvent], said: Counter[str]) -> list[Args]:
-    """Of each event; ``said`` counts what was mended or given up."""
+    """Each event's arguments; ``said`` counts what was mended or given up."""
     if bucket and not isinstance(bucket[0].args, Raw):
         return [e.args for e in bucket]  # decoded with the event
     try:
@@ -29,7 +29,7 @@ def args_of(bucket: list[AnyEvent], said: Counter[str]) -> list[Args]:
 
 
 def correlations_of(bucket: list[AnyEvent], said: Counter[str]) -> list[int]:
-    """Of each runtime call."""
+    """Each runtime call's correlation id."""
     args: list[Any] = []
     if bucket and isinstance(bucket[0].args, Raw):
         try:

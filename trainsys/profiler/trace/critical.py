@@ -57,7 +57,7 @@ class CriticalPath:
 def critical_path(
     trace: RankTrace, kinds: Ints, launches: Launches, waits: Ints | None = None
 ) -> CriticalPath | None:
-    """Of the whole trace. ``waits``: ns of each device activity spent waiting for other ranks, if matched.
+    """The whole trace's critical path. ``waits``: ns of each device activity spent waiting for other ranks, if matched.
 
     None without device activities. O(n log n).
     """

@@ -52,26 +52,26 @@ class Graph:
     length: Ints
     """What the node takes by itself: of a call that waited, without the waiting."""
     causes: Edges
-    """Of activities, on activities."""
+    """Dependencies of activities on activities."""
     blocked: Edges
-    """Of calls: what must have ended before they end."""
+    """For each call, what must have ended before it ends."""
     launch: Ints
-    """Of an activity: its launch, which it follows after ``launch_lag`` from that call's start."""
+    """Each activity's launch, which it follows after ``launch_lag`` from that call's start."""
     launch_lag: Ints
     program: Ints
-    """Of a call: the call before."""
+    """Each call's predecessor in its thread."""
     before: Ints
     gap: Ints
     rest: Ints
     data: Ints
-    """Of the rest, in a data loader."""
+    """The part of the rest that is spent in a data loader."""
     held_by: Ints
     """The node that the gap was, or may have been, a wait for."""
     back: Ints
     """From that node's end to the gap's; negative where it freed the host before its end."""
     sure: npt.NDArray[np.bool_]
     fetch: Ints
-    """Of a call that follows a batch which loader workers were late with: the call after the last batch."""
+    """For a call that follows a batch which loader workers were late with: the call after the last batch."""
     since: Ints
     """From the end of that one."""
     inferred: int

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KINDS = ["matmul", "other compute", "communication", "copies"]
 TRACKS = ["compute", "communication and copies"]
 ALL_SPANS = 400_000
-"""Of all ranks together while they are gathered: about 10 MB."""
+"""Spans of all ranks together while they are gathered: about 10 MB."""
 FINE, COARSE = 5_000, 18_000
 """Spans per track of the first two ranks on a page, and of all the others together."""
 
@@ -92,7 +92,7 @@ def thinned(busy: Busy, most: int) -> Busy:
 
 
 def timeline_of(report: Report, captures: Sequence[Analysed]) -> Timeline | None:
-    """Of the captured window with the slowest rank; ``captures``: each rank's, with ``busy``."""
+    """The timeline of the captured window with the slowest rank; ``captures``: each rank's, with ``busy``."""
     window, slowness = _slowest_window(captures)
     if report.across is not None and any(r.caused_ns for r in report.across.ranks):
         # Who made the others wait is better evidence than who was busy for longest.

@@ -204,7 +204,7 @@ def _windows(captures: list[Analysed]) -> list[dict[int, CommList]]:
 def _critical(
     report: Report, options: Options, waits: dict[int, dict[int, int]], kept: dict[int | None, Loaded]
 ) -> None:
-    """Of the rank that took longest; a faster rank's path ends in waiting for it."""
+    """Find the slowest rank's critical path; a faster rank's path ends in waiting for it."""
     timed = [r for r in report.ranks if r.breakdown is not None and r.trusted("idle")]
     if not timed:
         return

@@ -95,7 +95,7 @@ class Report:
     memory: list[MemoryReport] = field(default_factory=list)
     timelines: list[TimelineReport] = field(default_factory=list)
     timeline: Timeline | None = None
-    """Of the ranks on one axis; where a page is written."""
+    """All ranks on one time axis; only where a page is written."""
     verdicts: list[Verdict] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
     schema: str = SCHEMA

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MOST_RANKS = 16
 MOST_STEPS = MOST_KERNELS = 12
 LONGEST_NAME = 90
-"""Of a kernel, where the width would allow for more."""
+"""Characters of a kernel's name, however wide the terminal is."""
 _SHAPE = str.maketrans("", "", "[] ")
 
 

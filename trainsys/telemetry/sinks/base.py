@@ -39,7 +39,7 @@ class RunInfo:
     config: Mapping[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
     pid: int | None = None
-    """Of the process that trains, where that is another one."""
+    """The training process's, where that is another one."""
     lineage: str = ""
     """The run's over all attempts: what a sink that can go on with an earlier attempt's record goes by."""
 
