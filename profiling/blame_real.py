@@ -1,6 +1,6 @@
 """Real faults in real runs, no sleeps: does blame name the right rank or link, why, since when, and at what cost?
 
-    python profiling/blame_real.py --runs 40 --healthy 20 [--busy] [--resume] [--minutes 30] [--only FAULT ...] [--out FILE]
+    python profiling/blame_real.py --runs 40 --healthy 20 [--busy] [--resume] [--minutes 30] [--only FAULT ...] [--out F]
 
 Each run is ``trainsys train``, two to four processes with gloo and a tiny model. From some step on (for good, for a
 while, on and off, or from the first) something is done to one of them from outside, or by a thread of its own
@@ -67,6 +67,11 @@ def summary(seen: list[Seen]) -> dict[str, Any]:
     def both(some: list[Seen]) -> dict[str, Any]:
         return {name: rates(map(view, some)) for name, view in views.items()}
 
+    def accused(some: list[Seen]) -> dict[str, Any]:
+        wrong = {f"accused {name}": sum(view(s)["wrong"] > 0 for s in some) for name, view in views.items()}
+        slow = {f"run called slow {name}": sum(view(s)["run"] for s in some) for name, view in views.items()}
+        return {"runs": len(some)} | wrong | slow
+
     def by(values: Iterable[str], name: str) -> dict[str, Any]:
         groups = {value: [s for s in faulty if getattr(s, name) == value] for value in values}
         return {value: both(some) for value, some in groups.items() if some}
@@ -74,8 +79,7 @@ def summary(seen: list[Seen]) -> dict[str, Any]:
     return {
         "runs": len(seen), "failed": sum(bool(s.problem) for s in seen), "cores": os.cpu_count(),
         "healthy": {
-            load: {"runs": len(some)} | {f"accused {name}": sum(view(s)["wrong"] > 0 for s in some) for name, view in views.items()}
-            for load, some in (("quiet", [s for s in healthy if not s.busy]), ("busy", [s for s in healthy if s.busy]))
+            "quiet": accused([s for s in healthy if not s.busy]), "busy": accused([s for s in healthy if s.busy]),
         },
         "faulty": both(faulty),
         "quiet machine": both([s for s in faulty if not s.busy]),
@@ -106,6 +110,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after these")
     parser.add_argument("--only", nargs="+", choices=[f for f in FAULTS if f != "none"], metavar="FAULT")
     parser.add_argument("--resume", action="store_true", help="go on after what the lines beside --out hold")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for the records of the runs, to explain them again"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "profiling/results/blame_real_faults.json")
     args = parser.parse_args()
     wanted = args.only or [f for f in FAULTS if f != "none"]
@@ -134,7 +141,7 @@ def main() -> int:
                 )
             seed = 1000 * args.seed + number
             busy = args.busy or len([s for s in seen if (s.fault == "none") == (fault == "none")]) % 2 == 1
-            seen.append(train(seed, fault, busy, shard if fault == "data" else None))
+            seen.append(train(seed, fault, busy, shard if fault == "data" else None, args.keep))
             with lines.open("a") as file:
                 file.write(json.dumps(asdict(seen[-1])) + "\n")
             show(number, seen[-1])

@@ -1,4 +1,4 @@
-"""Faults of ``profiling/blame_real.py``: each is on within its context, and comes from outside or from a rank's own thread.
+"""Faults of ``profiling/blame_real.py``: each is on within its context, from outside or by a rank's own thread.
 
 What a fault is done to is a ``Target``: the processes of a run, one of which it is for. Nothing here sleeps in place of a
 fault; the helpers' sleeps are the parts of a period in which they leave the rank alone.
@@ -53,15 +53,18 @@ def disturb(kind, flag):
         if not os.path.exists(flag):
             time.sleep(0.02)
         elif kind == "pages":
-            with mmap.mmap(-1, 1 << 24) as pages:
-                for at in range(0, 1 << 24, 4096):
+            with mmap.mmap(-1, 1 << 22) as pages:
+                for at in range(0, 1 << 22, 4096):
                     pages[at] = 1
+            time.sleep(0.002)
         else:
             kept = [[i] for i in range(20000)]
+            time.sleep(0.01)
 if os.environ.get("DISTURB"):
     threading.Thread(target=disturb, args=os.environ["DISTURB"].split(":", 1), daemon=True).start()
 """
-"""The ``sitecustomize`` of the rank that is disturbed from within."""
+"""The ``sitecustomize`` of the rank that is disturbed from within. A thread that never rests takes the interpreter for
+5 ms at each of the step's hundreds of calls."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,11 @@ def _group(controller: str, pid: int) -> Iterator[Path]:
     root = _root(controller)
     assert root is not None
     group = root / f"blame-real-{pid}"
-    before = next((line.split(":", 2)[2] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-                   if controller in line.split(":")[1].split(",") or line.startswith("0::") and root == GROUPS), "/")  # fmt: skip
+    before = "/"
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if controller in controllers.split(",") or (number == "0" and root == GROUPS):
+            before = path
     group.mkdir()
     try:
         (group / "cgroup.procs").write_text(str(pid))
@@ -249,7 +255,7 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "data": (starved, ("data",)),
     "none": (nothing, ()),
 }
-"""What does it, and the causes that are right. A thread that makes objects holds the interpreter, and has them collected."""
+"""What does it, and the causes that are right; one that makes objects holds the interpreter, and has them collected."""
 
 
 def why_not(fault: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ LAYOUTS = {
     "ddp3": (3, "dp_replicate: 3", MODEL, 6, 2), "fsdp x tp": (4, "dp_shard: 2, tp: 2", MODEL, 4, 2),
     "ddp x pp": (4, "dp_replicate: 2, pp: 2", MODEL, 4, 1),
 }  # fmt: skip
-"""Ranks, axes, model, rows of the global batch and of a micro-batch: few micro-batches, for gloo's messages take long here."""
+"""Ranks, axes, model, rows of the global batch and of a micro-batch; of these few, for gloo's messages take long."""
 OF_THE_DATA = ("ddp", "fsdp", "ep", "ddp3")
 """Layouts in which each rank reads rows of its own."""
 TOKENS = 100_000_000
@@ -72,8 +73,8 @@ class Seen:
     problem: str = ""
 
 
-def train(seed: int, fault: str, busy: bool, shard: Path | None = None) -> Seen:
-    """``shard``: a file of tokens for runs whose rank is starved of data."""
+def train(seed: int, fault: str, busy: bool, shard: Path | None = None, keep: Path | None = None) -> Seen:
+    """``shard``: a file of tokens for runs whose rank is starved of data; ``keep``: a folder for the run's record."""
     rng = random.Random(seed)
     layout = rng.choice([n for n in LAYOUTS if fault != "data" or n in OF_THE_DATA])
     # A link that is slow from the first step on has, in its only group, nothing to be compared with.
@@ -95,6 +96,8 @@ def train(seed: int, fault: str, busy: bool, shard: Path | None = None) -> Seen:
             stack.callback(end, processes)
             times = disturb(folder, processes, seen, spaces)
             judge(seen, folder, times)
+            if keep:
+                shutil.copytree(folder / "runs", keep / f"{seed}-{fault}", dirs_exist_ok=True)
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             seen.problem = f"{type(error).__name__}: {error}"
     return seen

@@ -57,10 +57,12 @@ def test_runs_are_added_up_by_fault_and_a_failed_one_counts_for_nothing(
     runs: ModuleType, tmp_path: Path
 ) -> None:
     told = {"named": True, "wrong": 0, "cause": True, "onset": -12, "cost": 1.2, "end": None}
-    missed = {"named": False, "wrong": 1}
+    missed = {"named": False, "wrong": 1, "run": False}
     lines = [
         runs.Seen(0, "hog", "tp", "ends", False, 1, live=missed, after=told),
-        runs.Seen(1, "none", "tp", "ends", True, 1, live=missed, after={"named": False, "wrong": 0}),
+        runs.Seen(
+            1, "none", "tp", "ends", True, 1, live=missed, after={"named": False, "wrong": 0, "run": True}
+        ),
         runs.Seen(2, "hog", "tp", "ends", True, 1, problem="TimeoutError: step 70 was not reached"),
     ]
     out = tmp_path / "out.json"
@@ -69,7 +71,9 @@ def test_runs_are_added_up_by_fault_and_a_failed_one_counts_for_nothing(
     subprocess.run([*command, "--only", "hog", "--out", str(out)], check=True, capture_output=True)
     found = json.loads(out.read_text())
     assert (found["runs"], found["failed"]) == (3, 1)
-    assert found["healthy"]["busy"] == {"runs": 1, "accused live": 1, "accused after": 0}
+    assert found["healthy"]["busy"] == {
+        "runs": 1, "accused live": 1, "accused after": 0, "run called slow live": 0, "run called slow after": 1,
+    }  # fmt: skip
     assert found["by fault"] == {"hog": found["faulty"]}
     assert found["faulty"]["live"]["named"] == [0, 1]
     after = found["faulty"]["after"]
