@@ -17,8 +17,8 @@ from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 RATE = "rate 150mbit burst 32kb latency 400ms"
-READS_PER_S = 12
-"""Of the rank that is starved of data; each row that a step takes is one."""
+READS_PER_S = 8
+"""Of the rank that is starved of data; a page that is not in memory takes several, for the kernel reads ahead."""
 
 DIE_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 """A harness that is killed leaves no hog and no rank that stands still for ever."""
@@ -43,6 +43,13 @@ while True:
     while time.monotonic() < end:
         pass
     time.sleep(0.05 * (1 - duty))
+"""
+FORGETS = """
+import os, sys, time
+file = os.open(sys.argv[1], os.O_RDONLY)
+while True:
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    time.sleep(0.05)
 """
 THREADS = """
 import os, threading, time
@@ -76,6 +83,8 @@ class Target:
     """While this file is there, the thread within the rank is at work."""
     spaces: list[str]
     """Each rank's network namespace; empty where all share the machine's."""
+    shard: Path | None = None
+    """What the ranks read."""
 
     @property
     def pid(self) -> int:
@@ -142,10 +151,12 @@ def quota(target: Target) -> Iterator[None]:
 
 @contextmanager
 def starved(target: Target) -> Iterator[None]:
-    """Few reads a second of the disk that has the data."""
-    device = os.stat(target.flag.parent).st_dev
-    device = f"{os.major(device)}:{os.minor(device)}"  # type: ignore[assignment]
-    with _group("blkio", target.pid) as group:
+    """Few reads a second of the disk that has the data, of which memory keeps nothing: the kernel reads far ahead, and a
+    file is soon there as a whole."""
+    assert target.shard is not None
+    number = os.stat(target.shard).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    with _group("blkio", target.pid) as group, helper(FORGETS, str(target.shard)):
         if (group / "io.max").exists():
             (group / "io.max").write_text(f"{device} riops={READS_PER_S}")
         else:

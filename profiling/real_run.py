@@ -40,8 +40,8 @@ LAYOUTS = {
 """Ranks, axes, model, rows of the global batch and of a micro-batch; of these few, for gloo's messages take long."""
 OF_THE_DATA = ("ddp", "fsdp", "ep", "ddp3")
 """Layouts in which each rank reads rows of its own."""
-TOKENS = 100_000_000
-"""Of the file that a starved rank reads: too many for the kernel to have read ahead."""
+TOKENS = 30_000_000
+"""Of the file that a starved rank reads."""
 WHEN = {
     "lasts": [(70, STEPS)],
     "ends": [(50, 140)],
@@ -86,15 +86,14 @@ def train(seed: int, fault: str, busy: bool, shard: Path | None = None, keep: Pa
             stack.enter_context(tempfile.TemporaryDirectory(prefix="blame-real-", ignore_cleanup_errors=True))
         )
         try:
-            if shard:
-                forget(shard)
             spaces = stack.enter_context(network(ranks)) if fault == "link" else []
             if busy:
                 core = rng.choice(sorted(os.sched_getaffinity(0)))
                 stack.enter_context(helper(HOG, str(core), f"{rng.uniform(0.2, 0.6):.2f}"))
             processes = start(folder, seen, spaces, shard)
             stack.callback(end, processes)
-            times = disturb(folder, processes, seen, spaces)
+            target = Target([p.pid for p in processes], seen.rank, folder / "flag", spaces, shard)
+            times = disturb(folder, processes, seen, target)
             judge(seen, folder, times)
             if keep:
                 shutil.copytree(folder / "runs", keep / f"{seed}-{fault}", dirs_exist_ok=True)
@@ -149,11 +148,10 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def disturb(
-    folder: Path, processes: list[subprocess.Popen[bytes]], seen: Seen, spaces: list[str]
+    folder: Path, processes: list[subprocess.Popen[bytes]], seen: Seen, target: Target
 ) -> list[tuple[float, float]]:
     """Wall times from when to when the fault was on; returns when the run has ended."""
     deadline = time.monotonic() + PATIENCE_S
-    target = Target([p.pid for p in processes], seen.rank, folder / "flag", spaces)
 
     def wait(step: int) -> None:
         # The console's last line, up to a second old, is cheaper to read than events are.
@@ -249,9 +247,3 @@ def make_tokens(folder: Path) -> Path:
         for _ in range(TOKENS // 1_000_000):
             writer.add(rng.integers(0, 256, 1_000_000, dtype=np.uint32))
     return next(folder.glob("*.tok"))
-
-
-def forget(shard: Path) -> None:
-    """Out of the kernel's memory, so that reading it takes the disk."""
-    with shard.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -59,11 +59,22 @@ def test_runs_are_added_up_by_fault_and_a_failed_one_counts_for_nothing(
     told = {"named": True, "wrong": 0, "cause": True, "onset": -12, "cost": 1.2, "end": None}
     missed = {"named": False, "wrong": 1, "run": False}
     lines = [
-        runs.Seen(0, "hog", "tp", "ends", False, 1, live=missed, after=told),
+        runs.Seen(0, "hog", "tp", "ends", False, 1, 50.0, [(50, 140)], 20.0, missed, told),
         runs.Seen(
             1, "none", "tp", "ends", True, 1, live=missed, after={"named": False, "wrong": 0, "run": True}
         ),
-        runs.Seen(2, "hog", "tp", "ends", True, 1, problem="TimeoutError: step 70 was not reached"),
+        runs.Seen(
+            2,
+            "hog",
+            "tp",
+            "ends",
+            True,
+            1,
+            50.0,
+            [(70, 199)],
+            20.0,
+            problem="TimeoutError: step 70 was not reached",
+        ),
     ]
     out = tmp_path / "out.json"
     out.with_suffix(".jsonl").write_text("".join(json.dumps(vars(line)) + "\n" for line in lines))
