@@ -17,7 +17,7 @@ from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 RATE = "rate 150mbit burst 32kb latency 400ms"
-READS_PER_S = 8
+READS_PER_S = 40
 """Of the rank that is starved of data; a page that is not in memory takes several, for the kernel reads ahead."""
 
 DIE_WITH_US = ["setpriv", "--pdeathsig", "KILL"]

@@ -27,7 +27,7 @@ from trainsys.telemetry.events import Finding, Step
 from trainsys.telemetry.reader import event_file, read_events
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, WARM_UP = 200, 10
+STEPS, WARM_UP = 300, 10
 PATIENCE_S = 150.0
 MODEL = "{n_layers: 2, d_model: 128, n_heads: 4, n_kv_heads: 2, d_ff: 256, vocab: 320, max_seq_len: 128}"
 MOE = MODEL[:-1] + ", moe: {n_experts: 4, top_k: 2, d_ff: 128}}"
@@ -40,14 +40,13 @@ LAYOUTS = {
 """Ranks, axes, model, rows of the global batch and of a micro-batch; of these few, for gloo's messages take long."""
 OF_THE_DATA = ("ddp", "fsdp", "ep", "ddp3")
 """Layouts in which each rank reads rows of its own."""
-TOKENS = 30_000_000
+TOKENS = 100_000_000
 """Of the file that a starved rank reads."""
 WHEN = {
-    "lasts": [(70, STEPS)],
-    "ends": [(50, 140)],
-    "comes and goes": [(50, 90), (130, 165)],
+    "lasts": [(80, STEPS)], "ends": [(60, 200)], "comes and goes": [(60, 120), (170, 240)],
     "from the start": [(-1, STEPS)],
-}
+}  # fmt: skip
+"""Steps that the console has to have told of; it is some tens of them behind."""
 ACCUSED = ("rank", "node", "switch", "link")
 """Kinds that accuse a part of the machine. Of a stage it is said that it has too much to do, which may be so."""
 

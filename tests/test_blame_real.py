@@ -24,6 +24,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         del sys.modules[name]
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(sys.platform != "linux", reason="what a kernel counts of a thread is read on Linux alone")
 def test_a_rank_that_is_stopped_is_named_and_nobody_is_where_none_is(
     runs: ModuleType, monkeypatch: pytest.MonkeyPatch
