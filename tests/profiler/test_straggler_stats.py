@@ -112,3 +112,22 @@ def test_a_large_group_is_judged_as_its_parts_would_be(seed):
         assert (a.since, a.share) == (b.since, b.share)
         assert a.slowdown == pytest.approx(b.slowdown, abs=1e-3)
         assert a.cost_s == pytest.approx(b.cost_s)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_fault_is_found_from_where_it_began_although_noise_leads_up_to_it(ranks):
+    """A rank a little above its peers by chance, then 1.6 times as slow: one stretch over both would be called noise."""
+    found = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        work = rng.lognormal(0.0, 0.2, (195, ranks))
+        work[:90, 0] *= 1.06
+        work[90:190, 0] *= 1.6
+        named = [s for s in find_stragglers(work, alpha=0.0025) if s.index == 0]
+        found += bool(named) and abs(named[0].since - 90) <= 10 and abs(named[0].until - 190) <= 10
+    assert found >= 14
+
+
+def test_the_closer_look_accuses_no_healthy_rank():
+    rng = np.random.default_rng(0)
+    assert not any(find_stragglers(rng.lognormal(0.0, 0.2, (195, 2)), alpha=0.0025) for _ in range(200))

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from trainsys.profiler.causes import HALF, per_step
 from trainsys.profiler.steps import Floats, StepTable, axes_of
 from trainsys.profiler.straggler import find_stragglers, median_where
 from trainsys.profiler.verdict import Verdict, ended
@@ -110,9 +111,19 @@ def _beside_before(
         elsewhere = max([1.0, busier, *(_growth(y, split) for y in others)])
         twice = above >= MIN_ABOVE and growth >= LEAST_RATIO * elsewhere
         alone = len(members) == 1 and bool(others) and above >= MIN_APART and growth >= LEAST_CHANGE * elsewhere
-        if twice or alone:
+        if (twice or alone) and not _its_host(table, members[g], split, float(high[g] - low[g])):
             return _changed(table, axis, members[g], float(low[g]), float(high[g]), step_s, split)
     return None
+
+
+def _its_host(table: StepTable, columns: npt.NDArray[np.int64], split: int, excess: float) -> bool:
+    """Whether a member's process kept its own thread from communicating, by the kernel's counters: other threads that
+    hold the interpreter, no CPU, no quota. Half of what the communication takes more, as for a late rank."""
+    before, after = per_step(table, 0, split), per_step(table, split, len(table.steps))
+    return any(
+        bool((after[name][columns] - before[name][columns] >= HALF * excess).any())
+        for name in ("others_s", "throttled_s", "wait_s") if name in after
+    )  # fmt: skip
 
 
 def _growth(x: Floats, split: int) -> float:

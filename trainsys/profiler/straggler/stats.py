@@ -26,7 +26,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from trainsys.profiler.straggler.episodes import best_stretch
+from trainsys.profiler.straggler.episodes import best_stretch, closer_stretch, rows_within
 from trainsys.profiler.straggler.group import LASTING, LEAST_STEPS, PARTS, STANDS_OUT, Near, Straggler, look
 from trainsys.profiler.straggler.noise import MAD_TO_SIGMA, MEDIAN_ERROR, deviation, inflation
 from trainsys.profiler.straggler.now_and_then import now_and_then
@@ -104,10 +104,13 @@ def _judge(near: Near, alpha: float, floor: float, min_share: float) -> list[Str
     ratio = near.ratio
     t = len(ratio)
     begin, end, weight = best_stretch(ratio, floor / 2, _CAP * floor)
+    suspect = _stands_out(weight, near.normal)
     if t < PARTS:
         begin, end = np.zeros_like(begin), np.full_like(end, t)
+    elif suspect.any():
+        begin[suspect], end[suspect] = closer_stretch(ratio[:, suspect], begin[suspect], end[suspect], floor / 2)
     n = end - begin
-    inside = (np.arange(t)[:, None] >= begin) & (np.arange(t)[:, None] < end)
+    inside = rows_within(begin, end, t)
     middle = median_where(ratio, inside)
     residual = ratio - np.where(inside, middle, median_where(ratio, ~inside))
     shared = _memory(ratio, residual, near.normal)
@@ -120,7 +123,7 @@ def _judge(near: Near, alpha: float, floor: float, min_share: float) -> list[Str
     sure, sure_of_many = (max(usual, NormalDist().inv_cdf(1 - alpha / 2 / k)) for k in (1.0, stretches))
     threshold = np.where(n >= _WHOLE * t, sure, sure_of_many)
     share = ((ratio > floor / 2) & inside).sum(axis=0) / n
-    slow = (z > threshold) & (middle >= floor) & (share >= min_share) & (n >= least) & _stands_out(weight, near.normal)
+    slow = (z > threshold) & (middle >= floor) & (share >= min_share) & (n >= least) & suspect
     out = []
     for c in np.flatnonzero(slow).tolist():
         if t >= PARTS:  # its own noise may have more memory than its peers'
