@@ -131,3 +131,20 @@ def test_a_fault_is_found_from_where_it_began_although_noise_leads_up_to_it(rank
 def test_the_closer_look_accuses_no_healthy_rank():
     rng = np.random.default_rng(0)
     assert not any(find_stragglers(rng.lognormal(0.0, 0.2, (195, 2)), alpha=0.0025) for _ in range(200))
+
+
+@pytest.mark.parametrize("slow", [slice(80, 240), slice(0, 160), slice(60, 180)])
+def test_a_much_slower_stretch_is_found_among_steps_that_are_a_little_late_by_chance(slow):
+    right = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        noise = rng.normal(0, 0.08, (240, 2))
+        for t in range(1, 240):  # bursts: each step's noise is like the one before
+            noise[t] = 0.6 * noise[t - 1] + 0.8 * noise[t]
+        work = np.exp(noise)
+        work[:, 1] *= 1.04
+        work[slow, 1] *= 1.5
+        found = find_stragglers(work, alpha=0.001)
+        assert [s.index for s in found] in ([1], [])
+        right += [abs(s.since - slow.start) <= 10 and abs(s.until - slow.stop) <= 10 for s in found]
+    assert sum(right) >= 18, right

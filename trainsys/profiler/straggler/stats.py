@@ -103,12 +103,16 @@ def _judge(near: Near, alpha: float, floor: float, min_share: float) -> list[Str
     """The slow ones of a group, without their cost; ``alpha`` for each rank."""
     ratio = near.ratio
     t = len(ratio)
-    begin, end, weight = best_stretch(ratio, floor / 2, _CAP * floor)
-    suspect = _stands_out(weight, near.normal)
+    least = min(t, max(LEAST_STEPS, LASTING * t))
+    level, cap = floor / 2, _CAP * floor
+    begin, end, weight = best_stretch(ratio, level, cap)
+    suspect = np.flatnonzero(_stands_out(weight, near.normal))
     if t < PARTS:
         begin, end = np.zeros_like(begin), np.full_like(end, t)
-    elif suspect.any():
-        begin[suspect], end[suspect] = closer_stretch(ratio[:, suspect], begin[suspect], end[suspect], floor / 2)
+    else:
+        begin[suspect], end[suspect] = closer_stretch(
+            ratio[:, suspect], begin[suspect], end[suspect], level, cap, least
+        )
     n = end - begin
     inside = rows_within(begin, end, t)
     middle = median_where(ratio, inside)
@@ -117,15 +121,14 @@ def _judge(near: Near, alpha: float, floor: float, min_share: float) -> list[Str
     step = _scatter(residual, shared, near.normal)
     between = _between(ratio[:, near.normal])
     z = middle / _sigma(step / np.sqrt(n), between)
-    least = min(t, max(LEAST_STEPS, LASTING * t))
     usual = _usual_peak(ratio[:, near.normal], step[near.normal], between, _PEAK / near.ranks)
     stretches = max(1.0, (t / least) ** 2 * _STRETCHES)
     sure, sure_of_many = (max(usual, NormalDist().inv_cdf(1 - alpha / 2 / k)) for k in (1.0, stretches))
     threshold = np.where(n >= _WHOLE * t, sure, sure_of_many)
-    share = ((ratio > floor / 2) & inside).sum(axis=0) / n
-    slow = (z > threshold) & (middle >= floor) & (share >= min_share) & (n >= least) & suspect
+    share = ((ratio > level) & inside).sum(axis=0) / n
+    slow = (z > threshold) & (middle >= floor) & (share >= min_share) & (n >= least)
     out = []
-    for c in np.flatnonzero(slow).tolist():
+    for c in suspect[slow[suspect]].tolist():
         if t >= PARTS:  # its own noise may have more memory than its peers'
             z[c] *= min(1.0, np.sqrt(shared[c] / inflation(residual[:, [c]], level=False, sure=0.0)))
         if z[c] > threshold[c]:
