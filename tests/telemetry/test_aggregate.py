@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainsys.telemetry.aggregate import FOLD, Floats, Window, aggregate
-from trainsys.telemetry.events import Comm, Flops, Memory, Step
-from trainsys.telemetry.metrics import SECTIONS, step_metrics
+from trainsys.telemetry.events import Comm, Finding, Flops, Memory, Step
+from trainsys.telemetry.metrics import SECTIONS, finding_metric, step_metrics
 from trainsys.telemetry.vectors import PLACE, TIMED, VECTOR, to_vector
 
 
@@ -106,16 +106,29 @@ def test_metrics_of_one_rank() -> None:
     assert m["time/stalls_s"] == 5.0
     assert m["memory/peak_gib"] == 1.0
     assert "train/lr" not in m
-    assert {name.partition("/")[0] for name in m} == set(SECTIONS)
+    blame = finding_metric(Finding(step=3, kind="rank", news="new", title="t", ranks=[3], phase="compute"))
+    assert {name.partition("/")[0] for name in (*m, blame)} == set(SECTIONS)
 
 
 def test_metrics_of_all_ranks() -> None:
     one = step(3, 1.0, loss=2.5)
     one.mfu = 0.4
-    m = step_metrics(one, aggregate(rows(one, step(3, 5.0, peak=2 << 30))))
+    other = step(3, 5.0, peak=2 << 30)
+    other.stalls = {"eval": 5.0}
+    m = step_metrics(one, aggregate(rows(one, other)))
     assert m["perf/step_time_s"] == 4.0
     assert m["perf/tokens_per_s"] == 50.0
     assert m["perf/mfu"] == pytest.approx(0.4 * 2.0 / 4.0)  # of the time shown, not of rank 0's own
     assert (m["time/forward_s"], m["time/max_forward_s"]) == (3.0, 5.0)
     assert m["memory/peak_gib"] == 2.0
     assert m["comm/tp_gb"] == 2e-6
+    # Where ranks differ, the one that has most; both have the same communication and the same resident memory.
+    assert {name: value for name, value in m.items() if name.endswith("_rank")} == {
+        "time/max_forward_rank": 1.0,
+        "time/stalls_rank": 1.0,
+        "memory/peak_rank": 1.0,
+    }
+    swapped = step_metrics(one, aggregate(rows(other, one)))
+    assert swapped["time/max_forward_rank"] == swapped["memory/peak_rank"] == 0.0
+    alone = step_metrics(one, aggregate(rows(one)))
+    assert not [name for name in alone if name.endswith("_rank")]
