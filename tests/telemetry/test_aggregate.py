@@ -112,10 +112,22 @@ def test_metrics_of_one_rank() -> None:
 def test_metrics_of_all_ranks() -> None:
     one = step(3, 1.0, loss=2.5)
     one.mfu = 0.4
-    m = step_metrics(one, aggregate(rows(one, step(3, 5.0, peak=2 << 30))))
+    other = step(3, 5.0, peak=2 << 30)
+    other.stalls = {"eval": 5.0}
+    m = step_metrics(one, aggregate(rows(one, other)))
     assert m["perf/step_time_s"] == 4.0
     assert m["perf/tokens_per_s"] == 50.0
     assert m["perf/mfu"] == pytest.approx(0.4 * 2.0 / 4.0)  # of the time shown, not of rank 0's own
     assert (m["time/forward_s"], m["time/max_forward_s"]) == (3.0, 5.0)
     assert m["memory/peak_gib"] == 2.0
     assert m["comm/tp_gb"] == 2e-6
+    # Where ranks differ, the one that has most; both have the same communication and the same resident memory.
+    assert {name: value for name, value in m.items() if name.endswith("_rank")} == {
+        "time/max_forward_rank": 1.0,
+        "time/stalls_rank": 1.0,
+        "memory/peak_rank": 1.0,
+    }
+    swapped = step_metrics(one, aggregate(rows(other, one)))
+    assert swapped["time/max_forward_rank"] == swapped["memory/peak_rank"] == 0.0
+    alone = step_metrics(one, aggregate(rows(one)))
+    assert not [name for name in alone if name.endswith("_rank")]

@@ -56,9 +56,9 @@ class Notebook:
         self._note("finish", summary)
 
 
-def found(news: Any, until: int | None = None, rank: int = 3) -> Finding:
+def found(news: Any, until: int | None = None, rank: int = 3, cause: str = "device") -> Finding:
     return Finding(step=2, kind="rank", news=news, title=f"rank {rank} computes slowly", evidence="z = 9", advice="look",
-                   cause="device", phase="compute", ranks=[rank], hosts=["n1"], since=1, until=until, cost_s=0.004,
+                   cause=cause, phase="compute", ranks=[rank], hosts=["n1"], since=1, until=until, cost_s=0.004,
                    share=0.1)  # fmt: skip
 
 
@@ -236,12 +236,13 @@ def test_prometheus_shows_open_findings_and_no_more_of_them_than_it_may(tmp_path
 
     assert shown() == []
     sink.finding(found("new"))
-    sink.finding(found("worse"))
+    sink.finding(found("worse", cause="cpu_quota"))
+    who = 'run="r\\"1",name="demo",kind="rank",ranks="3",phase="compute"'
     assert shown() == [
         "# TYPE trainsys_finding_cost_seconds gauge",
-        'trainsys_finding_cost_seconds{run="r\\"1",name="demo",kind="rank",ranks="3",phase="compute"} 0.004',
+        f'trainsys_finding_cost_seconds{{{who},cause="cpu_quota"}} 0.004',
     ]
-    sink.finding(found("over", until=9))
+    sink.finding(found("over", until=9, cause=""))
     assert shown() == []
     for rank in range(2 * prometheus.MOST_OPEN):
         sink.finding(found("new", rank=rank))

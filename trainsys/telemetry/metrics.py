@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainsys.telemetry.aggregate import Aggregate
+from trainsys.telemetry.aggregate import Aggregate, Spread
 from trainsys.telemetry.events import COMM, Finding, Step
 
 GIB = 1 << 30
@@ -10,9 +10,9 @@ GIB = 1 << 30
 SECTIONS = {
     "train": "what is learned: loss, grad_norm, lr, tokens (seen so far)",
     "perf": "how fast: step_time_s, tokens_per_s, flops_per_s, mfu, mfu_palm, hfu (0..1)",
-    "time": "seconds per step by phase, mean over ranks, and max_ over ranks",
-    "comm": "by axis: seconds of exposed communication (mean and max_ over ranks), GB moved by all ranks",
-    "memory": "GiB of the rank that has most: allocated, reserved, peak, rss",
+    "time": "seconds per step by phase, mean over ranks, and max_ over ranks with the _rank that it is",
+    "comm": "by axis: seconds of exposed communication (mean, and max_ with its _rank), GB moved by all ranks",
+    "memory": "GiB of the rank that has most: allocated, reserved, peak, rss; peak_rank, rss_rank: which it is",
 }
 
 
@@ -59,14 +59,24 @@ def step_metrics(
     for phase, spread in ranks.phases.items():
         out[_name(phase)] = spread.mean
         out[_name(phase, "max_")] = spread.max
+        out.update(_worst(_name(phase, "max_"), spread, ranks.ranks))
     if ranks.stalls_s.max:
         out["time/stalls_s"] = ranks.stalls_s.max
+        out.update(_worst("time/stalls_s", ranks.stalls_s, ranks.ranks))
     for axis, moved in ranks.comm_bytes.items():
         out[f"comm/{axis}_gb"] = moved / 1e9
     for name, held_by in (("peak", ranks.memory_peak), ("rss", ranks.rss)):
         if held_by.max:
             out[f"memory/{name}_gib"] = held_by.max / GIB
+            out.update(_worst(f"memory/{name}_gib", held_by, ranks.ranks))
     return out
+
+
+def _worst(name: str, spread: Spread, ranks: int) -> dict[str, float]:
+    """The rank with the max that ``name`` shows, as ``time/max_forward_rank``; nothing where all have the same."""
+    if ranks < 2 or spread.max == spread.min:
+        return {}
+    return {f"{name.rpartition('_')[0]}_rank": float(spread.max_rank)}
 
 
 def finding_metrics(finding: Finding) -> dict[str, float]:

@@ -28,8 +28,8 @@ class PrometheusSink:
         self._host = host
         self._newest: tuple[int, Mapping[str, float]] | None = None
         self._labels = ""
-        self._open: dict[str, float] = {}
-        """Seconds per step of each open finding, by its labels."""
+        self._open: dict[str, tuple[str, float]] = {}
+        """Labels and seconds per step of each open finding, by what makes it the same one in the next news of it."""
         self._server: ThreadingHTTPServer | None = None
 
     def start(self, info: RunInfo) -> None:
@@ -72,18 +72,19 @@ class PrometheusSink:
             lines.append(f"# TYPE {metric} gauge\n{metric}{self._labels} {_number(value)}\n")
         if self._open:
             lines.append("# TYPE trainsys_finding_cost_seconds gauge\n")
-        for labels, cost in self._open.items():
+        for labels, cost in self._open.values():
             lines.append(f"trainsys_finding_cost_seconds{self._labels[:-1]}{labels}}} {_number(cost)}\n")
         return "".join(lines).encode()
 
     def finding(self, finding: Finding) -> None:
         """One gauge a finding that is open; at most ``MOST_OPEN``, so that labels stay few."""
         told = {"kind": finding.kind, "ranks": rank_numbers(finding.ranks), "phase": finding.phase}
-        labels = "".join(f',{name}="{_escape(value)}"' for name, value in told.items())
+        key = "".join(f',{name}="{_escape(value)}"' for name, value in told.items())
         if finding.until is not None:
-            self._open = {known: cost for known, cost in self._open.items() if known != labels}
-        elif labels in self._open or len(self._open) < MOST_OPEN:
-            self._open = {**self._open, labels: finding.cost_s}
+            self._open = {known: shown for known, shown in self._open.items() if known != key}
+        elif key in self._open or len(self._open) < MOST_OPEN:
+            # Its cause may be known only later, or change: that is no other finding.
+            self._open = {**self._open, key: (f'{key},cause="{_escape(finding.cause)}"', finding.cost_s)}
 
     def message(self, level: str, text: str) -> None:
         """Prometheus holds numbers only."""
