@@ -95,7 +95,7 @@ def _judge(table: StepTable, work: Floats, alpha: float) -> list[Verdict]:
     out += _garbage(table, step_s)
     out += slow_links(table, work, own, step_s)
     out += stage_imbalance(table, work, own, step_s)
-    if not any(v.kind in ("rank", "node", "switch") for v in out):
+    if not any(v.kind in ("rank", "node", "switch") or (v.kind == "stage" and v.ranks) for v in out):
         out += sequence_imbalance(table, work, step_s)
     return out
 

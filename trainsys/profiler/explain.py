@@ -12,6 +12,7 @@ import numpy as np
 
 from trainsys.profiler.advice import Advice, advise, to_fit
 from trainsys.profiler.blame import Blame
+from trainsys.profiler.expected import stage_work
 from trainsys.profiler.flops_split import load_config, split_flops
 from trainsys.profiler.goodput import Goodput, goodput_of
 from trainsys.profiler.loss_curve import LossCurve, loss_curve
@@ -104,6 +105,7 @@ def explain_run(run: RunData, steps: RunSteps) -> Explanation:
     """The same of what is read already. Its steps are read twice more, a window at a time."""
     cfg = load_config(run.run_dir)
     start = run.start
+    steps.stages = stage_work(cfg, steps.layout.pp)
     seen = _Seen(steps)
     for rows, table in steps.windows():
         seen.add(rows, table)

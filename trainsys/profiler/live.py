@@ -14,6 +14,7 @@ import numpy as np
 
 from trainsys.layout import Layout
 from trainsys.profiler.blame import judge_window
+from trainsys.profiler.expected import StageWork
 from trainsys.profiler.findings import Findings
 from trainsys.profiler.slowdown import Slowdown
 from trainsys.profiler.steps import Capture, Floats, table_of_windows
@@ -42,6 +43,7 @@ class LiveWatch:
         peak_flops: FLOP/s of one rank, or None; ``measured``: it is no catalogue's.
         recompute_share: of forward FLOPs, that backward repeats.
         hosts: each rank's node, so that a slow one is one finding.
+        stages: what each pipeline stage has to compute.
         found, show: called from the watch's thread; ``show`` takes (step, metrics).
     """
 
@@ -54,9 +56,10 @@ class LiveWatch:
         recompute_share: float = 0.0,
         measured: bool = False,
         hosts: Sequence[str] = (),
+        stages: StageWork | None = None,
     ) -> None:
         self._layout, self._peak, self._share = layout, peak_flops, recompute_share
-        self._measured = measured
+        self._measured, self._stages = measured, stages
         self._hosts = dict(enumerate(hosts))
         self._found, self._show = found, show
         self._windows: deque[tuple[Floats, Flops | None]] = deque(maxlen=KEEP)
@@ -104,7 +107,7 @@ class LiveWatch:
         """The looks of a run share one ``ALPHA``, however many there will be: look k may use 6 / (pi k)^2 of it."""
         recent = list(self._windows)
         table = table_of_windows([w for w, _ in recent], [f for _, f in recent], self._layout)
-        table.captures, table.hosts = self._captures, self._hosts
+        table.captures, table.hosts, table.stages = self._captures, self._hosts, self._stages
         last = self.last_step = int(table.steps[-1])
         model, hardware = table.flops_model, table.flops_hardware
         padding = np.maximum(0.0, hardware - self._share * hardware / (3 + self._share) - model)

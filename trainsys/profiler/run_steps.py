@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from trainsys.profiler.expected import StageWork
 from trainsys.profiler.steps import (
     CAPTURE,
     WINDOW,
@@ -171,6 +172,7 @@ class RunSteps:
         self._close()
         self._open = None
         self.layout = layout_of(run.start)
+        self.stages: StageWork | None = None
         self.ranks = sorted(self._of)
         # Where every rank knows its device's time of nearly every step, that is the time to explain.
         self.on_device = bool(self.ranks) and self._every_device
@@ -223,7 +225,7 @@ class RunSteps:
         table.work = self.work[rows]
         table.hosts, table.switches, table.captures = self.hosts, self.switches, self.captures
         table.micro, table.calls, table.on_device = self._micro, self._calls, self.on_device
-        table.of_run = self.of_run
+        table.of_run, table.stages = self.of_run, self.stages
         return table
 
     def column(self, rank: int, *path: str) -> Floats:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from trainsys.profiler.expected import StageWork
 from trainsys.profiler.steps import Floats, Pairs, StepTable
 from trainsys.profiler.straggler import find_stragglers
 from trainsys.profiler.verdict import Verdict, ended
@@ -75,15 +76,43 @@ def sequence_imbalance(table: StepTable, work: Floats, step_s: float) -> list[Ve
     )]  # fmt: skip
 
 
+def _uneven(
+    table: StepTable, known: StageWork, by_stage: Floats, alpha: float, step_s: float
+) -> list[Verdict]:
+    """A stage that is late by its FLOPs alone; the rest as fast as the FLOPs say."""
+    out = []
+    for s in find_stragglers(by_stage, alpha=alpha, min_effect=0.05)[:1]:
+        others = np.delete(by_stage, s.index, axis=1)
+        cost = float(np.median(by_stage[:, s.index] - others.max(axis=1)))
+        if cost < 0.02 * step_s:
+            continue
+        head = " and the head" if s.index == len(known.layers) - 1 else ""
+        out.append(Verdict(
+            "stage", f"stage {s.index} has more to do by design: {known.layers[s.index]} layers{head}, "
+            f"{known.share[s.index]:.2f} times the mean stage's FLOPs",
+            f"layers by stage: {', '.join(map(str, known.layers))}; per FLOP it is as fast as the others",
+            "the cut is the most even there is: change parallel.pp or model.n_layers, or hold several stages a rank "
+            "(parallel.pipeline.schedule: interleaved_1f1b)",
+            cost, cost / step_s, (), f"stage {s.index}", int(table.steps[s.since]), ended(table, s),
+        ))  # fmt: skip
+    return out
+
+
 def stage_imbalance(table: StepTable, work: Floats, alpha: float, step_s: float) -> list[Verdict]:
     """A pipeline stage all of whose ranks work longer than those of other stages."""
     stages = table.layout.pp
     peers = table.peers()
     if stages < 2 or len(np.unique(peers)) < stages:
         return []
-    by_stage = np.stack([np.median(work[:, peers == s], axis=1) for s in range(stages)], axis=1)
+    # By its lower quartile: one slow rank of two is no slow stage.
+    by_stage = np.stack(
+        [np.quantile(work[:, peers == s], 0.25, axis=1, method="lower") for s in range(stages)], axis=1
+    )
+    known = table.stages
+    # Per FLOP, where it is known how many each stage has; what is still slow then is no design.
+    per_flop = by_stage if known is None else by_stage / known.share
     out = []
-    for s in find_stragglers(by_stage, alpha=alpha, min_effect=0.05)[:1]:
+    for s in find_stragglers(per_flop, alpha=alpha, min_effect=0.05)[:1]:
         rest = np.delete(by_stage, s.index, axis=1)
         when = slice(s.since, s.until)
         cost = float(np.median((by_stage[:, s.index] - rest.max(axis=1))[when]))
@@ -104,4 +133,4 @@ def stage_imbalance(table: StepTable, work: Floats, alpha: float, step_s: float)
             advice, cost, cost / step_s, () if by_design else ranks, f"stage {s.index}", int(table.steps[s.since]),
             ended(table, s),
         ))  # fmt: skip
-    return out
+    return out if out or known is None else _uneven(table, known, by_stage, alpha, step_s)

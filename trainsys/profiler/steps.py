@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from trainsys.telemetry.events import COMM, COMM_AXES, Flops, RunStart, Step
 from trainsys.telemetry.records import gathered
 from trainsys.telemetry.step_columns import StepColumns
 from trainsys.telemetry.vectors import BYTES, HOST, PLACE, TIMED
+
+if TYPE_CHECKING:
+    from trainsys.profiler.expected import StageWork
 
 Floats = npt.NDArray[np.float64]
 CAPTURE = "capture/"
@@ -109,6 +113,8 @@ class StepTable:
     """[T]: how far apart ranks' clocks put the start of a step; nan where one does not tell."""
     of_run: OfRun | None = None
     """For a window of a run: what the window alone does not tell."""
+    stages: StageWork | None = None
+    """What each pipeline stage has to compute, where it is known."""
     begun: Floats | None = None
     """[T, R]: when each step began by the rank's own clock (s since the epoch), stalls before it included."""
 
@@ -141,6 +147,7 @@ class StepTable:
             self.tokens[rows], self.padded[rows], self.flops_model[rows], self.flops_hardware[rows],
             self.work[rows], self.layout, self.micro, self.calls, self.captures, cut(self.memory), cut(self.host),
             self.hosts, self.switches, self.on_device, None if self.apart_s is None else self.apart_s[rows], self.of_run,
+            self.stages,
         )  # fmt: skip
 
 

@@ -55,10 +55,16 @@ def imbalance(model: ModelConfig, stages: int, seq_len: int) -> float:
 
 def _flops(model: ModelConfig, seq_len: int) -> list[float]:
     """Forward FLOPs of a token by layer, the head with the last."""
+    flops, head = layer_flops(model, seq_len)
+    flops[-1] += head
+    return flops
+
+
+def layer_flops(model: ModelConfig, seq_len: int) -> tuple[list[float], float]:
+    """Forward FLOPs of a token by layer, and of the head."""
     heads = model.n_heads * model.dim_per_head
     attention = 4 * heads * causal_pairs(seq_len, model.sliding_window) / seq_len
     flops = [
         attention + sum(g.flops_per_token for g in layer_gemms(model, i)) for i in range(model.n_layers)
     ]
-    flops[-1] += head_gemm(model).flops_per_token
-    return flops
+    return flops, float(head_gemm(model).flops_per_token)

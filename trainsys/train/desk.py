@@ -44,7 +44,7 @@ class Desk:
         self._sinks.start(brief.info)
         self._watch = LiveWatch(
             brief.layout, brief.peak_flops, self._found, self._sinks.extra, brief.recompute_share,
-            brief.peak_measured, brief.hosts,
+            brief.peak_measured, brief.hosts, brief.stages,
         )
 
     def message(self, level: str, text: str) -> None:

@@ -17,6 +17,7 @@ import trainsys
 from trainsys.config.run import TelemetryConfig
 from trainsys.failure import FAILURE_FILE
 from trainsys.layout import Layout
+from trainsys.profiler.expected import StageWork
 from trainsys.profiler.verdict import Verdict
 from trainsys.telemetry.batches import Batches
 from trainsys.telemetry.events import Finding
@@ -33,7 +34,7 @@ EXIT_S = 5.0
 class Brief:
     """What the desk has to know of the run. ``replicas``: how many ranks read the same rows; ``peak_flops``: of one
     rank, ``peak_measured`` here; ``recompute_share``: of forward FLOPs, that backward repeats;
-    ``hosts``: each rank's node."""
+    ``hosts``: each rank's node; ``stages``: what each pipeline stage has to compute."""
 
     telemetry: TelemetryConfig
     info: RunInfo
@@ -43,6 +44,7 @@ class Brief:
     recompute_share: float
     peak_measured: bool = False
     hosts: tuple[str, ...] = ()
+    stages: StageWork | None = None
 
 
 class DeskLink:

@@ -18,6 +18,7 @@ from trainsys.engines.base import StepResult
 from trainsys.flops import CONVENTIONS, param_counts
 from trainsys.layout import Layout
 from trainsys.profiler.capture import StepCapture
+from trainsys.profiler.expected import stage_work
 from trainsys.profiler.explain import explain_run, summary_of
 from trainsys.profiler.flops_split import recomputed_share
 from trainsys.profiler.run_steps import read_run
@@ -149,7 +150,7 @@ class Reporter:
             replicas = proc.world // layout.data_world
             brief = Brief(
                 cfg.telemetry, shown, layout, replicas, self.info.peak_flops, recomputed_share(cfg),
-                self.info.peak_source == "measured", tuple(hosts),
+                self.info.peak_source == "measured", tuple(hosts), stage_work(cfg, layout.pp),
             )  # fmt: skip
             self._desk = DeskLink(brief, self.recorder.message, partial(self._found, blame))
 
